@@ -1,0 +1,172 @@
+"""The command line. Heavy imports stay inside the commands, so that `mmkd --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; a user's mistake is one message on stderr and exit code 2, never a traceback."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("mmkd").setLevel(logging.INFO)
+    from mmkd.data.samples import DataError
+
+    try:
+        return arguments.run(arguments)
+    except DataError as error:
+        print(f"mmkd: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        # Tower errors and the losses' refusals; anything else is a fault of ours and keeps its traceback.
+        from mmkd.towers.tower import TowerError
+
+        if not isinstance(error, TowerError):
+            raise
+        print(f"mmkd: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmkd", description="Distil a large vision-language model into a tiny one.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("distill", _distill, "Run the stages of a recipe, then compare teacher, SFT control and student.")
+    sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example stages.sft.steps=100 seed=1")
+    sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
+
+    sub = command("evaluate", _evaluate, "Score a model on benchmarks.")
+    sub.add_argument("model", help="folder or hub id of an image-text model")
+    sub.add_argument("--benchmarks", required=True, help="names or card files, separated by commas")
+    sub.add_argument("--data-root", help="folder that holds the benchmarks' downloaded files")
+    sub.add_argument("--output", default=None, help="folder for results (default: runs/evaluation/MODEL)")
+    sub.add_argument("--batch-size", type=int, default=32)
+    sub.add_argument("--limit", type=int, default=None, help="score a seeded subset of so many questions")
+    sub.add_argument("--blind", action="store_true", help="take the pictures away: what the words alone give")
+    sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    sub.add_argument("--quantise", default=None, choices=["8bit", "4bit"])
+    sub.add_argument("--trust-remote-code", action="store_true")
+
+    sub = command("report", _report, "Write the HTML report of a run again.")
+    sub.add_argument("folder", help="the run's folder")
+
+    sub = command("check", _check, "Check that a model works as a tower.")
+    sub.add_argument("model", help="folder or hub id of an image-text model")
+    sub.add_argument("--trust-remote-code", action="store_true")
+
+    sub = command("list", _list, "List cards.")
+    sub.add_argument("kind", choices=["models", "data", "evaluation"])
+
+    sub = command("sample", _sample, "Write the embedded sample: two data sets in the benchmarks' own formats.")
+    sub.add_argument("folder")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--sizes", default=None, metavar="train=N,val=N,test=N", help="scenes of each data set by split")
+    return parser
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    from mmkd.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        from mmkd.estimate import plan
+
+        print(plan(recipe))
+        return 0
+    from mmkd.distill.run import distill, table
+
+    summary = distill(recipe)
+    if summary:
+        print(table(summary))
+        if "report" in summary:
+            print(f"report: {summary['report']}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from mmkd.evaluation.answer import evaluate
+    from mmkd.evaluation.benchmarks import load_benchmark
+
+    benchmarks = [load_benchmark(name.strip()) for name in arguments.benchmarks.split(",") if name.strip()]
+    for benchmark in benchmarks:
+        benchmark.read(arguments.data_root, arguments.limit)
+    from mmkd.distill.stages import _dtype, _to_device
+    from mmkd.towers.tower import Tower
+
+    tower = Tower.load(
+        arguments.model,
+        dtype=_dtype(arguments.dtype),
+        quantise=arguments.quantise,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    tower = _to_device(tower, arguments.quantise)
+    folder = Path(arguments.output or Path("runs/evaluation") / Path(arguments.model).name)
+    for benchmark in benchmarks:
+        results = evaluate(
+            tower,
+            benchmark,
+            folder / (benchmark.name + ("_blind" if arguments.blind else "")),
+            data_root=arguments.data_root,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            blind=arguments.blind,
+            model_name=arguments.model,
+        )
+        low, high = results["ci95"]
+        print(f"{benchmark.name}: {100 * results['score']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], {results['n']} questions")
+    print(f"results: {folder}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from mmkd.evaluation.report import build_report
+
+    print(build_report(arguments.folder))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from mmkd.testing import check_tower
+    from mmkd.towers.tower import Tower
+
+    facts = check_tower(Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code))
+    print(json.dumps(facts, indent=1))
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from mmkd.cards import list_cards, read_yaml
+
+    for name, path in list_cards(arguments.kind).items():
+        print(f"{name:<32} {read_yaml(path).get('title', '')}")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from mmkd.data.sample_set import write_sample_set
+    from mmkd.data.samples import DataError
+
+    sizes = None
+    if arguments.sizes:
+        try:
+            sizes = {k: int(v) for k, v in (part.split("=") for part in arguments.sizes.split(","))}
+        except ValueError as error:
+            raise DataError(f"--sizes {arguments.sizes!r} is not of the form train=3000,val=200,test=400") from error
+    write_sample_set(Path(arguments.folder), seed=arguments.seed, sizes=sizes)
+    print(arguments.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Turns questions into samples: the one place that words prompts, for training and for evaluation alike.
+
+- `letter`: context, question, the choices by letter, "Answer with the option's letter from the given choices
+  directly."; the answer is the letter. LLaVA-1.5's prompt for ScienceQA.
+- `short`: question, OCR tokens if wanted, "Answer the question using a single word or phrase."; the answer is
+  text. LLaVA-1.5's prompt for TextVQA, VQAv2 and the like.
+- `plain`: the question alone; the answer is text.
+"""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+
+from mmkd.data.samples import IMAGE_MARKER, DataError, Question, Sample, Turn
+
+STYLES = ("letter", "short", "plain")
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
+SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
+
+
+def render(question: Question, style: str, *, with_answer: bool, ocr: bool = False) -> Sample:
+    """The sample that asks `question` in a style of `STYLES`; `Sample.meta["question"]` is the question.
+
+    `with_answer`: append the answer as the assistant's turn (training). `ocr`: name the reference OCR
+    tokens, style "short" only; without tokens the line stands there empty, as in LLaVA's evaluation files.
+    A hint leads the prompt as context in the styles "letter" and "short".
+
+    Raises DataError, with the question's id, for an empty question or (where wanted) an empty answer, for
+    "letter" without choices, and for an image marker within the text.
+    """
+    if style not in STYLES:
+        raise DataError(f"unknown prompt style {style!r}; there are {', '.join(STYLES)}")
+    if ocr and style != "short":
+        raise DataError(f"OCR tokens go with the prompt style 'short', not {style!r}")
+    if not question.question.strip():
+        raise DataError(f"question {question.id!r} has no text")
+    turns = [Turn("user", _prompt(question, style, ocr), images=len(question.images))]
+    if with_answer:
+        turns.append(Turn("assistant", _answer(question, style)))
+    return Sample(question.id, question.images, tuple(turns), {"question": question})
+
+
+def letter_of(index: int) -> str:
+    """The letter of a choice, counted from 0. Raises DataError beyond Z."""
+    if not 0 <= index < len(ascii_uppercase):
+        raise DataError(f"choice {index} has no letter; there are {len(ascii_uppercase)}")
+    return ascii_uppercase[index]
+
+
+def _prompt(question: Question, style: str, ocr: bool) -> str:
+    lines = [question.question]
+    if question.hint and style != "plain":
+        lines.insert(0, f"Context: {question.hint}")
+    if style == "letter":
+        if not question.choices:
+            raise DataError(f"question {question.id!r} has no choices; the prompt style 'letter' needs them")
+        lines += [f"{letter_of(i)}. {choice}" for i, choice in enumerate(question.choices)]
+        lines.append(LETTER_INSTRUCTION)
+    if ocr:
+        lines.append(f"Reference OCR token: {', '.join(question.ocr_tokens)}")
+    if style == "short":
+        lines.append(SHORT_INSTRUCTION)
+    text = "\n".join(lines)
+    if IMAGE_MARKER in text:
+        raise DataError(
+            f"question {question.id!r} holds the marker {IMAGE_MARKER} in its text; delete it, "
+            "images stand at the head of the prompt by themselves"
+        )
+    return text
+
+
+def _answer(question: Question, style: str) -> str:
+    if style == "letter":
+        index, count = question.answer_index, len(question.choices)
+        if index is None or not 0 <= index < count:
+            raise DataError(f"question {question.id!r} has the answer index {index} among {count} choices")
+        return letter_of(index)
+    if not question.answer.strip():
+        raise DataError(f"question {question.id!r} has no answer; it cannot be trained on")
+    return question.answer

@@ -1,0 +1,162 @@
+"""What one piece of data is: an image, a question as a data set states it, a sample as a tower reads it.
+
+A *question* keeps the fields of the data set (choices, hint, ten references) and knows nothing of prompts.
+A *sample* is what a tower prepares: images and chat turns. `mmkd.data.prompts` turns the first into the
+second, for training and for evaluation alike, so that a model is asked as it was taught.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+# Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
+MAX_PIXELS = 64_000_000
+
+# Where LLaVA's data files and prompts place an image. Turns carry a count instead, so no text may hold it.
+IMAGE_MARKER = "<image>"
+
+
+class DataError(ValueError):
+    """A user's data is wrong; the message says what, with the values, and the way out."""
+
+
+class ImageError(DataError):
+    """One picture cannot be read. Training skips these, up to a limit; evaluation reports the row."""
+
+
+@lru_cache(maxsize=16)
+def _open_zip(path: str, process: int) -> zipfile.ZipFile:
+    """One handle for each process: forked workers that share one would move each other's file position."""
+    return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=256)
+def _resolved(root: Path) -> Path:
+    return root.resolve()
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A picture that has not been read yet: a file under `root`, or a member of the zip archive `root`.
+
+    Resolving the path inside its root happens when the reference is made (see `ImageRef.inside`).
+    """
+
+    root: Path
+    name: str
+
+    @staticmethod
+    def inside(root: Path, name: str) -> ImageRef:
+        """A reference to `name` under the folder or zip `root`.
+
+        Raises DataError for a name that leaves its root, by `..`, as an absolute path or through a link,
+        and for one that no file can have.
+        """
+        root = Path(root)
+        if root.suffix == ".zip":
+            if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+                raise DataError(f"image {name!r} leaves its archive {root}; use a name inside the archive")
+            return ImageRef(root, name)
+        try:
+            target = (root / name).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"image path {name[:80]!r} cannot be a file's name: {error}") from error
+        if not target.is_relative_to(_resolved(root)):
+            raise DataError(f"image path {name!r} leaves its root {root}; keep images inside the root folder")
+        return ImageRef(root, name)
+
+    @property
+    def key(self) -> str:
+        return f"{self.root}/{self.name}"
+
+    def read_bytes(self) -> bytes:
+        """The encoded picture. Raises ImageError when it is not there or its archive is damaged."""
+        try:
+            if self.root.suffix == ".zip":
+                return _open_zip(str(self.root), os.getpid()).read(self.name)
+            return (self.root / self.name).read_bytes()
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            RuntimeError,
+            ValueError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            raise ImageError(f"image {self.key} cannot be read: {error}") from error
+
+    def load(self) -> Image.Image:
+        """The picture in RGB. Raises ImageError when it does not decode or has over MAX_PIXELS pixels."""
+        data = self.read_bytes()
+        try:
+            picture = Image.open(io.BytesIO(data))
+            size = picture.size
+            if size[0] * size[1] <= MAX_PIXELS:
+                return picture.convert("RGB")
+        except Exception as error:  # decoders raise errors of any type on damaged data
+            raise ImageError(f"image {self.key} does not decode: {error!r}") from error
+        raise ImageError(
+            f"image {self.key} has {size[0]} x {size[1]} pixels, over {MAX_PIXELS:,}; scale it down"
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a data set, in the data set's own terms.
+
+    `answer` is the training target (text; for multiple choice the letter is made from `answer_index`).
+    `references` are all reference answers that a scorer uses (ten for TextVQA, one for a plain set).
+    `categories` are the groups that a result is broken down by, e.g. {"subject": "natural science"}.
+    """
+
+    id: str
+    question: str
+    images: tuple[ImageRef, ...] = ()
+    answer: str = ""
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    answer_index: int | None = None
+    hint: str = ""
+    ocr_tokens: tuple[str, ...] = ()
+    categories: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str  # "system", "user" or "assistant"
+    text: str
+    images: int = 0  # how many of the sample's images stand at the head of this turn, in order
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a tower prepares. Training samples end with an assistant turn; each assistant turn is a target."""
+
+    id: str
+    images: tuple[ImageRef, ...]
+    turns: tuple[Turn, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_turns(self) -> tuple[Turn, ...]:
+        """The turns up to and without a final assistant turn."""
+        return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
+
+    @property
+    def answer(self) -> str:
+        return self.turns[-1].text if self.turns and self.turns[-1].role == "assistant" else ""
+
+    def without_images(self) -> Sample:
+        """The blind form of the sample: the same words, no picture."""
+        turns = tuple(Turn(t.role, t.text) for t in self.turns)
+        return Sample(self.id, (), turns, self.meta)

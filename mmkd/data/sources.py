@@ -1,0 +1,67 @@
+"""From a recipe's `data:` entry to training samples: the card, the reader, the prompt."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from mmkd.cards import load_card
+from mmkd.data.formats import read_conversations, read_questions
+from mmkd.data.prompts import render
+from mmkd.data.samples import DataError, Sample
+
+
+class DataCard(BaseModel):
+    """A data set's card: what its files are and how its questions are put to a model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    title: str
+    format: Literal["scienceqa", "textvqa", "jsonl", "easy_vqa", "llava"]
+    root: str
+    prompt: Literal["letter", "short", "plain"] = "plain"
+    ocr: bool = False
+    files: dict[str, str] | None = None
+    target: Literal["first", "majority", "sampled"] = "first"
+    licence: str = ""
+    source: str = ""
+    notes: str = ""
+
+
+def resolve(spec: Any) -> dict[str, Any]:
+    """The fields of a recipe's data entry, its card's first and its own over them. Raises DataError."""
+    card = load_card("data", spec.card, DataCard).model_dump(exclude={"name", "title", "licence", "source", "notes"}) if spec.card else {}
+    given = {k: v for k, v in spec.model_dump(exclude={"card"}).items() if v is not None}
+    fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", **card, **given}
+    missing = [name for name in ("format", "root") if name not in fields]
+    if missing:
+        raise DataError(f"a data entry lacks {' and '.join(missing)}; give them or name a `card`")
+    return fields
+
+
+def read_samples(spec: Any, seed: int) -> list[Sample]:
+    """The training samples of one data entry, its subset drawn by `seed`. Raises DataError."""
+    fields = resolve(spec)
+    root = Path(fields["root"]).expanduser()
+    if not root.exists():
+        raise DataError(f"there is no data folder {root}; download the data there or set `root`")
+    subset = {"limit": fields.get("limit"), "image_limit": fields.get("image_limit"), "seed": seed}
+    if fields["format"] == "llava":
+        samples = read_conversations(root, fields["split"], files=fields["files"], **subset)
+    else:
+        questions = read_questions(
+            fields["format"], root, fields["split"], files=fields["files"], target=fields["target"], **subset
+        )
+        samples = [render(q, fields["prompt"], with_answer=True, ocr=fields["ocr"]) for q in questions]
+    return _weighted(samples, fields["weight"], seed)
+
+
+def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
+    """`weight` copies of the set; the fraction is drawn."""
+    whole, part = int(weight), weight - int(weight)
+    drawn = random.Random(f"weight {seed}").sample(samples, round(part * len(samples)))
+    return samples * whole + drawn

@@ -1,0 +1,167 @@
+"""From raw samples to one batch for both towers: each tower prepares the SAME samples by its own processor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmkd.data.samples import DataError, ImageError, Sample
+from mmkd.distill.terms import Term
+from mmkd.towers.tower import Encoded, Tower, TowerInputs
+
+logger = logging.getLogger(__name__)
+
+COUNTS = ("response", "visual", "switch", "image", "feature")  # order of the count vector
+
+
+@dataclass
+class Pair:
+    """One sample as both towers prepare it. `switch` is the teacher's with the student's number of visual tokens."""
+
+    student: Encoded
+    teacher: Encoded | None = None
+    switch: Encoded | None = None
+
+
+@dataclass
+class Batch:
+    """What the distiller gets. `counts` [len(COUNTS)] are this micro-batch's; the global ones divide the loss.
+
+    Counts stay on the CPU: reading them there costs no synchronisation with an accelerator.
+    """
+
+    student: TowerInputs
+    teacher: TowerInputs | None
+    switch: TowerInputs | None
+    counts: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        def move(x):
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        return Batch(move(self.student), move(self.teacher), move(self.switch), self.counts)
+
+
+class PairDataset(Dataset):
+    """Samples prepared by both towers. Prepared samples are kept up to `memory` bytes, so later epochs cost nothing.
+
+    A picture that does not decode gives None, is counted in `skipped` and logged; more than `max_skipped` raise.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        student: Tower,
+        teacher: Tower | None,
+        terms: Sequence[Term],
+        *,
+        max_skipped: int = 0,
+        memory: int = 2**30,
+    ):
+        self.samples = samples
+        self.student, self.teacher = student, teacher
+        self.same = teacher is not None and same_processor(student, teacher)
+        self.terms = terms
+        self.max_skipped = max_skipped
+        self.skipped: dict[str, str] = {}
+        self._kept: dict[int, Pair] = {}
+        self._free = memory
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Pair | None:
+        if index not in self._kept:
+            pair = self._prepare(self.samples[index])
+            if pair is None or self._size(pair) > self._free:
+                return pair
+            self._free -= self._size(pair)
+            self._kept[index] = pair
+        return self._kept[index]
+
+    def _prepare(self, sample: Sample) -> Pair | None:
+        try:
+            student = self.student.encode(sample)
+            if self.teacher is None:
+                return Pair(student)
+            teacher = student if self.same else self.teacher.encode(sample)
+        except ImageError as error:
+            self._skip(sample, error)
+            return None
+        self._check(student, teacher)
+        return Pair(student, teacher, self._switch(student, teacher))
+
+    def _skip(self, sample: Sample, error: ImageError) -> None:
+        if sample.id not in self.skipped:
+            self.skipped[sample.id] = str(error)
+            logger.warning("skipped %s (%d so far): %s", sample.id, len(self.skipped), error)
+        if len(self.skipped) > self.max_skipped:
+            raise DataError(
+                f"{len(self.skipped)} of {len(self.samples)} training samples have unreadable images, more than the "
+                f"{self.max_skipped} that guards.max_skipped_images allows; the last: {error}"
+            )
+
+    def _check(self, student: Encoded, teacher: Encoded) -> None:
+        """The compared rows of both towers must be the same tokens, one for one."""
+        rows_s, rows_t = student.targets[student.targets >= 0], teacher.targets[teacher.targets >= 0]
+        if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
+            raise DataError(
+                f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
+                "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
+            )
+        if any(t.positions == "visual" or t.kind == "relation" for t in self.terms):
+            n_s, n_t = self.student.visual_count(student), self.teacher.visual_count(teacher)
+            if n_s != n_t:
+                raise DataError(
+                    f"sample {student.id!r} has {n_s} visual tokens in the student and {n_t} in the teacher; terms on visual "
+                    "positions (and relation) need equal counts"
+                )
+
+    def _switch(self, student: Encoded, teacher: Encoded) -> Encoded | None:
+        if not student.images or not any(t.path == "switch" for t in self.terms):
+            return None
+        return self.teacher.with_visual_count(teacher, self.student.visual_count(student))
+
+    @staticmethod
+    def _size(pair: Pair) -> int:
+        encoded = {id(e): e for e in (pair.student, pair.teacher, pair.switch) if e is not None}
+        tensors = {id(t): t for e in encoded.values() for t in (e.input_ids, e.targets, *e.pixels.values())}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@dataclass
+class Collator:
+    """Pads pairs into a `Batch` and counts what the terms will divide by."""
+
+    student: Tower
+    teacher: Tower | None
+
+    def __call__(self, pairs: Sequence[Pair | None]) -> dict[str, Batch]:
+        kept = [pair for pair in pairs if pair is not None]
+        if not kept:
+            raise DataError(f"none of the {len(pairs)} images of a batch can be read; see the log for their names")
+        student = self.student.collate([p.student for p in kept])
+        teacher = switch = None
+        if self.teacher is not None:
+            teacher = self.teacher.collate([p.teacher for p in kept])
+            switched = [p.switch for p in kept if p.switch is not None]
+            switch = self.teacher.collate(switched) if switched else None
+        return {"batch": Batch(student, teacher, switch, _counts(student, switch))}
+
+
+def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
+    visual = int(student.visual.sum())
+    images = sum(student.images)
+    switched = int(switch.response.sum()) if switch is not None else 0
+    counts = {"response": int(student.response.sum()), "visual": visual, "switch": switched, "image": images, "feature": images}
+    return torch.tensor([float(counts[name]) for name in COUNTS])
+
+
+def same_processor(student: Tower, teacher: Tower) -> bool:
+    """Whether both towers prepare every sample alike, so that it need be done only once."""
+    return student.processor_fingerprint() == teacher.processor_fingerprint()

@@ -1,0 +1,306 @@
+"""The distiller: one module that holds student, teacher and terms, and turns a batch into a loss.
+
+    signals: student rows, teacher rows, switch rows, vision features     each computed at most once, and only if needed
+    terms:   weight * sum / global count
+
+Hidden states are gathered at the rows that the terms name before either head is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmkd import losses
+from mmkd.distill.collate import COUNTS, Batch
+from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.distill.terms import Term
+from mmkd.towers.tower import Seen, Tower, TowerInputs
+
+
+class Distiller(nn.Module):
+    """Student and terms as one module, so that whatever wraps it (DDP, FSDP, DeepSpeed) sees the heads used inside.
+
+    The teacher is kept out of the module tree: it is never trained, sharded with the student, or saved.
+    """
+
+    def __init__(self, student: Tower, teacher: Tower | None, terms: Sequence[Term], *, chunk_bytes: int = 256 * 2**20):
+        super().__init__()
+        self.student = student.model
+        self.terms = tuple(terms)
+        self.chunk_bytes = chunk_bytes
+        self._towers = (student, teacher.freeze() if teacher is not None else None)
+        self.bridges = nn.ModuleDict(
+            {t.name: _bridge(student, teacher) for t in self.terms if t.kind == "feature_match" and teacher is not None}
+        )
+
+    @property
+    def tower(self) -> Tower:
+        return self._towers[0]
+
+    @property
+    def teacher(self) -> Tower | None:
+        return self._towers[1]
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Frozen parts stay in evaluation mode: no dropout, no moving batch statistics."""
+        super().train(mode)
+        for part in (self.tower.vision, self.tower.projector, self.tower.language):
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+    def forward(
+        self, batch: Batch, counts: Tensor | None = None, progress: Tensor | float = 0.0
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The loss of a (micro-)batch and, per term, (sum, count) for the log.
+
+        counts: [len(COUNTS)] global counts over ranks and accumulation steps; the batch's own when None.
+        progress: 0..1 of the stage, for scheduled weights.
+        """
+        divisors = dict(zip(COUNTS, (batch.counts if counts is None else counts).clamp(min=1), strict=True))
+        own = dict(zip(COUNTS, batch.counts, strict=True))
+        signals = Signals(self, batch)
+        total = signals.zero
+        log: dict[str, tuple[Tensor, Tensor]] = {}
+        for group in self._row_groups():
+            part, sums = self._row_losses(signals, group, divisors, float(progress))
+            total = total + part
+            log |= {t.name: (sums[t.name], own[t.count]) for t in group if t.name in sums}
+        for term in self.terms:
+            if term.is_row_term:
+                continue
+            value = self._image_loss(signals, term)
+            total = total + term.weight.at(float(progress)) * value / divisors[term.count]
+            log[term.name] = (value.detach(), own[term.count])
+        return total, log
+
+    def _row_groups(self) -> list[list[Term]]:
+        """Row terms by path: those of one path share hidden rows, logits and chunks."""
+        groups = [[t for t in self.terms if t.is_row_term and t.path == path] for path in ("student", "switch")]
+        return [group for group in groups if group]
+
+    def _row_losses(
+        self, signals: Signals, terms: list[Term], divisors: dict[str, Tensor], progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = signals.switch_rows() if terms[0].path == "switch" else signals.student_rows({t.positions for t in terms})
+        if rows is None:  # no picture in this micro-batch: nothing was switched
+            return signals.zero, {}
+        needs_teacher = any(t.needs_teacher for t in terms)
+        total = signals.zero
+        # The engine multiplies sums by a number; a divisor on the device would cost a host synchronisation a term.
+        scale = {t.name: t.weight.at(progress) for t in terms}
+        engine_terms = [
+            RowTerm(
+                name=t.name,
+                weight=scale[t.name] / float(divisors[t.count]),
+                loss=t.row_loss(),
+                needs_teacher=t.needs_teacher,
+                rows=rows.mask(t.positions),
+            )
+            for t in terms
+        ]
+        part, sums = row_losses(
+            rows.student,
+            rows.student_head,
+            rows.targets,
+            engine_terms,
+            teacher_hidden=rows.teacher if needs_teacher else None,
+            teacher_head=head_of(self.teacher) if needs_teacher else None,
+            vocabulary=signals.vocabulary,
+            chunk_bytes=self.chunk_bytes,
+        )
+        return total + part, sums
+
+    def _image_loss(self, signals: Signals, term: Term) -> Tensor:
+        """Sum over images of a term that compares pictures, not rows."""
+        if term.kind == "relation":
+            return signals.relation()
+        return signals.feature_match(self.bridges[term.name], dict(term.options))
+
+
+class Rows:
+    """Hidden rows of both towers at the positions that some terms name, before any head."""
+
+    def __init__(self, student: Tensor, student_head: Head, teacher: Tensor | None, targets: Tensor, is_response: Tensor):
+        self.student = student  # [R, Ds]
+        self.student_head = student_head
+        self.teacher = teacher  # [R, Dt]
+        self.targets = targets  # [R]
+        self._is_response = is_response  # [R] bool; the others are visual
+
+    def mask(self, on: str) -> Tensor | None:
+        """Rows of a kind of position; None when all rows are."""
+        if on == "response":
+            return None if bool(self._is_response.all()) else self._is_response
+        return None if not bool(self._is_response.any()) else ~self._is_response
+
+
+class Signals:
+    """What the terms compare, for one batch; each pass runs at most once and only if it is asked for."""
+
+    def __init__(self, distiller: Distiller, batch: Batch):
+        self.distiller = distiller
+        self.batch = batch
+        self.student, self.teacher = distiller.tower, distiller.teacher
+
+    @cached_property
+    def zero(self) -> Tensor:
+        return self.student_hidden.sum() * 0.0
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """Columns that both heads share: the tokenizer's length, so that padding rows of a head never matter."""
+        sizes = [self.student.vocabulary, self.student.head.weight.shape[0]]
+        if self.teacher is not None:
+            sizes += [self.teacher.vocabulary, self.teacher.head.weight.shape[0]]
+        return min(sizes)
+
+    # ---- passes ----
+
+    @cached_property
+    def student_seen(self) -> Seen:
+        return self.student.see(self.batch.student)
+
+    @cached_property
+    def student_hidden(self) -> Tensor:
+        return self.student.read(self.batch.student, self.student_seen)  # [B, L, Ds]
+
+    @cached_property
+    def teacher_seen(self) -> Seen:
+        with torch.no_grad():
+            return self.teacher.see(self.batch.teacher)
+
+    @cached_property
+    def teacher_hidden(self) -> Tensor:
+        with torch.no_grad():
+            return self.teacher.read(self.batch.teacher, self.teacher_seen)  # [B, L, Dt]
+
+    @cached_property
+    def switch_hidden(self) -> Tensor:
+        """The teacher's projector and language model on the student's vision features; gradient into the encoder only."""
+        tokens = self.teacher.project(self.student_seen.features)
+        return self.teacher.read(self.batch.switch, tokens)  # [Bi, Ls, Dt]
+
+    # ---- rows ----
+
+    def student_rows(self, positions: set[str]) -> Rows:
+        inputs = self.batch.student
+        where = _positions(inputs, positions)  # [B, L]
+        teacher = None
+        if self.teacher is not None and any(t.needs_teacher and t.is_row_term for t in self.distiller.terms):
+            teacher = self.teacher_hidden[_positions(self.batch.teacher, positions)]  # [R, Dt]
+        return Rows(
+            self.student_hidden[where], head_of(self.student), teacher, inputs.targets[where].clamp(min=0), inputs.response[where]
+        )
+
+    def switch_rows(self) -> Rows | None:
+        """Response rows of the samples with pictures: switched against ordinary teacher."""
+        if self.batch.switch is None:
+            return None
+        inputs = self.batch.switch
+        pictured = torch.tensor([n > 0 for n in self.batch.teacher.images], device=inputs.input_ids.device)  # [B]
+        where = self.batch.teacher.response & pictured[:, None]  # [B, L]
+        response = inputs.response
+        return Rows(
+            self.switch_hidden[response],
+            head_of(self.teacher),
+            self.teacher_hidden[where],
+            inputs.targets[response],
+            torch.ones_like(inputs.targets[response], dtype=torch.bool),
+        )
+
+    # ---- pictures ----
+
+    def relation(self) -> Tensor:
+        """Sum over images of the relation distance of their visual rows (LLaVA-KD's RDist, per image)."""
+        student = _per_image_rows(self.student_hidden, self.batch.student)
+        teacher = _per_image_rows(self.teacher_hidden, self.batch.teacher)
+        total = self.zero
+        for own, other in zip(student, teacher, strict=True):
+            total = total + losses.relation_from_hidden(own, self.student_gram, other, self.teacher_gram)
+        return total
+
+    @cached_property
+    def student_gram(self) -> Tensor:
+        head = head_of(self.student)
+        return losses.head_gram(head.weight[: self.vocabulary], None if head.bias is None else head.bias[: self.vocabulary])
+
+    @property
+    def teacher_gram(self) -> Tensor:
+        kept = self.teacher.__dict__.setdefault("_grams", {})
+        if self.vocabulary not in kept:
+            head = head_of(self.teacher)
+            bias = None if head.bias is None else head.bias[: self.vocabulary]
+            with torch.no_grad():
+                kept[self.vocabulary] = losses.head_gram(head.weight[: self.vocabulary], bias)
+        return kept[self.vocabulary]
+
+    def feature_match(self, bridge: Bridge, options: dict) -> Tensor:
+        """Sum over images of the mean distance of their vision features."""
+        total = self.zero
+        for own, other in zip(self.student_seen.features, self.teacher_seen.features, strict=True):
+            total = total + losses.feature_match(bridge(own, len(other)), other, **options).mean()
+        return total
+
+
+class Bridge(nn.Module):
+    """Brings the student's vision features to the teacher's width (trained) and token count (interpolated)."""
+
+    def __init__(self, width: int, teacher_width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, teacher_width) if width != teacher_width else nn.Identity()
+
+    def forward(self, features: Tensor, count: int) -> Tensor:
+        """[n, Ds] -> [count, Dt]"""
+        return self.linear(_resample(features, count))
+
+
+def _bridge(student: Tower, teacher: Tower) -> Bridge:
+    return Bridge(student.feature_width, teacher.feature_width)
+
+
+def _resample(features: Tensor, count: int) -> Tensor:
+    """[n, D] -> [count, D]: on the square grid where both counts are squares, else along the sequence."""
+    if len(features) == count:
+        return features
+    side, new_side = round(len(features) ** 0.5), round(count**0.5)
+    if side**2 == len(features) and new_side**2 == count:
+        grid = features.T.reshape(1, -1, side, side)
+        out = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False)
+        return out.flatten(2)[0].T
+    return F.interpolate(features.T[None], size=count, mode="linear", align_corners=False)[0].T
+
+
+def _positions(inputs: TowerInputs, names: set[str]) -> Tensor:
+    where = torch.zeros_like(inputs.visual)
+    if "response" in names:
+        where = where | inputs.response
+    if "visual" in names:
+        where = where | inputs.visual
+    return where
+
+
+def _per_image_rows(hidden: Tensor, inputs: TowerInputs) -> list[Tensor]:
+    """Hidden rows at the visual positions, one [N, D] an image (the images of a sample have equal token counts)."""
+    rows = []
+    for b, images in enumerate(inputs.images):
+        if images:
+            rows += hidden[b][inputs.visual[b]].chunk(images)
+    return rows
+
+
+def head_of(tower: Tower) -> Head:
+    """The tower's head as the row engine takes it, with the scale and soft cap that some families put on their logits."""
+    module, config = tower.head, tower.model.config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides
+    return Head(
+        weight=module.weight,
+        bias=module.bias,
+        scale=1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0,  # Cohere multiplies
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+    )

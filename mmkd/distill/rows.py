@@ -1,0 +1,413 @@
+"""Losses on the logits of many rows, with memory that grows neither with the rows nor with the vocabulary.
+
+`[R, V]` logits are never kept. The rows are walked in chunks; a chunk's logits are made by one matrix product a model,
+all terms are evaluated on them, and their gradient is pushed back through the head at once, in the forward pass. What stays
+is the gradient with respect to the hidden rows, and to the head if the head is trained. Backward only multiplies
+it by the incoming factor.
+
+Two sizes, both taken from one byte budget:
+
+- a *chunk* is as many rows as half the budget holds in logits of the head's dtype. It should be large: each chunk
+  reads both heads' weights `[V, D]` again, which on a CPU costs as much as the product of 20 rows or so.
+- a *block* is the rows of a chunk on which the loss maths runs at a time, in float32. On a CPU it should be small enough for its
+  temporaries to stay in the cache; on a GPU, large enough to fill it. The gradient overwrites the student's logits.
+
+Which of the terms count on a row is known before the walk if the masks are on the CPU: rows are then grouped by their terms,
+and a row without a term, or a teacher row without a use, costs nothing. Masks on an accelerator would have to be
+waited for, so there the terms run on all rows and the masks multiply. Nothing here waits for the device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# [block, V] float32 tensors alive at once in the worst loss (JSD through autograd).
+_LIVE = 12
+# Bytes of one [block, V] tensor that leave its companions in a CPU's cache.
+_CPU_BLOCK_BYTES = 4 * 2**20
+# Rows of the head whose gradient is formed at a time where it is cast from half precision.
+_WEIGHT_TILE = 16384
+# Lifts gradients of probabilities (about 1 / V) out of float16's subnormal range before the product with the head.
+_HALF_GAIN = 256.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden rows become logits: `softcap(scale * (h Wᵀ + b))` with `softcap(x) = c tanh(x / c)`."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class RowTerm:
+    """One loss on logits.
+
+    loss: `(student_logits [r, V], teacher_logits [r, V] or None, targets [r]) -> [r]`, differentiable in the first
+    argument, each row's value a function of that row alone (rows come in blocks of any size). It must not change
+    its arguments. If it has a method `value_and_grad(student, teacher, targets, shared) -> (values [r], gradient [r, V])`, that
+    is used instead of autograd; `shared` is a dict that lives for one block, in which terms may leave what others can use
+    (the losses of `mmkd.losses` share their softmaxes so).
+    weight: factor of the sum over rows in the total. A term of weight 0 is evaluated but not differentiated.
+    needs_teacher: whether the loss reads the teacher's logits.
+    rows: bool `[R]`, the rows on which the term counts; None for all. Masks on the CPU save the work on other rows.
+    """
+
+    name: str
+    weight: float
+    loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    needs_teacher: bool
+    rows: Tensor | None = None
+
+
+def row_losses(
+    student_hidden: Tensor,
+    student_head: Head,
+    targets: Tensor,
+    terms: Sequence[RowTerm],
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    vocabulary: int | None = None,
+    chunk_bytes: int = 256 * 2**20,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Evaluate all terms on all rows: `(Σ_terms weight * Σ_rows loss, {name: Σ_rows loss})`.
+
+    student_hidden `[R, Ds]`, targets `[R]` (int64; any value on rows where no term reads it), teacher_hidden `[R, Dt]`:
+    the same rows of both models. The total is a scalar with gradient to student_hidden and, if they require it, to the
+    student head's weight and bias; the sums are detached. The teacher gets no gradient. Both are sums: divide by the
+    (global) count yourself. R = 0 gives 0, still attached to the graph.
+
+    vocabulary: cut both heads to their first n columns (one tokenizer, different padding).
+    chunk_bytes: budget for logits and loss temporaries; at least one row is always taken. The gradient of a trained
+    head comes on top: `[V, D]` in float32.
+
+    Loss maths is in float32 (float64 where a head or the hidden rows are); the products with a head run in that head's dtype,
+    autocast or not. Under `no_grad` only values are computed. With a trained head backward works once: its gradient is
+    given away, and a second backward through the same graph raises RuntimeError.
+    Raises ValueError when shapes, vocabularies or terms do not fit.
+    """
+    work = _Work(student_head, targets, tuple(terms), teacher_hidden, teacher_head, vocabulary, chunk_bytes)
+    _check(work, student_hidden)
+    total, sums = _RowLosses.apply(
+        work, torch.is_grad_enabled(), student_hidden, student_head.weight, student_head.bias
+    )
+    return total, {term.name: sums[i] for i, term in enumerate(work.terms)}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the walk needs besides the tensors with gradient."""
+
+    head: Head
+    targets: Tensor
+    terms: tuple[RowTerm, ...]
+    teacher_hidden: Tensor | None
+    teacher_head: Head | None
+    vocabulary: int | None
+    chunk_bytes: int
+
+    @property
+    def columns(self) -> int:
+        return self.head.weight.shape[0] if self.vocabulary is None else self.vocabulary
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, work, grad_enabled, hidden, weight, bias):
+        wanted = [grad_enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            walk = _Walk(work, hidden.detach(), wanted)
+            walk.run()
+            sums = walk.values.sum(-1)  # [T]
+            total = sums.new_zeros(())
+            for term, value in zip(work.terms, sums):
+                total = total + term.weight * value if term.weight != 0 else total
+        # Kept on ctx, not by save_for_backward: they are no inputs or outputs, and backward frees them.
+        ctx.gradients = (walk.to_hidden, walk.to_weight, walk.to_bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.spent = False
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, factor, _):
+        to_hidden, to_weight, to_bias = ctx.gradients
+        if ctx.spent:
+            raise RuntimeError(
+                "second backward through a row_losses with a trained head, whose stored gradient went to the first; "
+                "call row_losses again, or add the losses up for one backward"
+            )
+        # [V, D] is too large for a second copy: the head's gradient is scaled in place and given away.
+        ctx.spent = to_weight is not None
+        ctx.gradients = (to_hidden, None, to_bias)
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        to_hidden = None if to_hidden is None else (to_hidden * factor).to(hidden_dtype)
+        to_weight = None if to_weight is None else to_weight.mul_(factor).to(weight_dtype)
+        to_bias = None if to_bias is None else (to_bias * factor).to(bias_dtype)
+        return None, None, to_hidden, to_weight, to_bias
+
+
+class _Walk:
+    """One pass over the rows. After `run`: `values [T, R]` and the gradients that were wanted."""
+
+    def __init__(self, work: _Work, hidden: Tensor, wanted: list[bool]):
+        self.work, self.hidden = work, hidden
+        self.columns = work.columns
+        self.student = _cut(work.head, self.columns)
+        self.teacher = None if work.teacher_head is None else _cut(work.teacher_head, self.columns)
+        self.maths = _maths_dtype(hidden, work.head, work.teacher_hidden, work.teacher_head)
+        self.gain = _HALF_GAIN if self.student.weight.dtype == torch.float16 else 1.0
+        self.values = hidden.new_zeros(len(work.terms), hidden.shape[0], dtype=self.maths)  # [T, R]
+        self.filled = [0] * len(work.terms)
+        self.to_hidden, self.to_weight, self.to_bias = self._stores(wanted)
+        self.first = True
+
+    def _stores(self, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        head, hidden = self.work.head, self.hidden
+        narrow = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        to_hidden = torch.zeros_like(hidden, dtype=narrow) if wanted[0] else None  # [R, D]
+        to_weight = torch.zeros_like(head.weight, dtype=self.maths) if wanted[1] else None  # [V, D]
+        to_bias = torch.zeros_like(head.bias, dtype=self.maths) if wanted[2] else None  # [V]
+        return to_hidden, to_weight, to_bias
+
+    @property
+    def wants_gradient(self) -> bool:
+        return any(x is not None for x in (self.to_hidden, self.to_weight, self.to_bias))
+
+    def run(self) -> None:
+        for index, active in _groups(self.work.terms, self.hidden.shape[0]):
+            self._group(index, active)
+
+    def _group(self, index: Tensor | None, active: list[int]) -> None:
+        """Walk the rows `index` (all if None), on which the terms with the numbers `active` count."""
+        rows = self.hidden.shape[0] if index is None else index.shape[0]
+        if rows == 0 or not active:
+            return
+        with_teacher = any(self.work.terms[i].needs_teacher for i in active)
+        chunk, block = self._sizes(rows, with_teacher)
+        if index is not None:
+            index = index.to(self.hidden.device, non_blocking=True)
+        mine = self._buffer(self.student, chunk)  # [chunk, V]
+        theirs = self._buffer(self.teacher, chunk) if with_teacher else None  # [chunk, V]
+        for start in range(0, rows, chunk):
+            pick = slice(start, min(start + chunk, rows))
+            self._chunk(pick if index is None else index[pick], pick, active, mine, theirs, block)
+
+    def _sizes(self, rows: int, with_teacher: bool) -> tuple[int, int]:
+        """Rows of a chunk and of a block."""
+        half = self.work.chunk_bytes // 2
+        row = self.columns * self.student.weight.element_size()
+        if with_teacher:
+            row += self.columns * self.teacher.weight.element_size()
+        chunk = max(1, half // row)
+        chunk = -(-rows // -(-rows // chunk))  # chunks of about equal size
+        wide = self.columns * (8 if self.maths == torch.float64 else 4)
+        block = half // (wide * _LIVE)
+        if self.hidden.device.type == "cpu":
+            block = min(block, _CPU_BLOCK_BYTES // wide)
+        return chunk, min(chunk, max(1, block))
+
+    def _buffer(self, head: Head, chunk: int) -> Tensor:
+        return torch.empty(chunk, self.columns, dtype=head.weight.dtype, device=self.hidden.device)
+
+    def _chunk(self, pick, place: slice, active: list[int], mine: Tensor, theirs: Tensor | None, block: int) -> None:
+        work = self.work
+        hidden = self.hidden[pick].to(self.student.weight.dtype)  # [c, D]
+        size = hidden.shape[0]
+        mine = torch.mm(hidden, self.student.weight.T, out=mine[:size])  # [c, V]
+        if theirs is not None:
+            teacher_hidden = work.teacher_hidden.detach()[pick].to(self.teacher.weight.dtype)  # [c, Dt]
+            theirs = torch.mm(teacher_hidden, self.teacher.weight.T, out=theirs[:size])  # [c, V]
+        targets = work.targets[pick]  # [c]
+        masks = self._masks(active, pick)
+        for start in range(0, size, block):
+            part = slice(start, min(start + block, size))
+            x = _logits(mine[part], self.student, self.maths)  # [b, V]
+            y = None if theirs is None else _logits(theirs[part], self.teacher, self.maths)  # [b, V]
+            here = {i: mask[part] for i, mask in masks.items()}
+            gradient = self._block(x, y, targets[part], active, here, place.start + start)  # [b, V]
+            if self.wants_gradient:
+                self._through_logits(gradient, x, mine[part])
+        if self.wants_gradient:
+            self._through_head(mine, hidden, pick)
+
+    def _masks(self, active: list[int], pick) -> dict[int, Tensor]:
+        """Masks `[c]` of the terms that must still be masked: none where row numbers already respect them."""
+        if not isinstance(pick, slice):
+            return {}
+        rows = {i: self.work.terms[i].rows for i in active}
+        device = self.hidden.device
+        return {i: mask[pick].to(device, non_blocking=True) for i, mask in rows.items() if mask is not None}
+
+    def _block(self, x, y, targets, active: list[int], masks: dict[int, Tensor], start: int) -> Tensor | None:
+        """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x."""
+        gradient, shared = None, {}
+        for i in active:
+            term, mask = self.work.terms[i], masks.get(i)
+            known = targets if mask is None else targets.masked_fill(~mask, 0)  # [b]
+            values, part = _evaluate(term, x, y, known, shared, self.wants_gradient and term.weight != 0)
+            if mask is not None:
+                values = values.masked_fill(~mask, 0)
+            self.values[i, start : start + values.shape[0]] = values
+            if part is None:
+                continue
+            if mask is not None:
+                part = part.masked_fill_(~mask.unsqueeze(-1), 0)
+            if gradient is None:
+                gradient = part if term.weight == 1.0 else part.mul_(term.weight)
+            else:
+                gradient.add_(part, alpha=term.weight)
+        return gradient
+
+    def _through_logits(self, gradient: Tensor | None, x: Tensor, out: Tensor) -> None:
+        """Gradient with respect to the logits x -> to `h Wᵀ`, written over the student's raw logits `out`."""
+        if gradient is None:
+            out.zero_()
+            return
+        if self.student.softcap is not None:
+            gradient.mul_(1 - (x / self.student.softcap).square_())
+        factor = self.student.scale * self.gain
+        if factor != 1.0:
+            gradient.mul_(factor)
+        if self.to_bias is not None:
+            self.to_bias[: self.columns].add_(gradient.sum(0), alpha=1 / self.gain)
+        out.copy_(gradient)
+
+    def _through_head(self, gradient: Tensor, hidden: Tensor, pick) -> None:
+        weight = self.student.weight
+        if self.to_hidden is not None:
+            back = torch.mm(gradient, weight)  # [c, D]
+            self.to_hidden[pick] = back.to(self.to_hidden.dtype).div_(self.gain)
+        if self.to_weight is not None:
+            self._to_weight(gradient, hidden)
+            self.first = False
+
+    def _to_weight(self, gradient: Tensor, hidden: Tensor) -> None:
+        if gradient.dtype == hidden.dtype == self.maths:
+            # beta = 0 spares the first chunk the reading of a [V, D] of zeros.
+            self.to_weight[: self.columns].addmm_(gradient.T, hidden, beta=0.0 if self.first else 1.0)
+            return
+        # Sums of lifted gradients could leave float16's range; bfloat16 has that of float32.
+        dtype = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
+        for start in range(0, self.columns, _WEIGHT_TILE):
+            tile = slice(start, min(start + _WEIGHT_TILE, self.columns))
+            part = torch.mm(gradient[:, tile].T.to(dtype), hidden.to(dtype))  # [tile, D]
+            self.to_weight[tile].add_(part, alpha=1 / self.gain)
+
+
+def _evaluate(term: RowTerm, x, y, targets, shared: dict, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    """Values `[b]` and, if wanted, the gradient `[b, V]` of one term; the caller may change the gradient in place."""
+    y = y if term.needs_teacher else None
+    if not differentiate:
+        return term.loss(x, y, targets), None
+    closed = getattr(term.loss, "value_and_grad", None)
+    if closed is not None:
+        return closed(x, y, targets, shared)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()  # [b, V]
+        values = term.loss(leaf, y, targets)  # [b]
+        (gradient,) = torch.autograd.grad(values, leaf, torch.ones_like(values))
+    # A sum's gradient, for one, comes as one number seen many times; contiguous() makes it a tensor of its own.
+    return values.detach(), gradient.contiguous()
+
+
+def _groups(terms: Sequence[RowTerm], rows: int) -> list[tuple[Tensor | None, list[int]]]:
+    """Rows with the same terms: pairs of row numbers (None for all rows) and the numbers of their terms."""
+    everyone = list(range(len(terms)))
+    masked = [i for i in everyone if terms[i].rows is not None]
+    if not masked or any(terms[i].rows.device.type != "cpu" for i in masked):
+        return [(None, everyone)]
+    code = torch.zeros(rows, dtype=torch.long)  # [R] bit j: the j-th masked term counts
+    for bit, i in enumerate(masked):
+        code |= terms[i].rows.long() << bit
+    groups = []
+    for value in code.unique().tolist():
+        off = {i for bit, i in enumerate(masked) if not value >> bit & 1}
+        groups.append(((code == value).nonzero().squeeze(-1), [i for i in everyone if i not in off]))
+    return groups
+
+
+def _cut(head: Head, columns: int) -> Head:
+    bias = None if head.bias is None else head.bias.detach()[:columns]
+    return Head(head.weight.detach()[:columns], bias, head.scale, head.softcap)
+
+
+def _logits(raw: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """`h Wᵀ` -> logits in the dtype of the maths; overwrites `raw` if that already is its dtype."""
+    x = raw.to(dtype)  # [b, V]
+    if head.bias is not None:
+        x.add_(head.bias)
+    if head.scale != 1.0:
+        x.mul_(head.scale)
+    if head.softcap is not None:
+        x.div_(head.softcap).tanh_().mul_(head.softcap)
+    return x
+
+
+def _maths_dtype(hidden: Tensor, head: Head, teacher_hidden: Tensor | None, teacher_head: Head | None) -> torch.dtype:
+    dtypes = [hidden.dtype, head.weight.dtype]
+    if teacher_hidden is not None:
+        dtypes += [teacher_hidden.dtype, teacher_head.weight.dtype]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _check(work: _Work, hidden: Tensor) -> None:
+    rows = hidden.shape[0]
+    _check_head("student", hidden, work.head, work.vocabulary)
+    if tuple(work.targets.shape) != (rows,):
+        raise ValueError(f"targets have shape {tuple(work.targets.shape)}; {rows} rows need ({rows},)")
+    names = [term.name for term in work.terms]
+    if len(set(names)) != len(names):
+        raise ValueError(f"terms are named {names}; give each its own name")
+    if work.chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {work.chunk_bytes}; it must be above 0 (268435456 is the default)")
+    _check_masks(work.terms, rows)
+    _check_teacher(work, rows)
+
+
+def _check_head(who: str, hidden: Tensor, head: Head, vocabulary: int | None) -> None:
+    if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
+        raise ValueError(
+            f"{who} hidden rows {tuple(hidden.shape)} do not fit the head {tuple(head.weight.shape)}; "
+            "they must be [R, D] and [V, D]"
+        )
+    if vocabulary is not None and not 1 <= vocabulary <= head.weight.shape[0]:
+        raise ValueError(f"vocabulary is {vocabulary}, but the {who} head has {head.weight.shape[0]} columns")
+
+
+def _check_masks(terms: Sequence[RowTerm], rows: int) -> None:
+    for term in terms:
+        if term.rows is None:
+            continue
+        if term.rows.dtype != torch.bool or tuple(term.rows.shape) != (rows,):
+            raise ValueError(
+                f"term {term.name!r}: rows is {term.rows.dtype} {tuple(term.rows.shape)}; "
+                f"it must be a bool mask ({rows},) or None"
+            )
+    if sum(term.rows is not None for term in terms) > 62:
+        raise ValueError(f"{len(terms)} terms with row masks; at most 62 are supported in one call")
+
+
+def _check_teacher(work: _Work, rows: int) -> None:
+    if (work.teacher_hidden is None) != (work.teacher_head is None):
+        raise ValueError("teacher_hidden and teacher_head go together; one of them is None")
+    if work.teacher_hidden is None:
+        needy = [term.name for term in work.terms if term.needs_teacher]
+        if needy:
+            raise ValueError(f"terms {needy} need the teacher; pass teacher_hidden and teacher_head")
+        return
+    _check_head("teacher", work.teacher_hidden, work.teacher_head, work.vocabulary)
+    if work.teacher_hidden.shape[0] != rows:
+        raise ValueError(f"{rows} student rows and {work.teacher_hidden.shape[0]} teacher rows; gather the same positions")
+    mine, theirs = work.head.weight.shape[0], work.teacher_head.weight.shape[0]
+    if work.vocabulary is None and mine != theirs:
+        raise ValueError(
+            f"the student head has {mine} columns and the teacher head {theirs}; if both share a tokenizer and differ in "
+            "padding, pass vocabulary=len(tokenizer)"
+        )

@@ -1,0 +1,271 @@
+"""Runs the stages of a recipe on one student: build the towers, read the data, train stage by stage, resume anywhere.
+
+The SFT control is the same student put through the same stages, data, order, steps and seed, without the teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+import mmkd
+from mmkd.data.samples import DataError, Sample
+from mmkd.data.sources import read_samples, resolve
+from mmkd.distill.collate import PairDataset
+from mmkd.distill.distiller import Distiller
+from mmkd.distill.guards import run_guards
+from mmkd.distill.terms import Schedule, Term
+from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
+from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
+from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.tower import Tower, TowerError
+
+logger = logging.getLogger(__name__)
+
+CONTROL_TERMS = {"cross_entropy": TermSpec(kind="cross_entropy")}
+
+
+# ---- towers ----------------------------------------------------------------------------------------------------------
+
+
+def load_teacher(recipe: Recipe) -> Tower | None:
+    if recipe.teacher is None:
+        return None
+    spec = recipe.teacher
+    tower = Tower.load(
+        spec.model, dtype=_dtype(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
+        max_length=recipe.max_length,
+    )
+    return _to_device(tower, spec.quantise).freeze()
+
+
+def build_student(recipe: Recipe, teacher: Tower | None, texts: list[str]) -> Tower:
+    """The student before its first stage. `texts` train its tokenizer where the recipe asks for one."""
+    spec = recipe.student
+    if spec.model is not None:
+        tower = Tower.load(
+            spec.model, dtype=_dtype(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length
+        )
+        return _to_device(tower)
+    parts = spec.assemble
+    if parts.import_module:
+        import_module(parts.import_module)
+    size = parts.vision.image_size
+    vision = {k: v for k, v in parts.vision.model_dump(exclude={"image_size"}).items() if v is not None}
+    tower = assemble(
+        VisionSpec(**vision, image_size=(size, size) if isinstance(size, int) else size),
+        LanguageSpec(**parts.language.model_dump()),
+        projector=parts.projector,
+        tokenizer=_tokenizer(parts, teacher, texts),
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+        dtype=torch.float32 if spec.dtype == "auto" else _dtype(spec.dtype),
+    )
+    return _to_device(tower)
+
+
+def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> Any:
+    spec = parts.tokenizer
+    if spec is None:
+        return None
+    if spec.vocab_size is not None:
+        return train_tokenizer(texts, spec.vocab_size)
+    return teacher.tokenizer if spec.source == "teacher" else load_tokenizer(spec.source)
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _to_device(tower: Tower, quantise: str | None = None) -> Tower:
+    if torch.cuda.is_available() and quantise is None:
+        tower.model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    return tower
+
+
+# ---- data and terms --------------------------------------------------------------------------------------------------
+
+
+def stage_samples(stage: StageSpec, seed: int) -> list[Sample]:
+    samples = [sample for spec in stage.data for sample in read_samples(spec, seed)]
+    if not samples:
+        raise DataError("a stage has no samples")
+    return samples
+
+
+def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
+    terms = []
+    for name, spec in specs.items():
+        weight = spec.weight
+        schedule = Schedule(weight.start, weight.end, weight.over) if isinstance(weight, WeightSpec) else Schedule(weight, weight)
+        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, tuple(sorted((spec.model_extra or {}).items()))))
+    return terms
+
+
+def control_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the SFT control: everything the same, no teacher, cross-entropy (or the stage's `control_terms`)."""
+    stages = {
+        name: stage.model_copy(update={"terms": stage.control_terms or CONTROL_TERMS, "control_terms": None})
+        for name, stage in recipe.stages.items()
+    }
+    return recipe.model_copy(update={"stages": stages, "teacher": None})
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, role: str, student: Tower, teacher: Tower | None, run: Path) -> Tower:
+    """Puts the student through all stages; what is done already is loaded. Returns the trained tower.
+
+    Every stage ends on disk and the next starts from there, so that a resumed run and an undisturbed one are the same.
+    """
+    final = run / role
+    if (final / "config.json").exists():
+        return _to_device(Tower.load(final, dtype=_dtype(recipe.student.dtype), max_length=recipe.max_length))
+    for number, (name, stage) in enumerate(recipe.stages.items()):
+        folder = run / "stages" / role / f"{number}_{name}"
+        if not (folder / "model").exists():
+            _train_stage(recipe, role, name, stage, student, teacher, run, folder)
+        student = _to_device(Tower.load(folder / "model", dtype=_dtype(recipe.student.dtype), max_length=recipe.max_length))
+    if is_main_process():
+        _copy(folder / "model", final)
+    _wait()
+    return student
+
+
+def _train_stage(
+    recipe: Recipe, role: str, name: str, stage: StageSpec, student: Tower, teacher: Tower | None, run: Path, folder: Path
+) -> None:
+    set_seed(recipe.seed)
+    samples = stage_samples(stage, recipe.seed)
+    terms = terms_of(stage.terms)
+    needed = teacher if any(t.needs_teacher for t in terms) else None
+    if stage.lora is not None:
+        add_lora(student, stage.lora)
+    set_trainable(student, stage)
+    dataset = PairDataset(
+        samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples))
+    )
+    distiller = Distiller(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    wrong = split_evenly(stage.optimiser, world_size)
+    if wrong:
+        raise DataError(f"stage {name}: {'; '.join(wrong)}")
+    if len(samples) < stage.optimiser.batch_size:
+        raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
+    arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
+    resume = last_checkpoint(folder)
+    if resume is None:
+        logger.info("%s, stage %s: %d samples, terms %s", role, name, len(samples), ", ".join(t.name for t in terms))
+        first = number_of(recipe, name) == 0
+        guards = recipe.guards
+        run_guards(distiller, dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
+        set_seed(recipe.seed)
+    trainer = DistillTrainer(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
+    trainer.train(resume_from_checkpoint=resume)
+    if dataset.skipped:
+        logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))
+    if is_main_process():
+        _save_whole(student, folder / "model")
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    _wait()
+
+
+def number_of(recipe: Recipe, stage: str) -> int:
+    return list(recipe.stages).index(stage)
+
+
+def set_trainable(student: Tower, stage: StageSpec) -> None:
+    """Only the parts that the stage names are trained; with LoRA, of the language model only the adapters."""
+    for part, parameters in student.part_parameters().items():
+        for name, parameter in parameters:
+            adapter = "lora_" in name
+            wanted = part in stage.train and (adapter or part != "language" or stage.lora is None)
+            parameter.requires_grad_(wanted and parameter.is_floating_point())
+    if not any(p.requires_grad for p in student.model.parameters()):
+        raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
+    if stage.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def add_lora(student: Tower, spec: LoraSpec) -> None:
+    """LoRA (or DoRA) adapters on the language model, in place; they are merged when the stage is saved."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = spec.targets if isinstance(spec.targets, list) else sorted(
+        {n.rpartition(".")[2] for n, m in student.language.named_modules() if isinstance(m, torch.nn.Linear)}
+    )
+    config = LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, use_dora=spec.dora
+    )
+    inject_adapter_in_model(config, student.language)
+
+
+def _save_whole(student: Tower, folder: Path) -> None:
+    """The model folder appears complete or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    student.save(partial)
+    partial.rename(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(target)
+
+
+# ---- control ---------------------------------------------------------------------------------------------------------
+
+
+def control_key(recipe: Recipe, student: Tower) -> str:
+    """What defines a control: its untrained weights and processor, its stages with their data, seed and this version."""
+    control = control_recipe(recipe)
+    stages = control.model_dump(mode="json", include={"stages", "seed", "max_length"})
+    data = [_data_state(spec) for stage in control.stages.values() for spec in stage.data]
+    facts = json.dumps([mmkd.__version__, student.fingerprint(), stages, data], sort_keys=True)
+    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
+
+def _data_state(spec: Any) -> list:
+    """Annotation files of a data set with size and time: a set that was changed makes a new control."""
+    fields = resolve(spec)
+    root = Path(fields["root"]).expanduser()
+    files = sorted(p for pattern in ("*.json", "*.jsonl", "*/*.jsonl") for p in root.glob(pattern))
+    return [fields, [[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+
+
+def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
+    """The SFT control, trained once for all runs beside this one that would train the very same."""
+    shared = run.parent / "controls" / control_key(recipe, student)
+    control = train(control_recipe(recipe), "control", student, None, shared)
+    if is_main_process():
+        if not (run / "control").exists():
+            _copy(shared / "control", run / "control")
+        (run / "log").mkdir(parents=True, exist_ok=True)
+        shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
+    _wait()
+    return control
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _wait() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,94 @@
+"""Terms of the training loss: what each one needs, on which positions it counts, and how it is weighted.
+
+A row term is a pure function of `mmkd.losses` on logit rows. The distiller takes the union of what the terms need, runs
+each pass once, and hands all row terms to the row engine together. A new method is a function and an entry here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mmkd import losses
+
+
+@dataclass(frozen=True)
+class TermKind:
+    """What a kind of term is: its function, and what it cannot do without."""
+
+    function: Callable[..., Any]  # a row-loss class for the row engine, else a function of one image's tensors
+    teacher: bool = True  # compares with the teacher
+    rows: bool = True  # a function of logit rows, computed by the row engine
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Keyword arguments that a recipe may set."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.default is not inspect.Parameter.empty)
+
+
+KINDS: dict[str, TermKind] = {
+    "cross_entropy": TermKind(losses.CrossEntropy, teacher=False),
+    "forward_kl": TermKind(losses.ForwardKL),
+    "reverse_kl": TermKind(losses.ReverseKL),
+    "jsd": TermKind(losses.JSD),
+    "dbild": TermKind(losses.DBiLD),
+    "relation": TermKind(losses.relation_from_hidden, rows=False),
+    "feature_match": TermKind(losses.feature_match, rows=False),
+}
+
+POSITIONS = ("response", "visual")
+PATHS = ("student", "switch")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Weight over a stage: linear from `start` to `end` over the first `over` (share of the stage's steps)."""
+
+    start: float
+    end: float
+    over: float = 1.0
+
+    def at(self, progress: float) -> float:
+        """The weight at `progress` in 0..1 of the stage."""
+        reached = 1.0 if self.over <= 0 else min(1.0, progress / self.over)
+        return self.start + (self.end - self.start) * reached
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of one stage.
+
+    name: what it is called in logs and on the command line.  kind: an entry of KINDS.
+    positions: the positions whose rows count.  path: whose rows they are, the student's or those of the visual switch.
+    """
+
+    name: str
+    kind: str
+    weight: Schedule
+    positions: str = "response"
+    path: str = "student"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return KINDS[self.kind].teacher
+
+    @property
+    def is_row_term(self) -> bool:
+        return KINDS[self.kind].rows
+
+    @property
+    def count(self) -> str:
+        """Which global count divides the term's sum."""
+        if self.kind == "relation":
+            return "image"
+        if self.kind == "feature_match":
+            return "feature"
+        return "switch" if self.path == "switch" else self.positions
+
+    def row_loss(self) -> Callable[..., Any]:
+        """(student logits [r, V], teacher logits [r, V] or None, targets [r]) -> [r]"""
+        return KINDS[self.kind].function(**dict(self.options))

@@ -1,0 +1,198 @@
+"""The training loop: transformers' Trainer with the little that distillation changes.
+
+What is ours: global counts per kind of position (so that micro-batches and ranks add up exactly), the log of each term,
+checkpoints that hold the student and the terms' own parameters but never the teacher, and a mark on complete ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mmkd.distill.collate import COUNTS, Batch, Collator, PairDataset
+from mmkd.distill.distiller import Distiller
+from mmkd.recipe import OptimiserSpec, StageSpec
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "distiller.safetensors"
+COMPLETE = "complete"  # written last: a checkpoint without it was interrupted
+
+
+class DistillTrainer(Trainer):
+    """Trains a `Distiller`."""
+
+    def __init__(self, distiller: Distiller, dataset: PairDataset, stage: StageSpec, arguments: TrainingArguments, log: Path):
+        self.stage = stage
+        self._sums: dict[str, Tensor] = {}
+        super().__init__(
+            model=distiller,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=Collator(distiller.tower, distiller.teacher),
+            callbacks=[TermLog(log, arguments.run_name)],
+        )
+        self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
+
+    # ---- loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Counts of one optimiser step over its micro-batches and all ranks. [len(COUNTS)], on the CPU"""
+        if not batch_samples:
+            return torch.zeros(len(COUNTS))
+        counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts.to(device), reduction="sum").cpu()
+        return counts
+
+    def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
+        return {"batch": inputs["batch"].to(self.args.device, non_blocking=True)}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        loss, terms = model(inputs["batch"], num_items_in_batch, progress)
+        for name, (total, count) in terms.items():
+            seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
+            self._sums[name] = self._sums[name] + seen if name in self._sums else seen
+        loss = loss * self.args.world_size  # data-parallel wrappers average gradients; our counts are global already
+        return (loss, terms) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._sums and "loss" in logs:
+            for name in sorted(self._sums):
+                total, count = self.accelerator.reduce(self._sums[name], reduction="sum").tolist()
+                logs[name] = total / max(1.0, count)
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    # ---- optimiser ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            spec = self.stage.optimiser
+            groups = parameter_groups(self.model, spec)
+            self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
+        return self.optimizer
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint under `folder`."""
+    found = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+
+def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str, Any]]:
+    """Trainable parameters by part, each with its learning rate; no weight decay on norms, biases and other vectors."""
+    parts = {part: [p for _, p in found] for part, found in distiller.tower.part_parameters().items()}
+    parts["bridges"] = list(distiller.bridges.parameters())
+    groups = []
+    for part, parameters in parts.items():
+        rate = spec.learning_rates.get(part, spec.learning_rate)  # type: ignore[call-overload]
+        trainable = [p for p in parameters if p.requires_grad]
+        for decay, chosen in ((spec.weight_decay, True), (0.0, False)):
+            members = [p for p in trainable if (p.dim() > 1) == chosen]
+            if members:
+                groups.append({"params": members, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, world_size: int) -> TrainingArguments:
+    """A stage in transformers' terms."""
+    spec = stage.optimiser
+    per_process = max(1, spec.batch_size // world_size)
+    micro = min(spec.micro_batch_size or per_process, per_process)
+    schedules = {"constant": "constant", "constant_with_warmup": "constant_with_warmup"}
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=name,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=per_process // micro,
+        num_train_epochs=stage.epochs or 1.0,
+        max_steps=stage.steps or -1,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=schedules.get(spec.schedule, spec.schedule),
+        warmup_steps=spec.warmup,
+        max_grad_norm=spec.max_grad_norm,
+        bf16=stage.precision == "bfloat16",
+        logging_steps=stage.log_every,
+        save_steps=stage.save_every,
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        disable_tqdm=False,
+    )
+
+
+class TermLog(TrainerCallback):
+    """Appends one JSON line a log event: stage, step, loss, every term. A resumed stage drops what it will do again."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in _rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            row = {"stage": self.stage, "step": state.global_step, **{k: float(v) for k, v in logs.items()}}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The log's rows; the last line of a killed run may be cut short."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("dropped an incomplete line of %s", path)
+
+
+def split_evenly(spec: OptimiserSpec, world_size: int) -> Sequence[str]:
+    """Errors of a batch size that does not divide over processes and micro-batches."""
+    errors = []
+    if spec.batch_size % world_size:
+        errors.append(f"batch_size {spec.batch_size} does not divide over {world_size} processes")
+    elif spec.micro_batch_size and (spec.batch_size // world_size) % spec.micro_batch_size:
+        errors.append(
+            f"batch_size {spec.batch_size} over {world_size} processes is {spec.batch_size // world_size} samples a process, "
+            f"which micro_batch_size {spec.micro_batch_size} does not divide"
+        )
+    return errors

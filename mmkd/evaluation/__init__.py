@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, answers, scores, comparison of models and the report of a run."""

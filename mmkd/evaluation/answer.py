@@ -1,0 +1,431 @@
+"""Answering a benchmark with a tower: in batches, resumable, with every question accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
+from mmkd.evaluation.benchmarks import Benchmark
+from mmkd.evaluation.compare import group_of, interval, read_predictions
+from mmkd.evaluation.parsers import PARSERS, scienceqa_parse_lenient
+from mmkd.evaluation.scorers import METRICS, mme, pope, references_of, scienceqa
+
+PREDICTIONS = "predictions.jsonl"
+RESULTS = "results.json"
+PARTIAL = "answers.partial.jsonl"
+
+# Half a surrogate pair, which annotation files do hold, cannot be UTF-8; as "\\udXXX" it is JSON again.
+_LONE_SURROGATES = "backslashreplace"
+
+log = logging.getLogger(__name__)
+
+
+class Answerer(Protocol):
+    """What evaluation needs of a tower."""
+
+    def answer(self, samples: list[Sample], *, max_new_tokens: int, vision_cache: dict | None) -> list[str]: ...
+    def parameter_count(self) -> dict[str, int]: ...
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A question ready to be asked. `group` is the content of its pictures, or the question itself without one."""
+
+    question: Question
+    sample: Sample
+    prompt: str
+    references: tuple[str, ...]
+    group: str
+    skipped: str | None
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """The key under which the tower caches this sample's visual tokens."""
+        return tuple(ref.key for ref in self.sample.images)
+
+
+def evaluate(
+    tower: Answerer,
+    benchmark: Benchmark,
+    out: Path | str,
+    *,
+    data_root: Path | str | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    blind: bool = False,
+    resume: bool = True,
+    progress: bool = True,
+    model_name: str = "",
+) -> dict[str, Any]:
+    """Answers and scores a benchmark; writes `predictions.jsonl` and `results.json` to the folder `out`.
+
+    Answers are kept as they come in `answers.partial.jsonl`.  With `resume` an interrupted evaluation goes on after its
+    last whole batch, and a finished one is only scored again.  A partial file of another model, data, prompt or setting
+    is refused.  `blind` takes the pictures away and leaves the words: how far the text alone goes.
+
+    A question whose picture cannot be read is left out of the score, and counted with its reason in `n_skipped` and
+    `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content) as one draw.
+
+    Returns the content of `results.json`.  Raises DataError when the data is wrong or no question could be answered.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    items = _prepare(benchmark, benchmark.read(data_root, limit), blind)
+    header = {
+        "benchmark": benchmark.name,
+        "model_fingerprint": tower.fingerprint(),
+        "data_fingerprint": _data_fingerprint(items),
+        "max_new_tokens": benchmark.max_new_tokens,
+        "blind": blind,
+    }
+    store = _Store(out, header, resume)
+    _answer_all(tower, benchmark, items, store, batch_size, progress)
+    rows = [_row(benchmark, item, store.answers.get(item.question.id)) for item in items]
+    results = _results(benchmark, items, rows, header, limit)
+    results |= {
+        "model": model_name,
+        "parameters": tower.parameter_count(),
+        "seconds": round(math.fsum(answer["seconds"] for answer in store.answers.values()), 3),
+        "batch_size": batch_size,
+        "versions": _versions(),
+    }
+    _write_atomically(out / PREDICTIONS, _lines(rows))
+    _write_atomically(out / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    store.close()
+    return results
+
+
+# ---- questions -> items ----------------------------------------------------------------------------------------
+
+
+def _prepare(benchmark: Benchmark, questions: Sequence[Question], blind: bool) -> list[_Item]:
+    digests: dict[str, tuple[str, str | None]] = {}
+    by_letter = benchmark.prompt_style == "letter"
+    items = []
+    for question in questions:
+        sample = benchmark.render(question)
+        group, problem = _picture_group(question, digests)
+        asked = sample.without_images() if blind else sample
+        references = references_of(question, by_letter)
+        items.append(_Item(question, asked, _prompt_text(sample), references, group, None if blind else problem))
+    return items
+
+
+def _picture_group(question: Question, digests: dict[str, tuple[str, str | None]]) -> tuple[str, str | None]:
+    """Digest of the pictures' bytes, and why one cannot be read (or None). One scene may lie in several files."""
+    if not question.images:
+        return f"question {question.id}", None
+    found = []
+    for ref in question.images:
+        if ref.key not in digests:
+            digests[ref.key] = _digest(ref)
+        found.append(digests[ref.key])
+    problems = [problem for _, problem in found if problem]
+    return "+".join(digest for digest, _ in found), problems[0] if problems else None
+
+
+def _digest(ref: ImageRef) -> tuple[str, str | None]:
+    try:
+        return hashlib.sha256(ref.read_bytes()).hexdigest()[:16], None
+    except ImageError as error:
+        return f"unreadable {ref.name}", str(error)
+
+
+def _prompt_text(sample: Sample) -> str:
+    """The words of the prompt; roles are named where there is more than one turn."""
+    turns = sample.prompt_turns
+    return turns[0].text if len(turns) == 1 else "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
+
+
+def _data_fingerprint(items: Iterable[_Item]) -> str:
+    """A hash of ids, prompts, references and pictures: the same on another machine, another with any other data."""
+    digest = hashlib.sha256()
+    for item in items:
+        row = [item.question.id, item.prompt, item.references, item.group]
+        digest.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------
+
+
+def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
+    """Batches of about equal prompt length, longest first; questions on the same picture stay together."""
+    groups: dict[object, list[_Item]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault(item.image_keys or place, []).append(item)
+    ordered = sorted(groups.values(), key=lambda group: -max(len(item.prompt) for item in group))
+    line = [item for group in ordered for item in sorted(group, key=lambda item: -len(item.prompt))]
+    return [line[i : i + size] for i in range(0, len(line), size)]
+
+
+def _answer_all(
+    tower: Answerer, benchmark: Benchmark, items: Sequence[_Item], store: _Store, batch_size: int, progress: bool
+) -> None:
+    from tqdm import tqdm
+
+    # The order depends on the questions alone, and a batch is asked as a whole or not at all: an answer may depend, in
+    # its last bits, on what stands beside it, and a resumed evaluation must give what an uninterrupted one gives.
+    batches = _batches([item for item in items if item.skipped is None], batch_size)
+    todo = [batch for batch in batches if any(item.question.id not in store.answers for item in batch)]
+    open_questions = Counter(item.image_keys for batch in todo for item in batch)
+    cache: dict = {}
+    bar = tqdm(total=sum(map(len, todo)), desc=benchmark.name, unit="question", disable=not progress)
+    with bar:
+        for batch in todo:
+            start = time.perf_counter()
+            answers = _answer_batch(tower, [item.sample for item in batch], benchmark.max_new_tokens, cache)
+            store.add(answers, time.perf_counter() - start)
+            open_questions.subtract(item.image_keys for item in batch)
+            for key in [key for key in cache if open_questions[key] <= 0]:
+                del cache[key]
+            bar.update(len(batch))
+
+
+def _answer_batch(tower: Answerer, samples: list[Sample], max_new_tokens: int, cache: dict) -> dict[str, dict]:
+    """Answers by id; a sample whose picture does not decode gets its reason, and the others are asked without it."""
+    try:
+        texts = tower.answer(samples, max_new_tokens=max_new_tokens, vision_cache=cache)
+    except ImageError:
+        unreadable = {sample.id: reason for sample in samples if (reason := _why_unreadable(sample))}
+        if not unreadable:
+            raise
+        skipped = {name: {"prediction": None, "skipped": reason} for name, reason in unreadable.items()}
+        rest = [sample for sample in samples if sample.id not in unreadable]
+        return skipped | (_answer_batch(tower, rest, max_new_tokens, cache) if rest else {})
+    if len(texts) != len(samples):
+        raise RuntimeError(f"the tower gave {len(texts)} answers to {len(samples)} questions; `answer` owes one each")
+    return {sample.id: {"prediction": text, "skipped": None} for sample, text in zip(samples, texts)}
+
+
+def _why_unreadable(sample: Sample) -> str | None:
+    for ref in sample.images:
+        try:
+            ref.load()
+        except ImageError as error:
+            return str(error)
+    return None
+
+
+# ---- keeping answers -------------------------------------------------------------------------------------------
+
+
+class _Store:
+    """Answers by id, kept on disk batch by batch below a header that says whose they are."""
+
+    def __init__(self, out: Path, header: dict[str, Any], resume: bool) -> None:
+        self.path = out / PARTIAL
+        self.header = header
+        self.answers: dict[str, dict] = {}
+        if resume:
+            self.answers = self._read_partial() or _finished_answers(out, header)
+        if not (resume and self.path.exists()):
+            self.path.write_text(json.dumps({"header": header}) + "\n", encoding="utf-8")
+
+    def add(self, answers: dict[str, dict], seconds: float) -> None:
+        share = seconds / len(answers)
+        rows = [{"id": name, **answer, "seconds": share} for name, answer in answers.items()]
+        with self.path.open("a", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as stream:
+            stream.write(_lines(rows))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.answers |= {row["id"]: row for row in rows}
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _read_partial(self) -> dict[str, dict]:
+        """The answers of an interrupted evaluation. A last line cut short by the interruption is dropped."""
+        if not self.path.exists():
+            return {}
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole:
+            self.path.unlink()
+            return {}
+        try:
+            header, *rows = [json.loads(line) for line in whole.splitlines()]
+            answers = {row["id"]: row for row in rows}
+            difference = _difference(header["header"], self.header)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path} is damaged ({error!r}); delete it or start anew with resume=False") from error
+        if difference:
+            raise DataError(
+                f"{self.path} holds answers of another evaluation ({difference}); finish that one, choose another "
+                "output folder, or start anew with resume=False"
+            )
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        log.info("going on with %d answers of %s", len(answers), self.path)
+        return answers
+
+
+def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = [key for key in now if there.get(key) != now[key]]
+    return "; ".join(f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in keys)
+
+
+def _finished_answers(out: Path, header: dict[str, Any]) -> dict[str, dict]:
+    """The answers of a finished evaluation of the same things; pictures that could not be read are tried again."""
+    try:
+        results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+        rows = read_predictions(out / PREDICTIONS)
+    except (OSError, ValueError):
+        return {}  # none there, or not whole: it is answered again and written anew
+    difference = _difference(results, header)
+    if difference:
+        log.warning("%s is of another evaluation (%s) and will be replaced", out / RESULTS, difference)
+        return {}
+    answered = [row for row in rows.values() if not row["skipped"]]
+    share = results["seconds"] / max(1, len(answered))
+    return {row["id"]: {"prediction": row["prediction"], "skipped": None, "seconds": share} for row in answered}
+
+
+def _lines(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as stream:
+        stream.write(text)
+    os.replace(beside, path)
+
+
+# ---- scoring ---------------------------------------------------------------------------------------------------
+
+
+def _row(benchmark: Benchmark, item: _Item, answer: dict | None) -> dict[str, Any]:
+    question = item.question
+    row = {
+        "id": question.id,
+        "question": question.question,
+        "choices": list(question.choices),
+        "prompt": item.prompt,
+        "prediction": None,
+        "parsed": None,
+        "score": None,
+        "references": list(item.references),
+        "categories": {"modality": "image" if question.images else "text", **question.categories},
+        "images": [ref.key for ref in question.images],
+        "group": item.group,
+        "skipped": item.skipped or (answer or {}).get("skipped"),
+    }
+    if row["skipped"]:
+        return row
+    text = answer["prediction"]
+    parsed = PARSERS[benchmark.parser](text, question.choices)
+    row |= {"prediction": text, "parsed": parsed, "score": _score(benchmark.metric, parsed, row["references"])}
+    if benchmark.also:
+        row["also"] = {metric: _score(metric, parsed, row["references"]) for metric in benchmark.also}
+    if benchmark.parser == "scienceqa":
+        lenient = scienceqa_parse_lenient(text, len(question.choices), question.choices)
+        row |= {"score_strict": row["score"], "parsed_lenient": lenient}
+        row["score_lenient"] = _score(benchmark.metric, lenient, row["references"])
+    return row
+
+
+def _score(metric: str, parsed: str | None, references: Sequence[str]) -> float:
+    return 0.0 if parsed is None else METRICS[metric](parsed, references)
+
+
+def _results(
+    benchmark: Benchmark, items: Sequence[_Item], rows: Sequence[dict], header: dict[str, Any], limit: int | None
+) -> dict[str, Any]:
+    scored = [row for row in rows if not row["skipped"]]
+    reasons = Counter(_short_reason(row) for row in rows if row["skipped"])
+    if not scored:
+        raise DataError(f"benchmark {benchmark.name!r}: no question could be answered: {dict(reasons)}")
+    if reasons:
+        log.warning("%s: %d questions skipped: %s", benchmark.name, sum(reasons.values()), dict(reasons))
+    results = header | {
+        "title": benchmark.title,
+        "metric": benchmark.metric,
+        **_score_of(scored, "score"),
+        "n_skipped": len(rows) - len(scored),
+        "skipped": dict(reasons),
+        "unparsed_share": sum(row["parsed"] is None for row in scored) / len(scored),
+        "rows": len(rows),
+        "expected_rows": benchmark.expected_rows,
+        "rows_difference": _rows_difference(benchmark, len(rows), limit),
+        "split": benchmark.split,
+        "limit": limit,
+        "prompt": items[0].prompt,
+        "prompt_style": benchmark.prompt_style,
+        "parser": benchmark.parser,
+        "ocr_tokens": benchmark.ocr,
+        "by": {category: _by(scored, category) for category in benchmark.categories},
+    }
+    if benchmark.also:
+        results["also"] = {metric: _score_of(scored, "also", metric) for metric in benchmark.also}
+    return results | _particulars(benchmark, scored)
+
+
+def _score_of(rows: Sequence[dict], key: str, metric: str | None = None) -> dict[str, Any]:
+    values = [row[key] if metric is None else row[key][metric] for row in rows]
+    mean, low, high = interval(values, [group_of(row) for row in rows])
+    return {"n": len(rows), "score": mean, "ci95": [low, high]}
+
+
+def _by(rows: Sequence[dict], category: str) -> dict[str, dict]:
+    values: dict[str, list[dict]] = {}
+    for row in rows:
+        values.setdefault(row["categories"].get(category, "(none)"), []).append(row)
+    return {value: _score_of(values[value], "score") for value in sorted(values)}
+
+
+def _particulars(benchmark: Benchmark, rows: Sequence[dict]) -> dict[str, Any]:
+    """What some benchmarks report besides: ScienceQA's usual parts and lenient score, POPE's and MME's numbers."""
+    if benchmark.parser == "scienceqa":
+        lenient = _score_of(rows, "score_lenient")
+        return {"scienceqa": scienceqa(rows), "score_lenient": lenient["score"], "ci95_lenient": lenient["ci95"]}
+    labels = [row["references"][0] for row in rows]
+    if benchmark.metric == "pope":
+        return {"pope": pope([row["prediction"] for row in rows], labels)}
+    if benchmark.metric == "mme":
+        tasks: dict[str, list[tuple[str, str, str]]] = {}
+        for row, label in zip(rows, labels):
+            task = row["categories"].get("task", "all")
+            tasks.setdefault(task, []).append(("|".join(row["images"]), row["prediction"], label))
+        return {"mme": mme(tasks)}
+    return {}
+
+
+def _rows_difference(benchmark: Benchmark, rows: int, limit: int | None) -> str | None:
+    if benchmark.expected_rows is None or rows == benchmark.expected_rows:
+        return None
+    cause = f"limit={limit}" if limit is not None else "another release or a part of the data"
+    return f"{rows} rows, the card expects {benchmark.expected_rows} ({cause}): not comparable with published numbers"
+
+
+def _short_reason(row: dict) -> str:
+    """The reason without the picture's path, so that equal reasons are counted together."""
+    reason = row["skipped"]
+    for key in row["images"]:
+        reason = reason.replace(f" {key}", "")
+    return reason.partition(":")[0]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("mmkd", "torch", "transformers", "pillow", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions

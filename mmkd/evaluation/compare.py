@@ -1,0 +1,189 @@
+"""How sure a score is, and whether one model is better than another: bootstrap intervals and paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmkd.data.samples import DataError
+
+LEVEL = 0.95
+_CHUNK_BYTES = 32 * 2**20  # of one array of drawn clusters; about three such arrays live at once
+
+Interval = tuple[float, float, float]
+
+
+def _cluster_sums(scores: np.ndarray, groups: Sequence[Hashable] | None) -> np.ndarray:
+    """Sum and count of the scores of every cluster. [C, 2]"""
+    if groups is None:
+        return np.stack([scores, np.ones_like(scores)], axis=1)
+    if len(groups) != len(scores):
+        raise DataError(f"{len(scores)} scores but {len(groups)} groups; give one group a score")
+    places: dict[Hashable, int] = {}
+    index = np.array([places.setdefault(group, len(places)) for group in groups])
+    return np.stack([np.bincount(index, weights=scores), np.bincount(index)], axis=1)
+
+
+def _resampled_means(clusters: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of `n_boot` draws of C clusters with replacement. clusters [C, 2] -> [n_boot]"""
+    count = len(clusters)
+    kinds, multiplicity = np.unique(clusters, axis=0, return_counts=True)
+    # Clusters of equal sum and count are interchangeable: drawing how often each kind comes is the same draw, and with
+    # the few kinds that right/wrong scores make it is far less work.
+    if len(kinds) * 8 <= count:
+        totals = rng.multinomial(count, multiplicity / count, size=n_boot) @ kinds  # [n_boot, 2]
+        return totals[:, 0] / totals[:, 1]
+    step = max(1, _CHUNK_BYTES // (8 * count))
+    means = np.empty(n_boot)
+    for start in range(0, n_boot, step):
+        drawn = rng.integers(0, count, size=(min(step, n_boot - start), count))  # [chunk, C]
+        sums = clusters[:, 0][drawn].sum(axis=1)
+        means[start : start + len(drawn)] = sums / clusters[:, 1][drawn].sum(axis=1)
+    return means
+
+
+def interval(
+    scores: Sequence[float], groups: Sequence[Hashable] | None = None, n_boot: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of the scores with its 95 % interval: (mean, low, high), by the percentile bootstrap.
+
+    With `groups`, whole groups are drawn (a cluster bootstrap): questions on one picture are not independent, since a
+    model that misreads the picture misses several of them.  Drawing questions one by one would make the interval too
+    narrow.  Give the picture as the group, a question without a picture its own.
+
+    The interval says how the score would vary with other questions of the same kind, not with another training seed.
+    With few groups (below about 30), or with all scores equal (a width of zero), it is too optimistic.
+    Raises DataError when there is nothing to score, on a score that is not finite, on groups of another length.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise DataError(f"an interval needs a list of scores, got shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise DataError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite numbers")
+    means = _resampled_means(_cluster_sums(values, groups), n_boot, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+def paired_difference(
+    a: Sequence[float],
+    b: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    n_boot: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of a - b over the same questions, with its interval; much narrower than two intervals side by side.
+
+    See `interval`.  Raises DataError when the two are not equally long.
+    """
+    if len(a) != len(b):
+        raise DataError(f"a paired difference needs the same questions: {len(a)} scores against {len(b)}")
+    return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), groups, n_boot, seed)
+
+
+def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str | None]) -> float:
+    """Share of questions with the same answer, right or wrong, but for case and white space around it."""
+    if len(a_predictions) != len(b_predictions) or not len(a_predictions):
+        raise DataError(
+            f"agreement needs the same questions, at least one: {len(a_predictions)} against {len(b_predictions)}"
+        )
+    plain = [[(text or "").strip().casefold() for text in side] for side in (a_predictions, b_predictions)]
+    return sum(x == y for x, y in zip(*plain)) / len(a_predictions)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------
+
+
+def read_predictions(path: Path | str) -> dict[str, dict]:
+    """The rows of a predictions.jsonl by id, in order. Raises DataError naming file and line."""
+    path = Path(path)
+    rows: dict[str, dict] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"predictions {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: not a row of predictions ({error!r}); evaluate again") from error
+    return rows
+
+
+def group_of(row: Mapping) -> str:
+    """The cluster of a question: its picture (by content, else by name), or the question itself without one."""
+    return row.get("group") or "|".join(row.get("images") or ()) or f"question {row['id']}"
+
+
+def same_questions(runs: Mapping[str, Mapping[str, dict]]) -> list[str]:
+    """The ids that every run holds, in order. Raises DataError, with counts and first ids, where runs differ."""
+    names = list(runs)
+    for name in names[1:]:
+        only_first = [i for i in runs[names[0]] if i not in runs[name]]
+        only_other = [i for i in runs[name] if i not in runs[names[0]]]
+        if only_first or only_other:
+            raise DataError(
+                f"{names[0]} and {name} did not answer the same questions: {len(only_first)} only in {names[0]} "
+                f"(first {only_first[:3]}), {len(only_other)} only in {name} (first {only_other[:3]}); "
+                "evaluate both on the same split and limit"
+            )
+    return list(runs[names[0]])
+
+
+def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, seed: int = 0) -> dict:
+    """Models on the same questions: {model name: path of its predictions.jsonl} -> one comparison.
+
+    Questions that any model skipped are left out for all, and counted.  Returns
+        n, n_skipped                       questions compared and left out
+        models      {name: {"score", "ci95"}}
+        differences {"a - b": {"difference", "ci95", "agreement"}}   student first, then in the order given
+        verdict                            in words: is the student better than its control?
+    Scores are 0..1.  Raises DataError when ids differ or nothing is left.
+    """
+    if not predictions:
+        raise DataError("there is nothing to compare; give at least one model's predictions")
+    runs = {name: read_predictions(path) for name, path in predictions.items()}
+    ids = same_questions(runs)
+    kept = [i for i in ids if not any(run[i].get("skipped") for run in runs.values())]
+    if not kept:
+        raise DataError(f"none of {len(ids)} questions was answered by all of {', '.join(runs)}")
+    groups = [group_of(next(iter(runs.values()))[i]) for i in kept]
+    scores = {name: [run[i]["score"] for i in kept] for name, run in runs.items()}
+    models = {}
+    for name, values in scores.items():
+        mean, low, high = interval(values, groups, n_boot, seed)
+        models[name] = {"score": mean, "ci95": [low, high]}
+    differences = {}
+    for a, b in _pairs(list(runs)):
+        mean, low, high = paired_difference(scores[a], scores[b], groups, n_boot, seed)
+        same = agreement([runs[a][i]["prediction"] for i in kept], [runs[b][i]["prediction"] for i in kept])
+        differences[f"{a} - {b}"] = {"difference": mean, "ci95": [low, high], "agreement": same}
+    result = {"n": len(kept), "n_skipped": len(ids) - len(kept), "models": models, "differences": differences}
+    return result | {"verdict": verdict(differences.get("student - control"))}
+
+
+def _pairs(names: list[str]) -> list[tuple[str, str]]:
+    """Every pair once, the student always first and the teacher always last."""
+    rank = {"student": -1, "teacher": len(names)}
+    names = sorted(names, key=lambda name: rank.get(name, names.index(name)))
+    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+
+def verdict(difference: Mapping | None) -> str:
+    """The paired difference of student and control in words; `difference` as in `compare_runs`, or None."""
+    if difference is None:
+        return "no control was evaluated: the effect of the teacher is not known"
+    low, high = (100 * bound for bound in difference["ci95"])
+    points = 100 * difference["difference"]
+    span = f"[{low:+.1f}, {high:+.1f}]"
+    if low > 0:
+        return f"student leads its control by {points:.1f} points {span}"
+    if high < 0:
+        return f"student is behind its control by {-points:.1f} points {span}: no better than its control"
+    return f"student is no better than its control: {points:+.1f} points {span}"

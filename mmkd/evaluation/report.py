@@ -1,0 +1,473 @@
+"""The report of a run: one HTML page that needs nothing else, made from the files of the run folder alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.samples import DataError, ImageError, ImageRef
+from mmkd.evaluation.compare import compare_runs, read_predictions, same_questions, verdict
+
+ROLES = ("teacher", "control", "student")
+TEMPLATE = "report.html.j2"
+GALLERY_SIZE = 36
+GALLERY_SEED = 0
+THUMBNAIL = 288  # pixels, the longer side
+SMALL = 160  # up to here PNG, which keeps drawn pictures sharp
+MAX_POINTS = 240  # of one curve
+SMOOTHING = 0.05  # share of the points under the moving mean
+MAX_ANSWER = 500  # characters shown of one prediction
+MAX_BARS = 12  # values of one category
+NO_CURVE = {"step", "epoch", "stage", "learning_rate"}
+
+log = logging.getLogger(__name__)
+
+
+def build_report(run: Path | str) -> Path:
+    """Writes RUN/report.html and returns its path.
+
+    Reads RUN/evaluation/{teacher,control,student}/<benchmark>/, RUN/log/{student,control}.jsonl, RUN/summary.json and
+    RUN/run.json; all but one model's evaluation may be missing.  The same files give the same page.
+    Raises DataError when no model has been evaluated, or when models answered different questions.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    run = Path(run)
+    facts = _read_json(run / "run.json")
+    evaluations = _read_evaluations(run)
+    benchmarks = [_benchmark(name, models) for name, models in evaluations.items()]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # predictions and questions are strangers' text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "points": _points, "count": _count, "seconds": _seconds}
+    gallery = _gallery(benchmarks)
+    page = environment.get_template(TEMPLATE).render(
+        title=str(facts.get("title") or run.resolve().name),
+        headline=_headline(benchmarks),
+        roles=[role for role in ROLES if any(role in b["models"] for b in benchmarks)],
+        models=_models(benchmarks),
+        benchmarks=benchmarks,
+        charts=_charts(run),
+        smoothing=SMOOTHING,
+        gallery=gallery,
+        outcomes=_outcomes(gallery),
+        gallery_seed=GALLERY_SEED,
+        facts=_facts(facts),
+        summary=_facts(_read_json(run / "summary.json")),
+    )
+    target = run / "report.html"
+    target.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+    return target
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, {} where there is none. Raises DataError for anything else."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; write it again or delete it") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {type(content).__name__}, an object was expected; write it again or delete it")
+    return content
+
+
+def _read_evaluations(run: Path) -> dict[str, dict[str, dict]]:
+    """{benchmark: {role: {"results", "rows", "path"}}}, benchmarks by name."""
+    found: dict[str, dict[str, dict]] = {}
+    for role in ROLES:
+        for path in sorted((run / "evaluation" / role).glob("*/results.json")):
+            predictions = path.with_name("predictions.jsonl")
+            entry = {"results": _read_json(path), "rows": read_predictions(predictions), "path": predictions}
+            found.setdefault(path.parent.name, {})[role] = entry
+    if not found:
+        raise DataError(
+            f"{run} holds no evaluation ({run / 'evaluation'}/<model>/<benchmark>/results.json); "
+            "run `mmkd evaluate` or `mmkd distill` first"
+        )
+    return dict(sorted(found.items()))
+
+
+# ---- table, headline, bars -------------------------------------------------------------------------------------
+
+
+def _benchmark(name: str, models: dict[str, dict]) -> dict[str, Any]:
+    any_results = next(iter(models.values()))["results"]
+    comparison = compare_runs({role: model["path"] for role, model in models.items()})
+    difference = comparison["differences"].get("student - control")
+    return {
+        "name": name,
+        "title": any_results.get("title") or name,
+        "metric": any_results.get("metric", "score"),
+        "models": {role: model["results"] for role, model in models.items()},
+        "rows": {role: model["rows"] for role, model in models.items()},
+        "comparison": comparison,
+        "difference": difference,
+        "verdict": verdict(difference) if difference else None,
+        "categories": _category_bars(models),
+        "facts": _benchmark_facts(models),
+    }
+
+
+def _headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
+    """One sentence for the whole run, and whether it is "good", "bad" or "open"."""
+    compared = [b for b in benchmarks if b["difference"]]
+    if not compared:
+        return {"text": "No control to compare with: what the teacher adds is not known.", "mood": "open"}
+    ahead = [b["name"] for b in compared if b["difference"]["ci95"][0] > 0]
+    behind = [b["name"] for b in compared if b["difference"]["ci95"][1] < 0]
+    mood = "bad" if not ahead else "open" if behind else "good"
+    if len(compared) == 1:
+        return {"text": f"On {compared[0]['name']} the {compared[0]['verdict']}.", "mood": mood}
+    text = f"The student is no better than its control on any of {len(compared)} benchmarks"
+    if ahead:
+        text = f"The student leads its control on {len(ahead)} of {len(compared)} benchmarks: {', '.join(ahead)}"
+    if behind:
+        text += f"; it is behind on {', '.join(behind)}"
+    return {"text": text + ".", "mood": mood}
+
+
+def _models(benchmarks: Sequence[Mapping]) -> dict[str, dict]:
+    """What is known of each model from its results: name, parameters, seconds over all benchmarks."""
+    models: dict[str, dict] = {}
+    for benchmark in benchmarks:
+        for role, results in benchmark["models"].items():
+            model = models.setdefault(role, {"name": "", "parameters": {}, "seconds": 0.0})
+            model["name"] = results.get("model") or model["name"]
+            model["parameters"] = results.get("parameters") or model["parameters"]
+            model["seconds"] += results.get("seconds") or 0.0
+    return models
+
+
+def _category_bars(models: Mapping[str, Mapping]) -> list[dict]:
+    """One block a category: its largest values with every model's score there."""
+    blocks = []
+    by = {role: model["results"].get("by", {}) for role, model in models.items()}
+    for category in dict.fromkeys(c for groups in by.values() for c in groups):
+        sizes = {
+            value: cell["n"] for groups in by.values() for value, cell in groups.get(category, {}).items()
+        }
+        shown = sorted(sizes, key=lambda value: (-sizes[value], value))[:MAX_BARS]
+        rows = [
+            {"value": v, "n": sizes[v], "cells": {r: groups.get(category, {}).get(v) for r, groups in by.items()}}
+            for v in shown
+        ]
+        if len(sizes) > 1:
+            blocks.append({"name": category, "rows": rows, "left_out": len(sizes) - len(shown)})
+    return blocks
+
+
+def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
+    """How the benchmark was asked and scored; taken from one model, since all were asked the same."""
+    results = next(iter(models.values()))["results"]
+    keys = ("split", "rows", "expected_rows", "rows_difference", "limit", "prompt_style", "ocr_tokens", "blind", "parser",
+            "metric", "max_new_tokens", "batch_size", "data_fingerprint")  # fmt: skip
+    facts = [(key.replace("_", " "), _plain(results[key])) for key in keys if results.get(key) is not None]
+    for role, model in models.items():
+        own = model["results"]
+        parts = [f"{own['n']} scored", f"{own.get('n_skipped', 0)} skipped"]
+        parts += [f"{count} × {reason}" for reason, count in own.get("skipped", {}).items()]
+        parts += [f"{_percent(own['unparsed_share'])} unparsed"] if "unparsed_share" in own else []
+        parts += [f"lenient parse {_percent(own['score_lenient'])}"] if "score_lenient" in own else []
+        parts += [f"{metric} {_percent(cell['score'])}" for metric, cell in own.get("also", {}).items()]
+        parts += [f"weights {own['model_fingerprint']}"] if own.get("model_fingerprint") else []
+        facts.append((role, ", ".join(parts)))
+    versions = results.get("versions", {})
+    return facts + [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+
+
+def _facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _plain(value)) for key, value in content.items() if value is not None]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------
+
+CHART_WIDTH, CHART_HEIGHT = 340, 210
+LEFT, RIGHT, TOP, BOTTOM = 66, 10, 12, 38
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Maps values low..high to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+
+def _read_log(path: Path) -> tuple[dict[str, list[tuple[float, float]]], list[tuple[float, str]], int]:
+    """Points (step, value) of every term, where each stage begins, and how many values were not finite.
+
+    Steps that start anew with a stage are put one behind the other.
+    """
+    terms: dict[str, list[tuple[float, float]]] = {}
+    stages: list[tuple[float, str]] = []
+    offset = last = 0.0
+    broken = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            step, stage = float(entry["step"]), str(entry.get("stage", ""))
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s, line %d is left out of the curves: %r", path, number, error)
+            continue
+        if not stages or stages[-1][1] != stage:
+            offset = last if stages and step + offset < last else offset
+            stages.append((last if stages else step, stage))
+        last = max(last, step + offset)
+        for name, value in entry.items():
+            if name in NO_CURVE or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if math.isfinite(value):
+                terms.setdefault(name, []).append((step + offset, float(value)))
+            else:
+                broken += 1
+    return terms, stages, broken
+
+
+def _charts(run: Path) -> list[dict[str, Any]]:
+    """One chart a term, the whole loss first, with a curve each for student and control."""
+    logs = {role: _read_log(path) for role in ("student", "control") if (path := run / "log" / f"{role}.jsonl").exists()}
+    names = dict.fromkeys(name for terms, _, _ in logs.values() for name in terms)
+    order = sorted(names, key=lambda name: (name != "loss", list(names).index(name)))
+    broken = {role: count for role, (_, _, count) in logs.items() if count}
+    if broken:
+        log.warning("values that are not finite are left out of the curves: %s", broken)
+    charts = []
+    for name in order:
+        series = {role: terms[name] for role, (terms, _, _) in logs.items() if len(terms.get(name, [])) > 1}
+        if series:
+            stages = next(stages for role, (_, stages, _) in logs.items() if role in series)
+            charts.append(_chart(name, series, stages))
+    return charts
+
+
+def _chart(name: str, series: Mapping[str, list[tuple[float, float]]], stages: Sequence[tuple[float, str]]) -> dict[str, Any]:
+    thinned = {role: _thin(points) for role, points in series.items()}
+    smooth = {role: _smooth(points) for role, points in thinned.items()}
+    steps = [x for points in thinned.values() for x, _ in points]
+    values = [y for points in thinned.values() for _, y in points]
+    x_ticks, y_ticks = _ticks(min(steps), max(steps), 4), _ticks(min(values), max(values), 4)
+    x = _Scale(min(steps), max(max(steps), min(steps) + 1), LEFT, CHART_WIDTH - RIGHT)
+    low, high = min(min(values), y_ticks[0]), max(max(values), y_ticks[-1])
+    y = _Scale(low, high, CHART_HEIGHT - BOTTOM, TOP)
+    ends = {role: points[-1][1] for role, points in smooth.items()}
+    return {
+        "name": name,
+        "width": CHART_WIDTH,
+        "height": CHART_HEIGHT,
+        "box": {"left": LEFT, "right": CHART_WIDTH - RIGHT, "top": TOP, "bottom": CHART_HEIGHT - BOTTOM},
+        "x_ticks": [(x(tick), f"{tick:g}") for tick in x_ticks if x.low <= tick <= x.high],
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in y_ticks],
+        "stages": [(x(start), stage) for start, stage in stages[1:]],
+        "curves": [
+            {"role": role, "raw": _path(thinned[role], x, y), "smooth": _path(smooth[role], x, y)} for role in series
+        ],
+        "summary": ", ".join(f"{role} ends at {value:.4g}" for role, value in ends.items()),
+    }
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS points, each the mean of its neighbours."""
+    size = math.ceil(len(points) / MAX_POINTS)
+    pieces = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(math.fsum(x for x, _ in p) / len(p), math.fsum(y for _, y in p) / len(p)) for p in pieces]
+
+
+def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Centred moving mean, narrower towards both ends so that it starts and stops where the curve does."""
+    half = max(1, round(len(points) * SMOOTHING / 2))
+    result = []
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)
+        window = [y for _, y in points[i - reach : i + reach + 1]]
+        result.append((x, math.fsum(window) / len(window)))
+    return result
+
+
+def _ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `wanted` of them."""
+    span = high - low or abs(high) or 1.0
+    rough = span / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _path(points: Iterable[tuple[float, float]], x: _Scale, y: _Scale) -> str:
+    return "M" + "L".join(f"{x(px):g},{y(py):g}" for px, py in points)
+
+
+# ---- gallery ---------------------------------------------------------------------------------------------------
+
+
+def _gallery(benchmarks: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """Questions to look at, about GALLERY_SIZE: of each benchmark half drawn at random, half where models part."""
+    share = max(4, GALLERY_SIZE // len(benchmarks))
+    return [item for benchmark in benchmarks for item in _gallery_of(benchmark, share)][: max(GALLERY_SIZE, 48)]
+
+
+def _gallery_of(benchmark: Mapping, share: int) -> list[dict[str, Any]]:
+    runs = benchmark["rows"]
+    ids = [i for i in same_questions(runs) if not any(run[i].get("skipped") for run in runs.values())]
+    drawn = random.Random(GALLERY_SEED).sample(ids, len(ids))
+    parting = sorted(drawn, key=lambda i: -_spread(runs, i))
+    parting = [i for i in parting if _spread(runs, i) > 0][: share // 2]
+    plain = [i for i in drawn if i not in set(parting)][: share - len(parting)]
+    order = {i: place for place, i in enumerate(ids)}
+    rows = next(iter(runs.values()))
+    return [_gallery_item(benchmark, i, i in parting) for i in sorted(parting + plain, key=lambda i: (not rows[i].get("images"), order[i]))]
+
+
+def _spread(runs: Mapping[str, Mapping[str, dict]], question: str) -> float:
+    """How far student and control (else whichever models there are) lie apart on a question."""
+    pair = [runs[role] for role in ("student", "control") if role in runs]
+    scores = [run[question]["score"] for run in (pair if len(pair) == 2 else runs.values())]
+    return max(scores) - min(scores)
+
+
+def _gallery_item(benchmark: Mapping, question: str, parted: bool) -> dict[str, Any]:
+    rows = {role: run[question] for role, run in benchmark["rows"].items()}
+    row = next(iter(rows.values()))
+    scores = {role: r["score"] for role, r in rows.items()}
+    return {
+        "id": question,
+        "benchmark": benchmark["name"],
+        "title": benchmark["title"],
+        "question": row.get("question") or row["prompt"],
+        "choices": row.get("choices") or [],
+        "prompt": row["prompt"],
+        "references": _reference_text(row),
+        "answers": [
+            {"role": role, "text": _shorten(r["prediction"] or ""), "score": r["score"], "mark": _mark(r["score"])}
+            for role, r in rows.items()
+        ],
+        "pictures": [_thumbnail(key) for key in row.get("images") or ()],
+        "chosen": "models differ" if parted else "drawn at random",
+        "outcome": _outcome(scores),
+    }
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_ANSWER else text[:MAX_ANSWER] + f" … ({len(text) - MAX_ANSWER:,} more characters)"
+
+
+def _reference_text(row: Mapping) -> list[tuple[str, int]]:
+    """The reference answers with how often each was given, commonest first; a letter with its choice."""
+    counts: dict[str, int] = {}
+    for text in row["references"]:
+        counts[text] = counts.get(text, 0) + 1
+    choices = row.get("choices") or []
+    named = {chr(65 + i): f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices)}
+    return sorted(((named.get(text, text), count) for text, count in counts.items()), key=lambda pair: -pair[1])
+
+
+def _mark(score: float) -> str:
+    return "right" if score >= 0.995 else "wrong" if score <= 0 else "partly"
+
+
+OUTCOMES = {
+    "gain": "student better than control",
+    "loss": "control better than student",
+    "right": "all fully right",
+    "wrong": "all wrong",
+    "other": "anything else",
+}
+
+
+def _outcome(scores: Mapping[str, float]) -> str:
+    student, control = scores.get("student"), scores.get("control")
+    if student is not None and control is not None and student != control:
+        return "gain" if student > control else "loss"
+    marks = {_mark(score) for score in scores.values()}
+    return marks.pop() if marks in ({"right"}, {"wrong"}) else "other"
+
+
+def _outcomes(gallery: Sequence[Mapping]) -> list[tuple[str, str, int]]:
+    counts = {key: sum(item["outcome"] == key for item in gallery) for key in OUTCOMES}
+    return [(key, text, counts[key]) for key, text in OUTCOMES.items() if counts[key]]
+
+
+def _thumbnail(key: str) -> dict[str, Any]:
+    """The picture as a data URI, small; or why there is none."""
+    try:
+        picture = _image_ref(key).load()
+    except ImageError as error:
+        log.warning("the report shows no picture for %s: %s", key, error)
+        return {"name": Path(key).name, "uri": None}
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    kind, options = ("png", {}) if max(picture.size) <= SMALL else ("jpeg", {"quality": 82})
+    stream = io.BytesIO()
+    picture.save(stream, format=kind, **options)
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    return {
+        "name": Path(key).name,
+        "uri": f"data:image/{kind};base64,{data}",
+        "width": picture.width,
+        "height": picture.height,
+    }
+
+
+def _image_ref(key: str) -> ImageRef:
+    """The reference that `ImageRef.key` was made from: a member of a zip archive, or a file."""
+    archive, found, member = key.partition(".zip/")
+    if found and Path(archive + ".zip").is_file():
+        return ImageRef(Path(archive + ".zip"), member)
+    return ImageRef(Path(key).parent, Path(key).name)
+
+
+# ---- numbers as text -------------------------------------------------------------------------------------------
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _count(value: float) -> str:
+    """1234567 -> "1.23 M"."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g}"
+
+
+def _seconds(value: float) -> str:
+    if value < 90:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"

@@ -1,0 +1,43 @@
+"""Pure loss functions on tensors. They import nothing of mmkd, take no means over a batch, and shift nothing."""
+
+from mmkd.losses.difference import DBiLD, dbild, kneedle_k
+from mmkd.losses.divergence import (
+    JSD,
+    CrossEntropy,
+    ForwardKL,
+    ReverseKL,
+    cross_entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+)
+from mmkd.losses.features import feature_match
+from mmkd.losses.preference import dpo, kto_pair
+from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
+from mmkd.losses.relation import head_gram, relation, relation_from_hidden
+from mmkd.losses.routing import load_balance
+
+__all__ = [
+    "JSD",
+    "CrossEntropy",
+    "DBiLD",
+    "ForwardKL",
+    "ReverseKL",
+    "contrastive",
+    "contrastive_partial_ranking",
+    "cross_entropy",
+    "dbild",
+    "dpo",
+    "feature_match",
+    "forward_kl",
+    "hard_negatives",
+    "head_gram",
+    "jsd",
+    "kneedle_k",
+    "kto_pair",
+    "load_balance",
+    "relation",
+    "relation_from_hidden",
+    "reverse_kl",
+    "valid_negatives",
+]

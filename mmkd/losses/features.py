@@ -1,0 +1,40 @@
+"""Match feature rows of the student to feature rows of the teacher (hints, as in FitNets, arXiv 1412.6550).
+
+Not part of one of the four vision-language methods: for a student encoder that shall imitate the teacher's.
+"""
+
+import torch
+from torch import Tensor
+
+KINDS = ("cosine", "mse", "smooth_l1")
+
+
+def feature_match(student: Tensor, teacher: Tensor, kind: str = "cosine") -> Tensor:
+    """Distance of each pair of rows; student, teacher `[N, D]`, returns `[N]`.
+
+    "cosine": `1 - cos`; "mse": mean over D of the squared difference; "smooth_l1": mean over D of
+    `d²/2` for |d| < 1, else `|d| - 1/2`. Different widths need a projection of the student first (the caller's).
+    A row of zeros has cosine distance 1/2 to any other and 0 to itself. Raises ValueError for unequal shapes or an unknown kind.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} differ in shape; "
+            "project the student's to the teacher's width and bring both to the same tokens"
+        )
+    student, teacher = _wide(student), _wide(teacher)  # [N, D] each
+    if kind == "cosine":
+        # |a/|a| - b/|b||² / 2 equals 1 - cos without the difference of nearly equal numbers.
+        return (_unit(student) - _unit(teacher)).square().sum(-1) / 2
+    if kind == "mse":
+        return (student - teacher).square().mean(-1)
+    if kind == "smooth_l1":
+        return torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
+    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)

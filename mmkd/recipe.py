@@ -1,0 +1,388 @@
+"""The recipe: one YAML file that says everything about a distillation run.
+
+It is validated as a whole before anything is loaded; all errors come at once, each with the key's path and what to do.
+Experiments are overrides on the command line (`stages.sft.terms.kl.weight=2`), not copies of the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mmkd.data.samples import DataError
+
+FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava")
+PARTS = ("vision", "projector", "language")
+
+
+class RecipeError(DataError):
+    """A recipe is wrong; the message lists every error."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataSpec(Strict):
+    """One data set of a stage: a card by name, or its fields given here (fields given here win over the card's)."""
+
+    card: str | None = None
+    format: Literal[FORMATS] | None = None  # type: ignore[valid-type]
+    root: str | None = None
+    split: str = "train"
+    prompt: Literal["letter", "short", "plain"] | None = None
+    ocr: bool | None = None
+    files: dict[str, str] | None = None
+    target: Literal["first", "majority", "sampled"] | None = None
+    limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
+    image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions
+    weight: float = Field(1.0, gt=0)  # how many times the set stands in one epoch (fractions by drawing)
+
+
+class VisionConfig(Strict):
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    image_size: int | tuple[int, int] | None = None
+    feature_layer: int | None = None
+    mean: list[float] | None = Field(None, min_length=3, max_length=3)
+    std: list[float] | None = Field(None, min_length=3, max_length=3)
+
+    @model_validator(mode="after")
+    def one_origin(self) -> VisionConfig:
+        if (self.source is None) == (self.config is None):
+            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
+        return self
+
+
+class LanguageConfig(Strict):
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    chat_template: str | None = None
+
+    @model_validator(mode="after")
+    def one_origin(self) -> LanguageConfig:
+        if (self.source is None) == (self.config is None):
+            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
+        return self
+
+
+class TokenizerConfig(Strict):
+    """Tokenizer of a language model with random weights: the teacher's, one from a folder, or one trained on the data."""
+
+    source: str | None = None  # "teacher", a folder or a hub id
+    vocab_size: int | None = Field(None, gt=0)  # train a byte-level BPE of this size on the stages' texts
+
+    @model_validator(mode="after")
+    def one_origin(self) -> TokenizerConfig:
+        if (self.source is None) == (self.vocab_size is None):
+            raise ValueError('give either `source` ("teacher", a folder or a hub id) or `vocab_size` (train one)')
+        return self
+
+
+class AssembleSpec(Strict):
+    vision: VisionConfig
+    language: LanguageConfig
+    projector: Literal["mlp", "linear"] = "mlp"
+    tokenizer: TokenizerConfig | None = None
+    import_module: str | None = None  # a Python module that registers your own encoder
+
+    @model_validator(mode="after")
+    def tokenizer_is_known(self) -> AssembleSpec:
+        if self.language.config is not None and self.tokenizer is None:
+            raise ValueError("a language model from `config` needs `tokenizer:`, for example {source: teacher}")
+        return self
+
+
+class TeacherSpec(Strict):
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantise: Literal["8bit", "4bit"] | None = None
+    trust_remote_code: bool = False
+
+
+class StudentSpec(Strict):
+    model: str | None = None
+    assemble: AssembleSpec | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def one_origin(self) -> StudentSpec:
+        if (self.model is None) == (self.assemble is None):
+            raise ValueError("give either `model` (a folder or hub id) or `assemble` (parts)")
+        return self
+
+
+class WeightSpec(Strict):
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+    over: float = Field(1.0, ge=0, le=1)
+
+
+class TermSpec(Strict):
+    model_config = ConfigDict(extra="allow")  # options of the kind's function, checked against its signature
+
+    kind: str
+    weight: float | WeightSpec = 1.0
+    positions: Literal["response", "visual"] = "response"
+    path: Literal["student", "switch"] = "student"
+
+    @model_validator(mode="after")
+    def known(self) -> TermSpec:
+        from mmkd.distill.terms import KINDS
+
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind {self.kind!r}{_suggest(self.kind, KINDS)}")
+        kind = KINDS[self.kind]
+        for name in self.model_extra or {}:
+            if name not in kind.options:
+                raise ValueError(
+                    f"{self.kind} has no option {name!r}{_suggest(name, kind.options)}; it takes "
+                    f"{', '.join(kind.options) or 'none'}"
+                )
+        if self.path == "switch" and not (kind.rows and kind.teacher):
+            raise ValueError(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
+        if self.path == "switch" and self.positions == "visual":
+            raise ValueError("the visual switch is compared on response positions only")
+        if isinstance(self.weight, float | int) and self.weight < 0:
+            raise ValueError(f"weight is {self.weight}; it must not be negative")
+        return self
+
+
+class OptimiserSpec(Strict):
+    learning_rate: float = Field(1e-3, gt=0)
+    learning_rates: dict[Literal[PARTS], float] = {}  # type: ignore[valid-type]  # per part, over learning_rate
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)  # share of the stage's steps
+    max_grad_norm: float = Field(1.0, ge=0)
+    batch_size: int = Field(32, gt=0)  # samples a step, over all processes and micro-batches
+    micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
+
+
+class LoraSpec(Strict):
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    dora: bool = False
+
+
+class StageSpec(Strict):
+    data: list[DataSpec] = Field(min_length=1)
+    train: list[Literal[PARTS]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
+    lora: LoraSpec | None = None  # on the language model
+    terms: dict[str, TermSpec] = Field(min_length=1)
+    control_terms: dict[str, TermSpec] | None = None  # what the SFT control learns from; default: cross-entropy
+    optimiser: OptimiserSpec = OptimiserSpec()
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_every: int = Field(200, gt=0)
+    log_every: int = Field(20, gt=0)
+
+    @field_validator("terms", "control_terms", mode="before")
+    @classmethod
+    def short_forms(cls, terms: Any) -> Any:
+        """`cross_entropy: 1.0` means {kind: cross_entropy, weight: 1.0}; a kind left out is the term's name."""
+        if not isinstance(terms, dict):
+            return terms
+        long = {}
+        for name, spec in terms.items():
+            spec = {"weight": spec} if isinstance(spec, int | float) else spec
+            long[name] = {"kind": name, **spec} if isinstance(spec, dict) else spec
+        return {name: spec for name, spec in long.items() if not (isinstance(spec, dict) and spec.get("weight") == 0)}
+
+    @model_validator(mode="after")
+    def consistent(self) -> StageSpec:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either `epochs` or `steps`")
+        if any(t.path == "switch" for t in self.terms.values()) and "vision" not in self.train:
+            raise ValueError(
+                "the visual switch teaches only the vision encoder, which this stage does not train, so its loss would be a "
+                "constant; add `vision` to `train` or take the switch term out"
+            )
+        return self
+
+
+class EvaluationSpec(Strict):
+    benchmarks: list[str] = []
+    data_root: str | None = None
+    limit: int | None = Field(None, gt=0)
+    batch_size: int = Field(64, gt=0)
+    blind: bool = False  # also score the student without its pictures
+
+
+class GuardSpec(Strict):
+    """Checks before step 1; each can be told off by name, with the reason in the recipe's comment."""
+
+    pixels_matter: bool = True
+    teacher_is_better: bool = True
+    samples: int = Field(32, gt=1)
+    max_skipped_images: float = Field(0.01, ge=0, le=1)  # share of a training set that may be unreadable
+
+
+class Recipe(Strict):
+    title: str
+    output: str
+    seed: int = 0
+    max_length: int = Field(2048, gt=1)
+    chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
+    teacher: TeacherSpec | None = None
+    student: StudentSpec
+    stages: dict[str, StageSpec] = Field(min_length=1)
+    control: bool = True
+    evaluation: EvaluationSpec = EvaluationSpec()
+    guards: GuardSpec = GuardSpec()
+
+    @model_validator(mode="after")
+    def teacher_is_there(self) -> Recipe:
+        from mmkd.distill.terms import KINDS
+
+        if self.teacher is None:
+            users = [
+                f"stages.{s}.terms.{t}" for s, stage in self.stages.items() for t, spec in stage.terms.items()
+                if KINDS[spec.kind].teacher
+            ]
+            if users:
+                raise ValueError(f"no teacher is given, but {', '.join(users)} compare with one; add `teacher: {{model: ...}}`")
+            tokenizer = self.student.assemble.tokenizer if self.student.assemble else None
+            if tokenizer is not None and tokenizer.source == "teacher":
+                raise ValueError("the student's tokenizer is the teacher's, but no teacher is given")
+        return self
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe at `path` with `key=value` overrides. Raises RecipeError with every error at once."""
+    raw = _read_yaml(Path(path))
+    if "extends" in raw:
+        parent = Path(path).parent / str(raw.pop("extends"))
+        base = _read_yaml(parent)
+        if "extends" in base:
+            raise RecipeError(f"{parent} extends another recipe; `extends` goes one level deep")
+        raw = _merge(base, raw)
+    for override in overrides or []:
+        _apply(raw, override)
+    return _validate(_expand(raw), str(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no recipe {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds {type(raw).__name__}, not keys and values")
+    return raw
+
+
+def _merge(base: Any, top: Any) -> Any:
+    if isinstance(base, dict) and isinstance(top, dict):
+        return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in top.items()}}
+    return top
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Sets one dotted key; numbers index lists."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"override {override!r} is not key=value, for example seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of override {override!r} is not YAML: {error}") from error
+    *path, last = key.split(".")
+    place: Any = raw
+    for step in path:
+        if isinstance(place, list):
+            place = place[_index(step, place, override)]
+            continue
+        if not isinstance(place.get(step), dict | list):
+            place[step] = {"weight": place[step]} if isinstance(place.get(step), int | float) else {}
+        place = place[step]
+    if isinstance(place, list):
+        place[_index(last, place, override)] = value
+    else:
+        place[last] = value
+
+
+def _index(step: str, place: list, override: str) -> int:
+    if not step.isdigit() or int(step) >= len(place):
+        raise RecipeError(f"override {override!r}: {step!r} is no index of a list of {len(place)}")
+    return int(step)
+
+
+def _expand(value: Any) -> Any:
+    """Environment variables in strings: ${NAME} and ${NAME:-default}."""
+    if isinstance(value, dict):
+        return {k: _expand(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v) for v in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    before, _, rest = value.partition("${")
+    name, closed, after = rest.partition("}")
+    name, _, default = name.partition(":-")
+    if not closed or (name not in os.environ and not default):
+        raise RecipeError(f"{value!r}: the environment variable {name} is not set; set it or write ${{{name}:-default}}")
+    return _expand(before + os.environ.get(name, default) + after)
+
+
+def _validate(raw: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e, raw) for e in error.errors()]
+        raise RecipeError(f"{where} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from error
+
+
+def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
+    path = ".".join(str(p) for p in error["loc"])
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return f"  {path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+    if kind == "missing":
+        return f"  {path}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if kind == "value_error" else f" (given: {error['input']!r})"
+    return f"  {path or 'recipe'}: {message}{given}"
+
+
+def _fields_at(loc: tuple) -> list[str]:
+    """Names that are allowed at a place of the recipe, for suggestions."""
+    model: Any = Recipe
+    for step in loc:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(str(step))
+            model = field.annotation if field else None
+        model = _inner_model(model)
+        if model is None:
+            return []
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _inner_model(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else (f"; known: {', '.join(known)}" if known else "")

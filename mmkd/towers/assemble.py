@@ -1,0 +1,319 @@
+"""Puts a student together: any vision encoder + a projector + any causal language model.
+
+The result is a plain `LlavaForConditionalGeneration` with a `LlavaProcessor`: it saves, loads and serves without mmkd
+(an encoder that transformers does not know needs `import mmkd.towers.encoders`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, build_backbone
+from mmkd.towers.tower import Tower, TowerError
+
+IMAGE = "<image>"
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+ACTIVATIONS = {"mlp": "gelu", "linear": "linear"}
+
+_CONTENT = (
+    "{% macro content(m) %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+)
+# Chat templates for language models, most of whose own templates know nothing of images.
+CHAT_TEMPLATES = {
+    "simple": _CONTENT.replace("<image>\\n", "<image>")
+    + "{% for m in messages %}<|{{ m.role }}|>{{ content(m) }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "chatml": _CONTENT
+    + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ content(m) }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": _CONTENT
+    + "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ content(m) }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "vicuna": _CONTENT
+    + "{% for m in messages %}{% if m.role == 'system' %}{{ content(m) }} {% elif m.role == 'user' %}USER: {{ content(m) }} "
+    "{% else %}ASSISTANT: {{ content(m) }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+}
+_SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|pad|>"}
+_TURNS = ["<|system|>", "<|user|>", "<|assistant|>", IMAGE]
+
+
+@dataclass
+class VisionSpec:
+    """Where the vision encoder comes from: `source` (pretrained weights) or `config` (random weights).
+
+    source: "hf-hub:NAME", "local-dir:PATH", "timm:NAME", "open_clip:NAME[/TAG]".
+    config: a transformers vision configuration with its `model_type`, or
+            {"model_type": "mmkd_encoder", "source": "timm"|"open_clip"|"module", "architecture": ..., "arguments": {...}}.
+    feature_layer: which hidden state is the vision feature; -1 the last, -2 the one before (LLaVA's choice for CLIP).
+    """
+
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    image_size: tuple[int, int] | None = None  # (height, width)
+    feature_layer: int | None = None
+    mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
+    std: list[float] = field(default_factory=lambda: list(CLIP_STD))
+
+
+@dataclass
+class LanguageSpec:
+    """Where the language model comes from: `source` (a folder or hub id) or `config` (random weights)."""
+
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    chat_template: str | None = None  # a name of CHAT_TEMPLATES or a template
+
+
+def assemble(
+    vision: VisionSpec,
+    language: LanguageSpec,
+    *,
+    projector: str = "mlp",
+    tokenizer: Any = None,
+    max_length: int = 2048,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tower:
+    """A LLaVA-shaped tower from its parts; parts without pretrained weights are drawn from `seed`.
+
+    `tokenizer` is needed for a language model made from a configuration (the teacher's, or `train_tokenizer`).
+    Raises TowerError when a part cannot be found or does not fit, with both numbers.
+    """
+    if projector not in ACTIVATIONS:
+        raise TowerError(f"projector {projector!r} is not one of {', '.join(ACTIVATIONS)}")
+    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(language)
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = _build_encoder(vision)
+        language_model = _build_language_model(language, tokenizer)
+        features, prefix, strategy = _feature_layout(encoder, vision)
+        config = LlavaConfig(
+            vision_config=encoder.config,
+            text_config=language_model.config,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_seq_length=features,
+            projector_hidden_act=ACTIVATIONS[projector],
+            vision_feature_select_strategy=strategy,
+            vision_feature_layer=_feature_layer(vision, encoder),
+            tie_word_embeddings=bool(language_model.config.tie_word_embeddings),
+        )
+        model = LlavaForConditionalGeneration(config).to(dtype)
+    _fill(model, encoder, language_model)
+    model.generation_config = _generation_config(tokenizer)
+    processor = _processor(vision, encoder, tokenizer, features, prefix, strategy, _chat_template(language, tokenizer))
+    return Tower(model, processor, max_length=max_length)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _build_encoder(spec: VisionSpec) -> nn.Module:
+    if (spec.source is None) == (spec.config is None):
+        raise TowerError("a vision encoder needs either `source` (pretrained) or `config` (random weights)")
+    if spec.source is None:
+        return _encoder_from_config(dict(spec.config or {}), spec)
+    kind, _, name = spec.source.partition(":")
+    if kind in ("hf-hub", "local-dir"):
+        model = AutoModel.from_pretrained(name, use_safetensors=True)
+        return getattr(model, "vision_model", model)
+    if kind in ("timm", "open_clip"):
+        architecture, _, tag = name.partition("/") if kind == "open_clip" else (name, "", "")
+        arguments = {"pretrained": tag} if tag else {}
+        config = EncoderConfig(kind, architecture, arguments, image_size=image_size(spec))
+        encoder = WrappedEncoder(config)
+        encoder.backbone = build_backbone(config, pretrained=True)
+        return _with_width(encoder)
+    raise TowerError(
+        f"vision source {spec.source!r} has no known prefix; write hf-hub:NAME, local-dir:PATH, timm:NAME or open_clip:NAME/TAG"
+    )
+
+
+def _encoder_from_config(config: dict[str, Any], spec: VisionSpec) -> nn.Module:
+    kind = config.pop("model_type", None)
+    if kind is None:
+        raise TowerError("the vision `config` lacks `model_type` (for example clip_vision_model, vit, dinov2, mmkd_encoder)")
+    if kind == EncoderConfig.model_type:
+        return _with_width(WrappedEncoder(EncoderConfig(image_size=image_size(spec), **config)))
+    try:
+        full: PreTrainedConfig = AutoConfig.for_model(kind, **config)
+    except (ValueError, KeyError) as error:
+        raise TowerError(f"transformers has no vision model_type {kind!r}") from error
+    return AutoModel.from_config(full)
+
+
+def _with_width(encoder: WrappedEncoder) -> WrappedEncoder:
+    size = tuple(encoder.config.image_size)
+    with torch.no_grad():
+        encoder.config.hidden_size = encoder.eval()(torch.zeros(1, 3, *size)).last_hidden_state.shape[-1]
+    return encoder
+
+
+def _build_language_model(spec: LanguageSpec, tokenizer: Any) -> nn.Module:
+    if (spec.source is None) == (spec.config is None):
+        raise TowerError("a language model needs either `source` (pretrained) or `config` (random weights)")
+    if spec.source is not None:
+        model = AutoModelForCausalLM.from_pretrained(spec.source, use_safetensors=True)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        return model
+    config = dict(spec.config or {})
+    kind = config.pop("model_type", None)
+    if kind is None:
+        raise TowerError("the language `config` lacks `model_type` (for example llama, qwen2, qwen3)")
+    config = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **config}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config, **ids))
+
+
+def _load_tokenizer(spec: LanguageSpec) -> Any:
+    if spec.source is None:
+        raise TowerError("a language model from a configuration needs a tokenizer: the teacher's or a trained one")
+    return AutoTokenizer.from_pretrained(spec.source)
+
+
+def _feature_layer(spec: VisionSpec, encoder: nn.Module) -> int:
+    if isinstance(encoder, WrappedEncoder):
+        return -1
+    return -2 if spec.feature_layer is None else spec.feature_layer
+
+
+def _feature_layout(encoder: nn.Module, spec: VisionSpec) -> tuple[int, int, str]:
+    """(visual tokens of an image, prefix tokens counted by the processor, LLaVA's select strategy).
+
+    A class token stands first and LLaVA's strategy "default" drops it; encoders without one use "full".
+    """
+    size = image_size(spec, encoder)
+    layer = _feature_layer(spec, encoder)
+    with torch.no_grad():
+        out = encoder.eval()(torch.zeros(1, 3, *size), output_hidden_states=True, return_dict=True)
+    hidden = out.hidden_states[layer]
+    if hidden.dim() != 3:
+        raise TowerError(
+            f"{type(encoder).__name__} gives hidden states of shape {list(hidden.shape)}, not [n, N, Dv]; "
+            "wrap it as an encoder of your own (docs/encoders.md)"
+        )
+    total = hidden.shape[1]
+    grid = _grid(encoder, size, total)
+    if total == grid + 1:
+        return grid, 1, "default"
+    return total, 0, "full"
+
+
+def _grid(encoder: nn.Module, size: tuple[int, int], total: int) -> int:
+    patch = getattr(encoder.config, "patch_size", None)
+    return (size[0] // patch) * (size[1] // patch) if isinstance(patch, int) else total
+
+
+def image_size(spec: VisionSpec, encoder: nn.Module | None = None) -> tuple[int, int]:
+    """(height, width) in pixels: the spec's, else the encoder's own."""
+    size = spec.image_size or getattr(getattr(encoder, "config", None), "image_size", None) or (224, 224)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _processor(
+    spec: VisionSpec, encoder: nn.Module, tokenizer: Any, features: int, prefix: int, strategy: str, template: str
+) -> LlavaProcessor:
+    height, width = image_size(spec, encoder)
+    # LlavaProcessor counts (H // patch) * (W // patch) + extra placeholders. When the grid does not say it, a patch
+    # larger than the picture makes the product 0 and `extra` carries the whole count.
+    patch = getattr(encoder.config, "patch_size", None)
+    fits = isinstance(patch, int) and (height // patch) * (width // patch) == features
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"height": height, "width": width}, do_center_crop=False, image_mean=spec.mean, image_std=spec.std
+        ),
+        tokenizer=tokenizer,
+        patch_size=patch if fits else max(height, width) + 1,
+        num_additional_image_tokens=prefix if fits else features + (strategy == "default"),
+        vision_feature_select_strategy=strategy,
+        chat_template=template,
+        image_token=IMAGE,
+    )
+
+
+def _chat_template(spec: LanguageSpec, tokenizer: Any) -> str:
+    if spec.chat_template is not None:
+        return CHAT_TEMPLATES.get(spec.chat_template, spec.chat_template)
+    vocabulary = tokenizer.get_vocab()
+    if "<|assistant|>" in vocabulary and "<|end|>" in vocabulary:
+        return CHAT_TEMPLATES["simple"]
+    if "<|im_start|>" in vocabulary:
+        return CHAT_TEMPLATES["chatml"]
+    return CHAT_TEMPLATES["llama3" if "<|start_header_id|>" in vocabulary else "vicuna"]
+
+
+def _generation_config(tokenizer: Any) -> GenerationConfig:
+    vocabulary = tokenizer.get_vocab()
+    ends = {vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>", "<|end|>") if t in vocabulary} | {tokenizer.eos_token_id}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        eos_token_id=sorted(ends), pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, do_sample=False
+    )
+
+
+def _fill(model: LlavaForConditionalGeneration, encoder: nn.Module, language_model: nn.Module) -> None:
+    """Copies the parts' weights into the assembled model; a head with a bias has no place in LLaVA's layout."""
+    head = language_model.get_output_embeddings()
+    if head.bias is not None:
+        raise TowerError(f"{type(language_model).__name__} has a head with a bias, which LLaVA's layout cannot hold")
+    model.model.vision_tower.load_state_dict(encoder.state_dict())
+    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+    model.lm_head.load_state_dict(head.state_dict())
+    model.tie_weights()
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (no unknown character, ever) with the turn markers of the "simple" template.
+
+    `vocab_size` counts the special tokens and the 256 bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    specials = [*dict.fromkeys([*_SPECIAL.values(), *_TURNS])]
+    least = len(specials) + 256
+    if vocab_size < least:
+        raise TowerError(f"vocab_size {vocab_size} is too small: bytes and special tokens alone are {least}")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    extra = [t for t in _TURNS if t not in _SPECIAL.values()]
+    return PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=extra, padding_side="left", **_SPECIAL)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """A tokenizer by folder or hub id."""
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,495 @@
+"""The tower: a vision-language model seen as vision encoder -> projector -> language model.
+
+Teacher and student are both towers, and all of distillation is built from four verbs:
+
+    prepare(samples)      raw samples -> this tower's own inputs, targets already shifted
+    see(inputs)           images -> vision features (before the projector) and visual tokens (after it)
+    read(inputs, tokens)  text and visual tokens -> last hidden states (before the head)
+    project(features)     anybody's vision features -> visual tokens of this tower
+
+One class wraps every image-text model of transformers; the place of the projector is data (`families.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmkd.data.samples import DataError, Sample, Turn
+from mmkd.towers.families import LANGUAGE_NAMES, PROJECTORS, VISION_NAMES, child
+
+IGNORE = -100  # target of a position that predicts nothing that is supervised
+
+
+class TowerError(ValueError):
+    """A model cannot be used as the tower that was asked for; the message says why and what to do."""
+
+
+@dataclass
+class Encoded:
+    """One sample in a tower's own terms, not yet padded."""
+
+    id: str
+    input_ids: Tensor  # [L]
+    targets: Tensor  # [L], the token that each position predicts, IGNORE elsewhere
+    pixels: dict[str, Tensor]
+    images: int
+    truncated: int = 0  # answer tokens that did not fit
+
+
+@dataclass
+class TowerInputs:
+    """A batch in a tower's own terms. Positions are padding, prompt, visual or response."""
+
+    ids: list[str]
+    input_ids: Tensor  # [B, L]
+    attention_mask: Tensor  # [B, L]
+    targets: Tensor  # [B, L], shifted already: targets[b, t] is the token after position t
+    visual: Tensor  # [B, L] bool, the position holds a visual token
+    pixels: dict[str, Tensor]
+    images: list[int]  # images of each sample, in order
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TowerInputs:
+        move = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("input_ids", "attention_mask", "targets", "visual")
+        }
+        pixels = {k: v.to(device, non_blocking=non_blocking) for k, v in self.pixels.items()}
+        return replace(self, **move, pixels=pixels)
+
+    @property
+    def response(self) -> Tensor:
+        """Rows that predict a supervised token. [B, L] bool"""
+        return self.targets != IGNORE
+
+
+@dataclass
+class Seen:
+    """What a tower saw: one entry an image."""
+
+    features: list[Tensor]  # each [n_i, Dv], before the projector
+    tokens: list[Tensor]  # each [n_i, D], after it
+    output: Any = field(default=None, repr=False)  # transformers' own output object, with whatever else a family adds
+
+
+class Tower:
+    """A transformers image-text model with its processor, as teacher or student."""
+
+    def __init__(self, model: nn.Module, processor: Any, *, max_length: int = 2048):
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.max_length = max_length
+        self._template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
+        if self._template is None:
+            raise TowerError(
+                f"{type(processor).__name__} has no chat template; set processor.chat_template, "
+                "or assemble the tower with a template of mmkd.towers.assemble.CHAT_TEMPLATES"
+            )
+        self._image_token_id = _image_token_id(model, processor)
+
+    # ---- making, saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        quantise: str | None = None,
+        trust_remote_code: bool = False,
+        max_length: int = 2048,
+    ) -> Tower:
+        """A tower from a transformers folder or hub id. `quantise` is "8bit" or "4bit" (bitsandbytes)."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
+
+        extra: dict[str, Any] = {}
+        if quantise is not None:
+            extra["quantization_config"] = _quantisation(quantise)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
+            )
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise TowerError(f"no image-text model can be loaded from {str(folder)!r}: {error}") from error
+        return cls(model, processor, max_length=max_length)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model (safetensors), processor, chat template and generation config: a plain transformers folder."""
+        from mmkd.export import merged
+
+        with merged(self.model) as model:
+            model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    # ---- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.base_model
+
+    @property
+    def projector_path(self) -> str:
+        """Path of the projector below `base`. Raises TowerError for a family whose projector is not known."""
+        kind = self.model.config.model_type
+        if kind not in PROJECTORS:
+            raise TowerError(f"where {kind!r} keeps its projector is not known; add it to mmkd.towers.families.PROJECTORS")
+        return PROJECTORS[kind]
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.base.get_submodule(self.projector_path)
+
+    @property
+    def vision(self) -> nn.Module:
+        """The vision encoder (in some families the projector is inside it)."""
+        return self._part(VISION_NAMES, "vision encoder")
+
+    @property
+    def language(self) -> nn.Module:
+        return self._part(LANGUAGE_NAMES, "language model")
+
+    def _part(self, names: tuple[str, ...], what: str) -> nn.Module:
+        name = child(self.base, names)
+        if name is None:
+            raise TowerError(f"{type(self.base).__name__} has no {what} named one of {', '.join(names)}")
+        return self.base.get_submodule(name)
+
+    def part_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Parameters by part: "vision", "projector", "language" (with embeddings and head)."""
+        projector, vision = set(map(id, self.projector.parameters())), set(map(id, self.vision.parameters()))
+        parts: dict[str, list[tuple[str, nn.Parameter]]] = {"vision": [], "projector": [], "language": []}
+        for name, parameter in self.model.named_parameters():
+            part = "projector" if id(parameter) in projector else "vision" if id(parameter) in vision else "language"
+            parts[part].append((name, parameter))
+        return parts
+
+    def parameter_count(self) -> dict[str, int]:
+        total = sum(p.numel() for p in self.model.parameters())
+        return {"total": total, "active": total}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the tokenizer knows; head rows beyond it are padding."""
+        return len(self.tokenizer)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def freeze(self) -> Tower:
+        """The tower as a teacher: evaluation mode, no gradient to its parameters."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+        return self
+
+    def fingerprint(self) -> str:
+        """Hash of weights and processor: what a cached result of this tower depends on."""
+        digest = hashlib.blake2b(self.processor_fingerprint().encode(), digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def processor_fingerprint(self) -> str:
+        """Hash of what turns a sample into inputs: vocabulary, chat template, image processor, token count, length."""
+        images = {k: v for k, v in self.processor.image_processor.to_dict().items() if "processor" not in k}
+        names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_length")
+        layout = {name: getattr(self.processor, name, None) for name in names}
+        facts = [sorted(self.tokenizer.get_vocab().items()), self._template, images, layout, self.max_length]
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    # ---- prepare -------------------------------------------------------------------------------------------------
+
+    def prepare(self, samples: Sequence[Sample], *, padding_side: str = "right") -> TowerInputs:
+        """Raw samples -> inputs of this tower: its processor, template, token ids and image size; targets shifted.
+
+        Raises DataError for an empty answer, for a sequence whose answer lies behind `max_length`, and ImageError
+        for a picture that does not decode.
+        """
+        return self.collate([self.encode(sample) for sample in samples], padding_side=padding_side)
+
+    def encode(self, sample: Sample, *, with_answer: bool = True) -> Encoded:
+        """One sample. Prompt and answer are tokenised apart, as they are met at generation, and then joined."""
+        pictures = [ref.load() for ref in sample.images]
+        ids: list[int] = []
+        supervised: list[bool] = []
+        pixels: list[dict[str, Tensor]] = []
+        for text, is_answer, images in self._segments(sample, with_answer):
+            if is_answer:
+                piece = self._answer_ids(text)
+            else:
+                piece, new_pixels = self._prompt_ids(text, pictures[:images], first=not ids)
+                pictures = pictures[images:]
+                pixels.append(new_pixels)
+            ids += piece
+            supervised += [is_answer] * len(piece)
+        return self._fit(sample, ids, supervised, _concatenate(pixels), with_answer)
+
+    def _segments(self, sample: Sample, with_answer: bool) -> list[tuple[str, bool, int]]:
+        """The chat template's text cut into pieces: (text, is an answer, images in it)."""
+        turns = sample.turns if with_answer else sample.prompt_turns
+        if with_answer and (not sample.answer.strip()):
+            raise DataError(f"sample {sample.id!r} has an empty answer; there is nothing to learn from it")
+        if not with_answer:
+            return [(self._render(turns, prompt=True), False, len(sample.images))]
+        segments, done, images = [], "", 0
+        for index, turn in enumerate(turns):
+            images += turn.images
+            if turn.role != "assistant":
+                continue
+            before = self._render(turns[:index], prompt=True)
+            after = self._render(turns[: index + 1], prompt=False)
+            if not before.startswith(done) or not after.startswith(before):
+                raise TowerError(
+                    "the chat template changes earlier turns when a later one is added, so the answer cannot be located: "
+                    f"{before[-60:]!r} is not the beginning of {after[-120:]!r}"
+                )
+            segments += [(before[len(done) :], False, images), (after[len(before) :], True, 0)]
+            done, images = after, 0
+        return segments
+
+    def _render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+        messages = [
+            {"role": t.role, "content": [{"type": "image"}] * t.images + [{"type": "text", "text": t.text}]} for t in turns
+        ]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    def _prompt_ids(self, text: str, pictures: list, *, first: bool) -> tuple[list[int], dict[str, Tensor]]:
+        """Token ids of a prompt piece, image placeholders expanded by this tower's processor, and its pixels."""
+        bos = self.tokenizer.bos_token
+        special = first and not (bos and text.startswith(bos))
+        if not pictures:
+            return self.tokenizer(text, add_special_tokens=special)["input_ids"], {}
+        batch = self.processor(text=[text], images=pictures, return_tensors="pt", add_special_tokens=special)
+        skip = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+        return batch["input_ids"][0].tolist(), {k: v for k, v in batch.items() if k not in skip}
+
+    def _answer_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        stops = self.stop_ids
+        if not stops.intersection(ids):  # the template writes no end: without one a student never learns to stop
+            return ids + [self.tokenizer.eos_token_id]
+        return ids
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Token ids that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]
+        return {i for i in (*ids, self.tokenizer.eos_token_id) if i is not None}
+
+    def _fit(
+        self, sample: Sample, ids: list[int], supervised: list[bool], pixels: dict[str, Tensor], with_answer: bool
+    ) -> Encoded:
+        length, truncated = len(ids), 0
+        if length > self.max_length:
+            kept = sum(supervised[: self.max_length])
+            if not with_answer or kept == 0 or self._image_token_id in ids[self.max_length :]:
+                raise DataError(
+                    f"sample {sample.id!r} has {length} tokens, more than max_length {self.max_length}, and would lose "
+                    "its answer or part of a picture; raise max_length or shorten the prompt"
+                )
+            truncated = sum(supervised) - kept
+            ids, supervised = ids[: self.max_length], supervised[: self.max_length]
+        targets = [n if s else IGNORE for n, s in zip(ids[1:], supervised[1:], strict=True)] + [IGNORE]
+        return Encoded(sample.id, torch.tensor(ids), torch.tensor(targets), pixels, len(sample.images), truncated)
+
+    def collate(self, encoded: Sequence[Encoded], *, padding_side: str = "right") -> TowerInputs:
+        """Pads encoded samples into one batch."""
+        length = max(len(e.input_ids) for e in encoded)
+        pad = self.pad_id
+
+        def stack(rows: list[Tensor], value: int) -> Tensor:
+            out = torch.full((len(rows), length), value, dtype=torch.long)  # [B, L]
+            for b, row in enumerate(rows):
+                place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+                out[b, place] = row
+            return out
+
+        input_ids = stack([e.input_ids for e in encoded], pad)
+        mask = stack([torch.ones_like(e.input_ids) for e in encoded], 0)
+        return TowerInputs(
+            ids=[e.id for e in encoded],
+            input_ids=input_ids,
+            attention_mask=mask,
+            targets=stack([e.targets for e in encoded], IGNORE),
+            visual=(input_ids == self._image_token_id) & mask.bool(),
+            pixels=_concatenate([e.pixels for e in encoded]),
+            images=[e.images for e in encoded],
+        )
+
+    def visual_count(self, encoded: Encoded) -> int:
+        """Visual tokens of one prepared sample, all its images together."""
+        return int((encoded.input_ids == self._image_token_id).sum())
+
+    def with_visual_count(self, encoded: Encoded, count: int) -> Encoded:
+        """The sample with `count` visual positions in place of its own: how this tower reads another encoder's tokens."""
+        is_visual = encoded.input_ids == self._image_token_id
+        own = int(is_visual.sum())
+        if own == count:
+            return encoded
+        if count % encoded.images or own % encoded.images:
+            raise TowerError(f"{count} visual tokens cannot be spread evenly over {encoded.images} images")
+        # The first placeholder of each image becomes as many as are wanted, the others none.
+        order = is_visual.cumsum(0) - 1
+        first = is_visual & (order % (own // encoded.images) == 0)
+        repeats = torch.where(is_visual, first.long() * (count // encoded.images), 1)
+        targets = encoded.targets.repeat_interleave(repeats)
+        return replace(encoded, input_ids=encoded.input_ids.repeat_interleave(repeats), targets=targets)
+
+    @property
+    def pad_id(self) -> int:
+        """Any id will do under the attention mask, but never the image placeholder."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+
+    # ---- see, project, read --------------------------------------------------------------------------------------
+
+    def see(self, inputs: TowerInputs) -> Seen:
+        """Images -> vision features before the projector and visual tokens after it, one entry an image."""
+        if not inputs.pixels:
+            return Seen([], [])
+        dtype = next(self.vision.parameters()).dtype
+        pixels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.pixels.items()}
+        with _first_input(self.projector) as captured:
+            output = self.base.get_image_features(**pixels, return_dict=True)
+        tokens = list(output.pooler_output)
+        return Seen(_per_image(captured, tokens), tokens, output)
+
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Vision features, one [n_i, Dv] an image, from any encoder -> visual tokens [n_i, D] of this tower."""
+        width = self.feature_width
+        wrong = next((f for f in features if f.shape[-1] != width), None)
+        if wrong is not None:
+            raise TowerError(
+                f"vision features of width {wrong.shape[-1]} do not fit the projector of this tower, which reads {width}; "
+                "use encoders of equal width or ask for a bridge"
+            )
+        if len({f.shape for f in features}) == 1:
+            return list(self.projector(torch.stack(list(features))))
+        return [self.projector(f[None])[0] for f in features]
+
+    @property
+    def feature_width(self) -> int:
+        """Width Dv that the projector reads: the input width of its first matrix."""
+        return next(m.in_features for m in self.projector.modules() if isinstance(m, nn.Linear))
+
+    def read(self, inputs: TowerInputs, visual_tokens: Sequence[Tensor] | Seen) -> Tensor:
+        """Text and visual tokens -> last hidden states before the head. [B, L, D]"""
+        output = self.base(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            mm_encoder_outputs=_as_encoder_outputs(visual_tokens),
+            use_cache=False,
+            return_dict=True,
+        )
+        return output.last_hidden_state
+
+    # ---- answering -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def answer(
+        self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: dict[tuple, list[Tensor]] | None = None
+    ) -> list[str]:
+        """Greedy answers of one batch, left-padded. `vision_cache` keeps visual tokens by the images they come from."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            encoded = [self.encode(sample, with_answer=False) for sample in samples]
+            inputs = self.collate(encoded, padding_side="left").to(self.device)
+            tokens = self._visual_tokens(samples, encoded, {} if vision_cache is None else vision_cache)
+            out = self.model.generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                mm_encoder_outputs=_as_encoder_outputs(tokens),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.pad_id,
+                eos_token_id=sorted(self.stop_ids),
+            )  # [B, L + new]
+        finally:
+            self.model.train(was_training)
+        return self.tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+    def _visual_tokens(self, samples: Sequence[Sample], encoded: list[Encoded], cache: dict[tuple, list[Tensor]]) -> list:
+        """Visual tokens of the batch in order; the encoder runs once for each distinct set of images."""
+        keys = [tuple(ref.key for ref in sample.images) for sample in samples]
+        new = {key: e for key, e in zip(keys, encoded, strict=True) if key and key not in cache}
+        if new:
+            seen = self.see(self.collate(list(new.values())).to(self.device))
+            start = 0
+            for key in new:
+                cache[key] = seen.tokens[start : start + len(key)]
+                start += len(key)
+        return [token for key in keys if key for token in cache[key]]
+
+
+def _concatenate(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pixel inputs of several pieces joined along the image (or patch) axis."""
+    names = sorted({name for piece in pixels for name in piece})
+    return {name: torch.cat([piece[name] for piece in pixels if name in piece]) for name in names}
+
+
+def _as_encoder_outputs(tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
+    """Visual tokens in the form in which transformers takes them; {} when there is no image."""
+    if isinstance(tokens, Seen):
+        return {"image": tokens.output} if tokens.output is not None else {}
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(tokens))} if len(tokens) else {}
+
+
+@contextmanager
+def _first_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Records the first positional input of each call of `module`."""
+    captured: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _per_image(captured: list[Tensor], tokens: list[Tensor]) -> list[Tensor]:
+    """The projector's inputs, one [n_i, Dv] an image."""
+    features = [f for batch in captured for f in (batch if batch.dim() == 3 else [batch])]
+    if len(features) == len(tokens):
+        return features
+    flat = torch.cat([f.flatten(0, -2) for f in features])  # [sum n, Dv], families that pack all images
+    share = len(flat) // sum(len(t) for t in tokens)  # encoder positions behind one visual token
+    return list(flat.split([len(t) * share for t in tokens]))
+
+
+def _image_token_id(model: nn.Module, processor: Any) -> int:
+    for owner in (model.config, processor):
+        token = getattr(owner, "image_token_id", None)
+        if token is not None:
+            return token
+    raise TowerError(f"{type(model).__name__} names no image token; it is not an image-text model that a tower can wrap")
+
+
+def _quantisation(kind: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    raise TowerError(f"quantise is {kind!r}; choose 8bit or 4bit")
