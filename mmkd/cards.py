@@ -1,12 +1,13 @@
-"""Cards: the YAML files of the catalogue folders `models/`, `data/` and `evaluation/`, and of folders that users add.
+"""Cards: the YAML files of the catalogue folders `models/`, `data/` and `evaluation/`, and of folders that
+users add.
 
-A card holds values, no logic, and no code is ever loaded from a card folder.  A card's name is its path below the
-folder of its kind, without the suffix: `models/encoders/x.yaml` is "x" of kind "models/encoders", and "encoders/x" of
-kind "models".
+A card holds values, no logic, and no code is ever loaded from a card folder.  A card's name is its path
+below the folder of its kind, without the suffix: `models/encoders/x.yaml` is "x" of kind "models/encoders",
+and "encoders/x" of kind "models".
 
 Looked through in this order, the first card of a name wins:
-1. the roots named by the environment variable MMKD_CARDS (separated by ":", on Windows ";"), each with the kinds as
-   subfolders;
+1. the roots named by the environment variable MMKD_CARDS (separated by ":", on Windows ";"), each with the
+   kinds as subfolders;
 2. a checkout of the project;
 3. the copies inside the installed package, `mmkd/_cards/<kind>`.
 """
@@ -34,7 +35,7 @@ Card = TypeVar("Card", bound="BaseModel")
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """"did you mean 'x'?" for a close name, else "known: a, b, c"."""
+    """ "did you mean 'x'?" for a close name, else "known: a, b, c"."""
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
     if close:
@@ -59,7 +60,9 @@ def _user_roots() -> list[Path]:
     roots = [Path(text).expanduser() for text in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if text]
     missing = [str(root) for root in roots if not root.is_dir()]
     if missing:
-        raise DataError(f"{ENVIRONMENT} names folders that do not exist: {', '.join(missing)}; correct or unset it")
+        raise DataError(
+            f"{ENVIRONMENT} names folders that do not exist: {', '.join(missing)}; correct or unset it"
+        )
     return roots
 
 
@@ -71,7 +74,7 @@ def _own_roots() -> list[Path]:
 
 
 def list_cards(kind: str) -> dict[str, Path]:
-    """All cards of a kind, name -> file, sorted by name. Raises DataError when two files of one root share a name."""
+    """All cards of a kind, name -> file, sorted by name. Raises DataError for a name given twice."""
     found: dict[str, Path] = {}
     for folder in card_folders(kind):
         here: dict[str, Path] = {}
@@ -85,20 +88,25 @@ def list_cards(kind: str) -> dict[str, Path]:
 
 
 def find_card(kind: str, name: str) -> Path:
-    """The file of a card. `name` is a card's name, its last part where that is unique, or the path of a YAML file.
+    """The file of a card. `name` is a card's name, its last part where that is unique, or the path of a
+    YAML file.
 
     Raises DataError, with a suggestion, when there is no such card.
     """
     if name.endswith(SUFFIXES):
         if not Path(name).is_file():
-            raise DataError(f"there is no card file {name}; give the path of a YAML file or a name of `mmkd list {kind}`")
+            raise DataError(
+                f"there is no card file {name}; give the path of a YAML file or a name of `mmkd list {kind}`"
+            )
         return Path(name)
     cards = list_cards(kind)
     if name in cards:
         return cards[name]
     endings = [full for full in cards if full.rpartition("/")[2] == name]
     if len(endings) > 1:
-        raise DataError(f"{name!r} is the name of several cards: {', '.join(endings)}; give one of these in full")
+        raise DataError(
+            f"{name!r} is the name of several cards: {', '.join(endings)}; give one of these in full"
+        )
     if not endings:
         raise DataError(f"there is no card {name!r} of kind {kind!r}; {did_you_mean(name, cards)}")
     return cards[endings[0]]
@@ -132,7 +140,9 @@ def load_card(kind: str, name: str, schema: type[Card]) -> Card:
     if "name" in schema.model_fields:
         stated = content.setdefault("name", path.stem)
         if stated != path.stem:
-            raise DataError(f"{path} states the name {stated!r}, its file says {path.stem!r}; leave `name` out")
+            raise DataError(
+                f"{path} states the name {stated!r}, its file says {path.stem!r}; leave `name` out"
+            )
     try:
         return schema.model_validate(content)
     except ValidationError as error:
@@ -149,6 +159,8 @@ def _complaint(item: dict[str, Any], schema: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{where}: is missing"
     if item["type"] == "extra_forbidden":
-        hint = did_you_mean(str(item["loc"][-1]), schema.model_fields) if len(item["loc"]) == 1 else "remove it"
+        hint = (
+            did_you_mean(str(item["loc"][-1]), schema.model_fields) if len(item["loc"]) == 1 else "remove it"
+        )
         return f"{where}: is not a key of this card; {hint}"
     return f"{where}: {item['msg']}, got {item['input']!r}"

@@ -20,7 +20,7 @@ NAIVE_TENSORS = {"jsd": 10, "cross_entropy": 2}
 def plan(recipe: Recipe) -> str:
     """The plan of `mmkd distill --dry-run`: everything is read and checked, nothing is trained or written."""
     check_benchmarks(recipe)
-    samples = {name: stage_samples(stage, recipe.seed) for name, stage in recipe.stages.items()}
+    samples = {name: stage_samples(recipe, stage) for name, stage in recipe.stages.items()}
     check_answers(samples)
     teacher = load_teacher(recipe)
     student = build_student(recipe, teacher, [t.text for stage in samples.values() for s in stage for t in s.turns])

@@ -214,7 +214,6 @@ class StageSpec(Strict):
 
 class EvaluationSpec(Strict):
     benchmarks: list[str] = []
-    data_root: str | None = None
     limit: int | None = Field(None, gt=0)
     batch_size: int = Field(64, gt=0)
     blind: bool = False  # also score the student without its pictures
@@ -232,6 +231,7 @@ class GuardSpec(Strict):
 class Recipe(Strict):
     title: str
     output: str
+    data_root: str | None = None  # folder that holds the data sets of cards, for training and for benchmarks
     seed: int = 0
     max_length: int = Field(2048, gt=1)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
@@ -364,13 +364,11 @@ def _fields_at(loc: tuple) -> list[str]:
     """Names that are allowed at a place of the recipe, for suggestions."""
     model: Any = Recipe
     for step in loc:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(str(step))
-            model = field.annotation if field else None
-        model = _inner_model(model)
-        if model is None:
-            return []
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        field = model.model_fields.get(str(step))
+        if field is not None:
+            model = _inner_model(field.annotation) or model
+        # a step that is no field is a name or an index inside a dict or list of models: the model stays
+    return list(model.model_fields)
 
 
 def _inner_model(annotation: Any) -> Any:

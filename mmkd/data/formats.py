@@ -393,9 +393,7 @@ class _Source:
         return [match[1] for match in found if match]
 
     def _glob(self, pattern: str) -> Iterator[Path]:
-        return (
-            self.root.glob(pattern.replace("{split}", "*")) if not Path(pattern).is_absolute() else iter(())
-        )
+        return iter(()) if Path(pattern).is_absolute() else self.root.glob(pattern.replace("{split}", "*"))
 
     def images(self, fields: dict[str, str] | None, *defaults: str, row_split: bool = False) -> _Images:
         """The pictures' place: by `files`, else the first of the patterns under which a picture exists.
@@ -431,10 +429,13 @@ class _Source:
 
 def _first_with(places: list[_Images], fields: dict[str, str] | None) -> _Images:
     """The first place that has the picture of `fields`, else the first that exists, else the first."""
-    if fields:
-        for place in places:
-            if _exists(place.ref("the first row with an image", **fields)):
-                return place
+    for place in places if fields else ():
+        try:
+            ref = place.ref("", **fields)
+        except DataError:  # a wrong name; the error comes with its row when the row is read
+            continue
+        if _exists(ref):
+            return place
     return next((place for place in places if place.base.exists()), places[0])
 
 

@@ -34,7 +34,8 @@ class DataCard(BaseModel):
 
 def resolve(spec: Any) -> dict[str, Any]:
     """The fields of a recipe's data entry, its card's first and its own over them. Raises DataError."""
-    card = load_card("data", spec.card, DataCard).model_dump(exclude={"name", "title", "licence", "source", "notes"}) if spec.card else {}
+    about = {"name", "title", "licence", "source", "notes"}
+    card = load_card("data", spec.card, DataCard).model_dump(exclude=about) if spec.card else {}
     given = {k: v for k, v in spec.model_dump(exclude={"card"}).items() if v is not None}
     fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", **card, **given}
     missing = [name for name in ("format", "root") if name not in fields]
@@ -43,12 +44,23 @@ def resolve(spec: Any) -> dict[str, Any]:
     return fields
 
 
-def read_samples(spec: Any, seed: int) -> list[Sample]:
+def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
+    """Where a data entry's files are: `data_root`/root if that is there, else root itself. Raises DataError."""
+    candidates = [Path(fields["root"]).expanduser()]
+    if data_root is not None:
+        candidates.insert(0, Path(data_root).expanduser() / fields["root"])
+    found = next((folder for folder in candidates if folder.exists()), None)
+    if found is None:
+        raise DataError(
+            f"there is no data folder {' or '.join(map(str, candidates))}; get the data there, or set data_root or the entry's root"
+        )
+    return found
+
+
+def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
     """The training samples of one data entry, its subset drawn by `seed`. Raises DataError."""
     fields = resolve(spec)
-    root = Path(fields["root"]).expanduser()
-    if not root.exists():
-        raise DataError(f"there is no data folder {root}; download the data there or set `root`")
+    root = folder_of(fields, data_root)
     subset = {"limit": fields.get("limit"), "image_limit": fields.get("image_limit"), "seed": seed}
     if fields["format"] == "llava":
         samples = read_conversations(root, fields["split"], files=fields["files"], **subset)

@@ -16,7 +16,7 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("response", "visual", "switch", "image", "feature")  # order of the count vector
+COUNTS = ("response", "visual", "switch", "image", "pictured")  # order of the count vector
 
 
 @dataclass
@@ -155,10 +155,13 @@ class Collator:
 
 
 def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
-    visual = int(student.visual.sum())
-    images = sum(student.images)
-    switched = int(switch.response.sum()) if switch is not None else 0
-    counts = {"response": int(student.response.sum()), "visual": visual, "switch": switched, "image": images, "feature": images}
+    counts = {
+        "response": int(student.response.sum()),
+        "visual": int(student.visual.sum()),
+        "switch": int(switch.response.sum()) if switch is not None else 0,
+        "image": sum(student.images),
+        "pictured": sum(n > 0 for n in student.images),  # samples with a picture
+    }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 
 

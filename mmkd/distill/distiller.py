@@ -34,9 +34,9 @@ class Distiller(nn.Module):
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
         self._towers = (student, teacher.freeze() if teacher is not None else None)
-        self.bridges = nn.ModuleDict(
-            {t.name: _bridge(student, teacher) for t in self.terms if t.kind == "feature_match" and teacher is not None}
-        )
+        # What a term trains beside the student; it goes into checkpoints, not into the saved student.
+        self.extras = nn.ModuleDict({t.name: m for t in self.terms if (m := _extra(t, student, teacher)) is not None})
+        self.extras.to(student.device)
 
     @property
     def tower(self) -> Tower:
@@ -75,9 +75,16 @@ class Distiller(nn.Module):
             if term.is_row_term:
                 continue
             value = self._image_loss(signals, term)
-            total = total + term.weight.at(float(progress)) * value / divisors[term.count]
+            total = total + term.weight.at(float(progress)) * value / float(divisors[term.count])
             log[term.name] = (value.detach(), own[term.count])
+        if not batch.student.pixels:
+            total = total + self._touch()
         return total, log
+
+    def _touch(self) -> Tensor:
+        """0, attached to every trained parameter: a micro-batch without pictures reaches no vision parameter, and
+        data-parallel wrappers wait for the gradient of each."""
+        return sum((p.flatten()[0] * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
 
     def _row_groups(self) -> list[list[Term]]:
         """Row terms by path: those of one path share hidden rows, logits and chunks."""
@@ -120,7 +127,9 @@ class Distiller(nn.Module):
         """Sum over images of a term that compares pictures, not rows."""
         if term.kind == "relation":
             return signals.relation()
-        return signals.feature_match(self.bridges[term.name], dict(term.options))
+        if term.kind == "contrastive":
+            return signals.contrastive(self.extras[term.name])
+        return signals.feature_match(self.extras[term.name], dict(term.options))
 
 
 class Rows:
@@ -148,9 +157,9 @@ class Signals:
         self.batch = batch
         self.student, self.teacher = distiller.tower, distiller.teacher
 
-    @cached_property
+    @property
     def zero(self) -> Tensor:
-        return self.student_hidden.sum() * 0.0
+        return torch.zeros((), device=self.batch.student.input_ids.device)
 
     @cached_property
     def vocabulary(self) -> int | None:
@@ -247,6 +256,49 @@ class Signals:
             total = total + losses.feature_match(bridge(own, len(other)), other, **options).mean()
         return total
 
+    def contrastive(self, head: ContrastiveHead) -> Tensor:
+        """Sum over pictured samples of the image-text contrastive loss, both ways; negatives are the micro-batch's."""
+        inputs = self.batch.student
+        pictured = [b for b, n in enumerate(inputs.images) if n]
+        if not pictured:
+            return self.zero
+        first = [sum(inputs.images[:b]) for b in pictured]  # a sample's first image stands for it
+        images = torch.stack([self.student_seen.features[i].mean(0) for i in first])  # [n, Dv]
+        answers = inputs.targets[pictured]  # [n, L]
+        similarities, temperature = head(images, answers)  # [n, n]
+        positives = _same_rows(answers)  # equal answers are positives of one another
+        both = losses.contrastive(similarities, positives, temperature) + losses.contrastive(
+            similarities.T, positives, temperature
+        )
+        return both.sum() / 2
+
+
+def _same_rows(answers: Tensor) -> Tensor:
+    """Which samples have the same answer, wherever it stands in the row. [n, n] bool"""
+    texts = [tuple(row[row >= 0].tolist()) for row in answers.cpu()]
+    numbers = torch.tensor([texts.index(text) for text in texts], device=answers.device)
+    return numbers[:, None] == numbers[None, :]
+
+
+class ContrastiveHead(nn.Module):
+    """Image and text embeddings for pretraining a vision encoder on captions: mean vision feature, mean token embedding.
+
+    A bag of words for a text encoder is enough to teach an encoder what is in a picture (Joulin et al., arXiv 1511.02251).
+    """
+
+    def __init__(self, feature_width: int, vocabulary: int, width: int = 128):
+        super().__init__()
+        self.image = nn.Linear(feature_width, width)
+        self.text = nn.Embedding(vocabulary, width)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def forward(self, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """mean features [n, Dv], targets [n, L] -> cosines [n, n] and the temperature, kept in [0.001, 0.5]"""
+        given = (answers >= 0).unsqueeze(-1)  # [n, L, 1]
+        texts = (self.text(answers.clamp(min=0)) * given).sum(1) / given.sum(1).clamp(min=1)  # [n, E]
+        cosines = F.normalize(self.image(images), dim=-1) @ F.normalize(texts, dim=-1).T
+        return cosines, (-self.log_scale).exp().clamp(0.001, 0.5)
+
 
 class Bridge(nn.Module):
     """Brings the student's vision features to the teacher's width (trained) and token count (interpolated)."""
@@ -260,8 +312,12 @@ class Bridge(nn.Module):
         return self.linear(_resample(features, count))
 
 
-def _bridge(student: Tower, teacher: Tower) -> Bridge:
-    return Bridge(student.feature_width, teacher.feature_width)
+def _extra(term: Term, student: Tower, teacher: Tower | None) -> nn.Module | None:
+    if term.kind == "contrastive":
+        return ContrastiveHead(student.feature_width, student.vocabulary)
+    if term.kind == "feature_match" and teacher is not None:
+        return Bridge(student.feature_width, teacher.feature_width)
+    return None
 
 
 def _resample(features: Tensor, count: int) -> Tensor:

@@ -1,20 +1,22 @@
 """Losses on the logits of many rows, with memory that grows neither with the rows nor with the vocabulary.
 
-`[R, V]` logits are never kept. The rows are walked in chunks; a chunk's logits are made by one matrix product a model,
-all terms are evaluated on them, and their gradient is pushed back through the head at once, in the forward pass. What stays
-is the gradient with respect to the hidden rows, and to the head if the head is trained. Backward only multiplies
-it by the incoming factor.
+`[R, V]` logits are never kept. The rows are walked in chunks; a chunk's logits are made by one matrix product
+a model, all terms are evaluated on them, and their gradient is pushed back through the head at once, in the
+forward pass. What stays is the gradient with respect to the hidden rows, and to the head if the head is
+trained. Backward only multiplies it by the incoming factor.
 
 Two sizes, both taken from one byte budget:
 
-- a *chunk* is as many rows as half the budget holds in logits of the head's dtype. It should be large: each chunk
-  reads both heads' weights `[V, D]` again, which on a CPU costs as much as the product of 20 rows or so.
-- a *block* is the rows of a chunk on which the loss maths runs at a time, in float32. On a CPU it should be small enough for its
-  temporaries to stay in the cache; on a GPU, large enough to fill it. The gradient overwrites the student's logits.
+- a *chunk* is as many rows as half the budget holds in logits of the head's dtype. It should be large: each
+  chunk reads both heads' weights `[V, D]` again, which on a CPU costs as much as the product of about 20 rows.
+- a *block* is the rows of a chunk on which the loss maths runs at a time, in float32. On a CPU it should be
+  small enough for its temporaries to stay in the cache; on a GPU, large enough to fill it. The gradient
+  overwrites the student's logits.
 
-Which of the terms count on a row is known before the walk if the masks are on the CPU: rows are then grouped by their terms,
-and a row without a term, or a teacher row without a use, costs nothing. Masks on an accelerator would have to be
-waited for, so there the terms run on all rows and the masks multiply. Nothing here waits for the device.
+Which of the terms count on a row is known before the walk if the masks are on the CPU: rows are then grouped
+by their terms, and a row without a term, or a teacher row without a use, costs nothing. Masks on an
+accelerator would have to be waited for, so there the terms run on all rows and the masks multiply. Nothing
+here waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +28,10 @@ from torch import Tensor
 # [block, V] float32 tensors alive at once in the worst loss (JSD through autograd).
 _LIVE = 12
 # Bytes of one [block, V] tensor that leave its companions in a CPU's cache.
-_CPU_BLOCK_BYTES = 4 * 2**20
+_CPU_BLOCK_BYTES = 8 * 2**20
 # Rows of the head whose gradient is formed at a time where it is cast from half precision.
 _WEIGHT_TILE = 16384
-# Lifts gradients of probabilities (about 1 / V) out of float16's subnormal range before the product with the head.
+# Lifts gradients of probabilities (about 1 / V) out of float16's subnormal range for the product with a head.
 _HALF_GAIN = 256.0
 
 
@@ -47,14 +49,18 @@ class Head:
 class RowTerm:
     """One loss on logits.
 
-    loss: `(student_logits [r, V], teacher_logits [r, V] or None, targets [r]) -> [r]`, differentiable in the first
-    argument, each row's value a function of that row alone (rows come in blocks of any size). It must not change
-    its arguments. If it has a method `value_and_grad(student, teacher, targets, shared) -> (values [r], gradient [r, V])`, that
-    is used instead of autograd; `shared` is a dict that lives for one block, in which terms may leave what others can use
-    (the losses of `mmkd.losses` share their softmaxes so).
+    loss: `(student_logits [r, V], teacher_logits [r, V] or None, targets [r]) -> [r]`, differentiable in the
+    first argument, each row's value a function of that row alone (rows come in blocks of any size). It must
+    not change its arguments.
+
+    If it has a method `value_and_grad(student, teacher, targets, shared) -> (values [r], gradient [r, V])`,
+    that is used instead of autograd. `shared` is a dict that lives for one block, in which terms may leave what
+    others can use: the losses of `mmkd.losses` share their softmaxes so.
+
     weight: factor of the sum over rows in the total. A term of weight 0 is evaluated but not differentiated.
     needs_teacher: whether the loss reads the teacher's logits.
-    rows: bool `[R]`, the rows on which the term counts; None for all. Masks on the CPU save the work on other rows.
+    rows: bool `[R]`, the rows on which the term counts; None for all. Masks on the CPU save the work on the
+    other rows.
     """
 
     name: str
@@ -77,18 +83,19 @@ def row_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Evaluate all terms on all rows: `(Σ_terms weight * Σ_rows loss, {name: Σ_rows loss})`.
 
-    student_hidden `[R, Ds]`, targets `[R]` (int64; any value on rows where no term reads it), teacher_hidden `[R, Dt]`:
-    the same rows of both models. The total is a scalar with gradient to student_hidden and, if they require it, to the
-    student head's weight and bias; the sums are detached. The teacher gets no gradient. Both are sums: divide by the
-    (global) count yourself. R = 0 gives 0, still attached to the graph.
+    student_hidden `[R, Ds]`, targets `[R]` (int64; any value on rows where no term reads it), teacher_hidden
+    `[R, Dt]`: the same rows of both models. The total is a scalar with gradient to student_hidden and, if
+    they require it, to the student head's weight and bias; the sums are detached. The teacher gets no
+    gradient. Both are sums: divide by the (global) count yourself. R = 0 gives 0, still attached to the
+    graph.
 
     vocabulary: cut both heads to their first n columns (one tokenizer, different padding).
-    chunk_bytes: budget for logits and loss temporaries; at least one row is always taken. The gradient of a trained
-    head comes on top: `[V, D]` in float32.
+    chunk_bytes: budget for logits and loss temporaries; at least one row is always taken. The gradient of a
+    trained head comes on top: `[V, D]` in float32.
 
-    Loss maths is in float32 (float64 where a head or the hidden rows are); the products with a head run in that head's dtype,
-    autocast or not. Under `no_grad` only values are computed. With a trained head backward works once: its gradient is
-    given away, and a second backward through the same graph raises RuntimeError.
+    Loss maths is in float32 (float64 where a head or the hidden rows are); the products with a head run in
+    that head's dtype, autocast or not. Under `no_grad` only values are computed. With a trained head backward
+    works once: its gradient is given away, and a second backward through the same graph raises RuntimeError.
     Raises ValueError when shapes, vocabularies or terms do not fit.
     """
     work = _Work(student_head, targets, tuple(terms), teacher_hidden, teacher_head, vocabulary, chunk_bytes)
@@ -125,7 +132,7 @@ class _RowLosses(torch.autograd.Function):
             walk.run()
             sums = walk.values.sum(-1)  # [T]
             total = sums.new_zeros(())
-            for term, value in zip(work.terms, sums):
+            for term, value in zip(work.terms, sums, strict=False):
                 total = total + term.weight * value if term.weight != 0 else total
         # Kept on ctx, not by save_for_backward: they are no inputs or outputs, and backward frees them.
         ctx.gradients = (walk.to_hidden, walk.to_weight, walk.to_bias)
@@ -140,7 +147,7 @@ class _RowLosses(torch.autograd.Function):
         to_hidden, to_weight, to_bias = ctx.gradients
         if ctx.spent:
             raise RuntimeError(
-                "second backward through a row_losses with a trained head, whose stored gradient went to the first; "
+                "second backward through a row_losses with a trained head, whose gradient went to the first; "
                 "call row_losses again, or add the losses up for one backward"
             )
         # [V, D] is too large for a second copy: the head's gradient is scaled in place and given away.
@@ -164,7 +171,9 @@ class _Walk:
         self.maths = _maths_dtype(hidden, work.head, work.teacher_hidden, work.teacher_head)
         self.gain = _HALF_GAIN if self.student.weight.dtype == torch.float16 else 1.0
         self.values = hidden.new_zeros(len(work.terms), hidden.shape[0], dtype=self.maths)  # [T, R]
-        self.filled = [0] * len(work.terms)
+        self.walked = (
+            0  # rows of the groups that are done; a row's place in `values` is the order of the walk
+        )
         self.to_hidden, self.to_weight, self.to_bias = self._stores(wanted)
         self.first = True
 
@@ -197,7 +206,9 @@ class _Walk:
         theirs = self._buffer(self.teacher, chunk) if with_teacher else None  # [chunk, V]
         for start in range(0, rows, chunk):
             pick = slice(start, min(start + chunk, rows))
-            self._chunk(pick if index is None else index[pick], pick, active, mine, theirs, block)
+            place = self.walked + start
+            self._chunk(pick if index is None else index[pick], place, active, mine, theirs, block)
+        self.walked += rows
 
     def _sizes(self, rows: int, with_teacher: bool) -> tuple[int, int]:
         """Rows of a chunk and of a block."""
@@ -216,7 +227,9 @@ class _Walk:
     def _buffer(self, head: Head, chunk: int) -> Tensor:
         return torch.empty(chunk, self.columns, dtype=head.weight.dtype, device=self.hidden.device)
 
-    def _chunk(self, pick, place: slice, active: list[int], mine: Tensor, theirs: Tensor | None, block: int) -> None:
+    def _chunk(
+        self, pick, place: int, active: list[int], mine: Tensor, theirs: Tensor | None, block: int
+    ) -> None:
         work = self.work
         hidden = self.hidden[pick].to(self.student.weight.dtype)  # [c, D]
         size = hidden.shape[0]
@@ -231,7 +244,7 @@ class _Walk:
             x = _logits(mine[part], self.student, self.maths)  # [b, V]
             y = None if theirs is None else _logits(theirs[part], self.teacher, self.maths)  # [b, V]
             here = {i: mask[part] for i, mask in masks.items()}
-            gradient = self._block(x, y, targets[part], active, here, place.start + start)  # [b, V]
+            gradient = self._block(x, y, targets[part], active, here, place + start)  # [b, V]
             if self.wants_gradient:
                 self._through_logits(gradient, x, mine[part])
         if self.wants_gradient:
@@ -266,7 +279,7 @@ class _Walk:
         return gradient
 
     def _through_logits(self, gradient: Tensor | None, x: Tensor, out: Tensor) -> None:
-        """Gradient with respect to the logits x -> to `h Wᵀ`, written over the student's raw logits `out`."""
+        """From the gradient at the logits x to that at `h Wᵀ`, written over the raw logits `out`."""
         if gradient is None:
             out.zero_()
             return
@@ -301,8 +314,11 @@ class _Walk:
             self.to_weight[tile].add_(part, alpha=1 / self.gain)
 
 
-def _evaluate(term: RowTerm, x, y, targets, shared: dict, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-    """Values `[b]` and, if wanted, the gradient `[b, V]` of one term; the caller may change the gradient in place."""
+def _evaluate(
+    term: RowTerm, x, y, targets, shared: dict, differentiate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Values `[b]` and, if wanted, the gradient `[b, V]` of one term; the caller may change the gradient in
+    place."""
     y = y if term.needs_teacher else None
     if not differentiate:
         return term.loss(x, y, targets), None
@@ -313,7 +329,8 @@ def _evaluate(term: RowTerm, x, y, targets, shared: dict, differentiate: bool) -
         leaf = x.detach().requires_grad_()  # [b, V]
         values = term.loss(leaf, y, targets)  # [b]
         (gradient,) = torch.autograd.grad(values, leaf, torch.ones_like(values))
-    # A sum's gradient, for one, comes as one number seen many times; contiguous() makes it a tensor of its own.
+    # A sum's gradient, for one, comes as one number seen many times; contiguous() makes it a tensor of its
+    # own.
     return values.detach(), gradient.contiguous()
 
 
@@ -350,7 +367,9 @@ def _logits(raw: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def _maths_dtype(hidden: Tensor, head: Head, teacher_hidden: Tensor | None, teacher_head: Head | None) -> torch.dtype:
+def _maths_dtype(
+    hidden: Tensor, head: Head, teacher_hidden: Tensor | None, teacher_head: Head | None
+) -> torch.dtype:
     dtypes = [hidden.dtype, head.weight.dtype]
     if teacher_hidden is not None:
         dtypes += [teacher_hidden.dtype, teacher_head.weight.dtype]
@@ -404,10 +423,12 @@ def _check_teacher(work: _Work, rows: int) -> None:
         return
     _check_head("teacher", work.teacher_hidden, work.teacher_head, work.vocabulary)
     if work.teacher_hidden.shape[0] != rows:
-        raise ValueError(f"{rows} student rows and {work.teacher_hidden.shape[0]} teacher rows; gather the same positions")
+        raise ValueError(
+            f"{rows} student rows and {work.teacher_hidden.shape[0]} teacher rows; gather the same positions"
+        )
     mine, theirs = work.head.weight.shape[0], work.teacher_head.weight.shape[0]
     if work.vocabulary is None and mine != theirs:
         raise ValueError(
-            f"the student head has {mine} columns and the teacher head {theirs}; if both share a tokenizer and differ in "
-            "padding, pass vocabulary=len(tokenizer)"
+            f"the student head has {mine} columns and the teacher head {theirs}; if both share a tokenizer and "
+            "differ in padding, pass vocabulary=len(tokenizer)"
         )

@@ -35,7 +35,7 @@ def distill(recipe: Recipe) -> dict[str, Any]:
     started = time.monotonic()
     run = Path(recipe.output)
     check_benchmarks(recipe)
-    samples = {name: stage_samples(stage, recipe.seed) for name, stage in recipe.stages.items()}
+    samples = {name: stage_samples(recipe, stage) for name, stage in recipe.stages.items()}
     check_answers(samples)
     claim(run, recipe)
     teacher = load_teacher(recipe)
@@ -59,7 +59,7 @@ def distill(recipe: Recipe) -> dict[str, Any]:
 def check_benchmarks(recipe: Recipe) -> None:
     """Every benchmark and its data is looked for before hours of training."""
     for name in recipe.evaluation.benchmarks:
-        load_benchmark(name).read(recipe.evaluation.data_root, recipe.evaluation.limit)
+        load_benchmark(name).read(recipe.data_root, recipe.evaluation.limit)
 
 
 def check_answers(stages: dict[str, list[Sample]]) -> None:
@@ -110,7 +110,7 @@ def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[st
         benchmark = load_benchmark(name)
         for role in [r for r in ROLES if r in towers]:
             logger.info("evaluating the %s on %s", role, name)
-            options = {"data_root": spec.data_root, "batch_size": spec.batch_size, "limit": spec.limit, "model_name": role}
+            options = {"data_root": recipe.data_root, "batch_size": spec.batch_size, "limit": spec.limit, "model_name": role}
             out = run / "evaluation" / role / benchmark.name
             results.setdefault(benchmark.name, {})[role] = evaluate(towers[role], benchmark, out, **options)
         if spec.blind:

@@ -19,7 +19,7 @@ from transformers import set_seed
 
 import mmkd
 from mmkd.data.samples import DataError, Sample
-from mmkd.data.sources import read_samples, resolve
+from mmkd.data.sources import folder_of, read_samples, resolve
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import run_guards
@@ -95,8 +95,9 @@ def _to_device(tower: Tower, quantise: str | None = None) -> Tower:
 # ---- data and terms --------------------------------------------------------------------------------------------------
 
 
-def stage_samples(stage: StageSpec, seed: int) -> list[Sample]:
-    samples = [sample for spec in stage.data for sample in read_samples(spec, seed)]
+def stage_samples(recipe: Recipe, stage: StageSpec) -> list[Sample]:
+    """All training samples of a stage, in the order of its data entries."""
+    samples = [sample for spec in stage.data for sample in read_samples(spec, recipe.seed, recipe.data_root)]
     if not samples:
         raise DataError("a stage has no samples")
     return samples
@@ -146,7 +147,7 @@ def _train_stage(
     recipe: Recipe, role: str, name: str, stage: StageSpec, student: Tower, teacher: Tower | None, run: Path, folder: Path
 ) -> None:
     set_seed(recipe.seed)
-    samples = stage_samples(stage, recipe.seed)
+    samples = stage_samples(recipe, stage)
     terms = terms_of(stage.terms)
     needed = teacher if any(t.needs_teacher for t in terms) else None
     if stage.lora is not None:
@@ -233,15 +234,15 @@ def control_key(recipe: Recipe, student: Tower) -> str:
     """What defines a control: its untrained weights and processor, its stages with their data, seed and this version."""
     control = control_recipe(recipe)
     stages = control.model_dump(mode="json", include={"stages", "seed", "max_length"})
-    data = [_data_state(spec) for stage in control.stages.values() for spec in stage.data]
+    data = [_data_state(spec, recipe.data_root) for stage in control.stages.values() for spec in stage.data]
     facts = json.dumps([mmkd.__version__, student.fingerprint(), stages, data], sort_keys=True)
     return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
-def _data_state(spec: Any) -> list:
+def _data_state(spec: Any, data_root: str | None) -> list:
     """Annotation files of a data set with size and time: a set that was changed makes a new control."""
     fields = resolve(spec)
-    root = Path(fields["root"]).expanduser()
+    root = folder_of(fields, data_root)
     files = sorted(p for pattern in ("*.json", "*.jsonl", "*/*.jsonl") for p in root.glob(pattern))
     return [fields, [[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
 

@@ -37,6 +37,7 @@ KINDS: dict[str, TermKind] = {
     "dbild": TermKind(losses.DBiLD),
     "relation": TermKind(losses.relation_from_hidden, rows=False),
     "feature_match": TermKind(losses.feature_match, rows=False),
+    "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
 }
 
 POSITIONS = ("response", "visual")
@@ -83,10 +84,8 @@ class Term:
     @property
     def count(self) -> str:
         """Which global count divides the term's sum."""
-        if self.kind == "relation":
-            return "image"
-        if self.kind == "feature_match":
-            return "feature"
+        if not self.is_row_term:
+            return "pictured" if self.kind == "contrastive" else "image"
         return "switch" if self.path == "switch" else self.positions
 
     def row_loss(self) -> Callable[..., Any]:

@@ -110,7 +110,7 @@ def last_checkpoint(folder: Path) -> str | None:
 def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str, Any]]:
     """Trainable parameters by part, each with its learning rate; no weight decay on norms, biases and other vectors."""
     parts = {part: [p for _, p in found] for part, found in distiller.tower.part_parameters().items()}
-    parts["bridges"] = list(distiller.bridges.parameters())
+    parts["extras"] = list(distiller.extras.parameters())
     groups = []
     for part, parameters in parts.items():
         rate = spec.learning_rates.get(part, spec.learning_rate)  # type: ignore[call-overload]

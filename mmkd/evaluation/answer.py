@@ -35,14 +35,16 @@ log = logging.getLogger(__name__)
 class Answerer(Protocol):
     """What evaluation needs of a tower."""
 
-    def answer(self, samples: list[Sample], *, max_new_tokens: int, vision_cache: dict | None) -> list[str]: ...
+    def answer(
+        self, samples: list[Sample], *, max_new_tokens: int, vision_cache: dict | None
+    ) -> list[str]: ...
     def parameter_count(self) -> dict[str, int]: ...
     def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A question ready to be asked. `group` is the content of its pictures, or the question itself without one."""
+    """A question ready to be asked. `group` is the content of its pictures, or the question itself."""
 
     question: Question
     sample: Sample
@@ -72,14 +74,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answers and scores a benchmark; writes `predictions.jsonl` and `results.json` to the folder `out`.
 
-    Answers are kept as they come in `answers.partial.jsonl`.  With `resume` an interrupted evaluation goes on after its
-    last whole batch, and a finished one is only scored again.  A partial file of another model, data, prompt or setting
-    is refused.  `blind` takes the pictures away and leaves the words: how far the text alone goes.
+    Answers are kept as they come in `answers.partial.jsonl`.  With `resume` an interrupted evaluation goes
+    on after its last whole batch, and a finished one is only scored again.  A partial file of another
+    model, data, prompt or setting is refused.  `blind` takes the pictures away and leaves the words: how
+    far the text alone goes.
 
-    A question whose picture cannot be read is left out of the score, and counted with its reason in `n_skipped` and
-    `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content) as one draw.
+    A question whose picture cannot be read is left out of the score, and counted with its reason in
+    `n_skipped` and `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content)
+    as one draw.
 
-    Returns the content of `results.json`.  Raises DataError when the data is wrong or no question could be answered.
+    Returns the content of `results.json`.  Raises DataError when the data is wrong or no question could be
+    answered.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
@@ -110,7 +115,8 @@ def evaluate(
     return results
 
 
-# ---- questions -> items ----------------------------------------------------------------------------------------
+# ---- questions -> items
+# ----------------------------------------------------------------------------------------
 
 
 def _prepare(benchmark: Benchmark, questions: Sequence[Question], blind: bool) -> list[_Item]:
@@ -122,12 +128,14 @@ def _prepare(benchmark: Benchmark, questions: Sequence[Question], blind: bool) -
         group, problem = _picture_group(question, digests)
         asked = sample.without_images() if blind else sample
         references = references_of(question, by_letter)
-        items.append(_Item(question, asked, _prompt_text(sample), references, group, None if blind else problem))
+        items.append(
+            _Item(question, asked, _prompt_text(sample), references, group, None if blind else problem)
+        )
     return items
 
 
 def _picture_group(question: Question, digests: dict[str, tuple[str, str | None]]) -> tuple[str, str | None]:
-    """Digest of the pictures' bytes, and why one cannot be read (or None). One scene may lie in several files."""
+    """Digest of the pictures' bytes (one scene may lie in several files), and why one cannot be read."""
     if not question.images:
         return f"question {question.id}", None
     found = []
@@ -153,7 +161,7 @@ def _prompt_text(sample: Sample) -> str:
 
 
 def _data_fingerprint(items: Iterable[_Item]) -> str:
-    """A hash of ids, prompts, references and pictures: the same on another machine, another with any other data."""
+    """A hash of ids, prompts, references and pictures, wherever they lie."""
     digest = hashlib.sha256()
     for item in items:
         row = [item.question.id, item.prompt, item.references, item.group]
@@ -161,7 +169,8 @@ def _data_fingerprint(items: Iterable[_Item]) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- asking ----------------------------------------------------------------------------------------------------
+# ---- asking
+# ----------------------------------------------------------------------------------------------------
 
 
 def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
@@ -175,12 +184,18 @@ def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
 
 
 def _answer_all(
-    tower: Answerer, benchmark: Benchmark, items: Sequence[_Item], store: _Store, batch_size: int, progress: bool
+    tower: Answerer,
+    benchmark: Benchmark,
+    items: Sequence[_Item],
+    store: _Store,
+    batch_size: int,
+    progress: bool,
 ) -> None:
     from tqdm import tqdm
 
-    # The order depends on the questions alone, and a batch is asked as a whole or not at all: an answer may depend, in
-    # its last bits, on what stands beside it, and a resumed evaluation must give what an uninterrupted one gives.
+    # The order depends on the questions alone, and a batch is asked as a whole or not at all: an answer may
+    # depend, in its last bits, on what stands beside it, and a resumed evaluation must give what an
+    # uninterrupted one gives.
     batches = _batches([item for item in items if item.skipped is None], batch_size)
     todo = [batch for batch in batches if any(item.question.id not in store.answers for item in batch)]
     open_questions = Counter(item.image_keys for batch in todo for item in batch)
@@ -197,8 +212,10 @@ def _answer_all(
             bar.update(len(batch))
 
 
-def _answer_batch(tower: Answerer, samples: list[Sample], max_new_tokens: int, cache: dict) -> dict[str, dict]:
-    """Answers by id; a sample whose picture does not decode gets its reason, and the others are asked without it."""
+def _answer_batch(
+    tower: Answerer, samples: list[Sample], max_new_tokens: int, cache: dict
+) -> dict[str, dict]:
+    """Answers by id; a picture that does not decode gives a reason, and the others are asked again."""
     try:
         texts = tower.answer(samples, max_new_tokens=max_new_tokens, vision_cache=cache)
     except ImageError:
@@ -209,8 +226,12 @@ def _answer_batch(tower: Answerer, samples: list[Sample], max_new_tokens: int, c
         rest = [sample for sample in samples if sample.id not in unreadable]
         return skipped | (_answer_batch(tower, rest, max_new_tokens, cache) if rest else {})
     if len(texts) != len(samples):
-        raise RuntimeError(f"the tower gave {len(texts)} answers to {len(samples)} questions; `answer` owes one each")
-    return {sample.id: {"prediction": text, "skipped": None} for sample, text in zip(samples, texts)}
+        raise RuntimeError(
+            f"the tower gave {len(texts)} answers to {len(samples)} questions; `answer` owes one each"
+        )
+    return {
+        sample.id: {"prediction": text, "skipped": None} for sample, text in zip(samples, texts, strict=True)
+    }
 
 
 def _why_unreadable(sample: Sample) -> str | None:
@@ -222,7 +243,8 @@ def _why_unreadable(sample: Sample) -> str | None:
     return None
 
 
-# ---- keeping answers -------------------------------------------------------------------------------------------
+# ---- keeping answers
+# -------------------------------------------------------------------------------------------
 
 
 class _Store:
@@ -263,11 +285,13 @@ class _Store:
             answers = {row["id"]: row for row in rows}
             difference = _difference(header["header"], self.header)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path} is damaged ({error!r}); delete it or start anew with resume=False") from error
+            raise DataError(
+                f"{self.path} is damaged ({error!r}); delete it or start anew with resume=False"
+            ) from error
         if difference:
             raise DataError(
-                f"{self.path} holds answers of another evaluation ({difference}); finish that one, choose another "
-                "output folder, or start anew with resume=False"
+                f"{self.path} holds answers of another evaluation ({difference}); finish that one, "
+                "choose another output folder, or start anew with resume=False"
             )
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
@@ -281,7 +305,7 @@ def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _finished_answers(out: Path, header: dict[str, Any]) -> dict[str, dict]:
-    """The answers of a finished evaluation of the same things; pictures that could not be read are tried again."""
+    """The answers of a finished evaluation of the same things, without the questions that were skipped."""
     try:
         results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
         rows = read_predictions(out / PREDICTIONS)
@@ -293,7 +317,9 @@ def _finished_answers(out: Path, header: dict[str, Any]) -> dict[str, dict]:
         return {}
     answered = [row for row in rows.values() if not row["skipped"]]
     share = results["seconds"] / max(1, len(answered))
-    return {row["id"]: {"prediction": row["prediction"], "skipped": None, "seconds": share} for row in answered}
+    return {
+        row["id"]: {"prediction": row["prediction"], "skipped": None, "seconds": share} for row in answered
+    }
 
 
 def _lines(rows: Iterable[dict]) -> str:
@@ -307,7 +333,8 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-# ---- scoring ---------------------------------------------------------------------------------------------------
+# ---- scoring
+# ---------------------------------------------------------------------------------------------------
 
 
 def _row(benchmark: Benchmark, item: _Item, answer: dict | None) -> dict[str, Any]:
@@ -330,7 +357,11 @@ def _row(benchmark: Benchmark, item: _Item, answer: dict | None) -> dict[str, An
         return row
     text = answer["prediction"]
     parsed = PARSERS[benchmark.parser](text, question.choices)
-    row |= {"prediction": text, "parsed": parsed, "score": _score(benchmark.metric, parsed, row["references"])}
+    row |= {
+        "prediction": text,
+        "parsed": parsed,
+        "score": _score(benchmark.metric, parsed, row["references"]),
+    }
     if benchmark.also:
         row["also"] = {metric: _score(metric, parsed, row["references"]) for metric in benchmark.also}
     if benchmark.parser == "scienceqa":
@@ -345,7 +376,11 @@ def _score(metric: str, parsed: str | None, references: Sequence[str]) -> float:
 
 
 def _results(
-    benchmark: Benchmark, items: Sequence[_Item], rows: Sequence[dict], header: dict[str, Any], limit: int | None
+    benchmark: Benchmark,
+    items: Sequence[_Item],
+    rows: Sequence[dict],
+    header: dict[str, Any],
+    limit: int | None,
 ) -> dict[str, Any]:
     scored = [row for row in rows if not row["skipped"]]
     reasons = Counter(_short_reason(row) for row in rows if row["skipped"])
@@ -390,16 +425,20 @@ def _by(rows: Sequence[dict], category: str) -> dict[str, dict]:
 
 
 def _particulars(benchmark: Benchmark, rows: Sequence[dict]) -> dict[str, Any]:
-    """What some benchmarks report besides: ScienceQA's usual parts and lenient score, POPE's and MME's numbers."""
+    """What some benchmarks report besides: ScienceQA's parts and lenient score, POPE's and MME's numbers."""
     if benchmark.parser == "scienceqa":
         lenient = _score_of(rows, "score_lenient")
-        return {"scienceqa": scienceqa(rows), "score_lenient": lenient["score"], "ci95_lenient": lenient["ci95"]}
+        return {
+            "scienceqa": scienceqa(rows),
+            "score_lenient": lenient["score"],
+            "ci95_lenient": lenient["ci95"],
+        }
     labels = [row["references"][0] for row in rows]
     if benchmark.metric == "pope":
         return {"pope": pope([row["prediction"] for row in rows], labels)}
     if benchmark.metric == "mme":
         tasks: dict[str, list[tuple[str, str, str]]] = {}
-        for row, label in zip(rows, labels):
+        for row, label in zip(rows, labels, strict=True):
             task = row["categories"].get("task", "all")
             tasks.setdefault(task, []).append(("|".join(row["images"]), row["prediction"], label))
         return {"mme": mme(tasks)}
@@ -410,7 +449,8 @@ def _rows_difference(benchmark: Benchmark, rows: int, limit: int | None) -> str 
     if benchmark.expected_rows is None or rows == benchmark.expected_rows:
         return None
     cause = f"limit={limit}" if limit is not None else "another release or a part of the data"
-    return f"{rows} rows, the card expects {benchmark.expected_rows} ({cause}): not comparable with published numbers"
+    expected = benchmark.expected_rows
+    return f"{rows} rows, the card expects {expected} ({cause}): not comparable with published numbers"
 
 
 def _short_reason(row: dict) -> str:

@@ -1,4 +1,4 @@
-"""What a benchmark is: a card in `evaluation/` that says what is asked, how, and how the answers are scored."""
+"""What a benchmark is: a card in `evaluation/` that says what is asked, how, and how answers are scored."""
 
 from __future__ import annotations
 
@@ -40,8 +40,12 @@ class Benchmark(BaseModel):
     format: Literal["scienceqa", "textvqa", "easy_vqa", "jsonl", "pope"]
     root: Path = Field(description="the data's folder, absolute or below the data root")
     split: str
-    files: dict[str, str] = Field(default_factory=dict, description="file names that differ from the format's own")
-    expected_rows: int | None = Field(None, gt=0, description="rows of the official split; a difference is reported")
+    files: dict[str, str] = Field(
+        default_factory=dict, description="file names that differ from the format's own"
+    )
+    expected_rows: int | None = Field(
+        None, gt=0, description="rows of the official split; a difference is reported"
+    )
     prompt_style: Literal["letter", "short", "plain"]
     ocr: bool = Field(False, description="add the data set's OCR tokens to the prompt")
     parser: str = "identity"
@@ -77,8 +81,8 @@ class Benchmark(BaseModel):
             if folder.expanduser().is_dir():
                 return folder.expanduser()
         raise DataError(
-            f"benchmark {self.name!r}: there is no folder {candidates[-1]}; get the data (see the card's notes: "
-            f"{self.notes.strip() or 'none'}) and give its folder with --data-root"
+            f"benchmark {self.name!r}: there is no folder {candidates[-1]}; get the data and give its "
+            f"folder with --data-root. The card's notes: {self.notes.strip() or 'none'}"
         )
 
     def read(self, data_root: Path | str | None = None, limit: int | None = None) -> list[Question]:
@@ -97,7 +101,7 @@ class Benchmark(BaseModel):
 
 
 def _subset(questions: list[Question], limit: int | None) -> list[Question]:
-    """A random subset in the order of the file, drawn as `read_questions` draws one: a smaller is part of a larger."""
+    """A random subset in the order of the file, drawn as `read_questions` draws one."""
     if limit is None or limit >= len(questions):
         return questions
     if limit < 1:
@@ -121,14 +125,17 @@ The code is in `mmkd/evaluation`; this folder holds cards only.
 # Benchmarks
 
 A card says where a benchmark's questions come from, how they are asked, and how the answers are scored. Try
-`mmkd evaluate MODEL --benchmarks scienceqa --data-root DIR`: the data is looked for in `DIR/<root>`, then in `DIR`.
-Cards of your own go into `<folder>/evaluation/`, with `MMKD_CARDS=<folder>`, or are given by path.
+`mmkd evaluate MODEL --benchmarks scienceqa --data-root DIR`: the data is looked for in `DIR/<root>`, then
+in `DIR`. Cards of your own go into `<folder>/evaluation/`, with `MMKD_CARDS=<folder>`, or are given by path.
 
-A result names its split, rows, prompt, OCR switch, parser and data fingerprint. Compare a number with a published one only
-where all of these agree: ScienceQA alone goes by two numbers (all questions, image questions), TextVQA by two prompts.
+A result names its split, rows, prompt, OCR switch, parser and data fingerprint. Compare a number with a
+published one only where all of these agree: ScienceQA alone goes by two numbers (all questions, image
+questions), TextVQA by two prompts.
 
 """
-README_FOOT = "\nThis table is written by `python -m mmkd.evaluation.benchmarks`; edit the cards, not the table.\n"
+README_FOOT = (
+    "\nThis table is written by `python -m mmkd.evaluation.benchmarks`; edit the cards, not the table.\n"
+)
 
 
 def readme_table() -> str:
@@ -144,7 +151,8 @@ def readme_table() -> str:
         metrics = ", ".join((card.metric, *card.also))
         published = "; ".join(f"{r.model} {r.score:g} ({r.subset})" for r in card.reference_scores)
         lines.append(
-            f"| `{name}` | {card.title} | {card.split} ({rows}) | {prompt} | {card.parser} → {metrics} | {published or '–'} |"
+            f"| `{name}` | {card.title} | {card.split} ({rows}) | {prompt} | {card.parser} → {metrics} "
+            f"| {published or '–'} |"
         )
     return "\n".join(lines) + "\n"
 

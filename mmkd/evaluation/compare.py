@@ -1,4 +1,4 @@
-"""How sure a score is, and whether one model is better than another: bootstrap intervals and paired differences."""
+"""How sure a score is, and whether one model is better than another: intervals and paired differences."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _resampled_means(clusters: np.ndarray, n_boot: int, rng: np.random.Generator
     """Means of `n_boot` draws of C clusters with replacement. clusters [C, 2] -> [n_boot]"""
     count = len(clusters)
     kinds, multiplicity = np.unique(clusters, axis=0, return_counts=True)
-    # Clusters of equal sum and count are interchangeable: drawing how often each kind comes is the same draw, and with
-    # the few kinds that right/wrong scores make it is far less work.
+    # Clusters of equal sum and count are interchangeable: drawing how often each kind comes is the same
+    # draw, and with the few kinds that right/wrong scores make it is far less work.
     if len(kinds) * 8 <= count:
         totals = rng.multinomial(count, multiplicity / count, size=n_boot) @ kinds  # [n_boot, 2]
         return totals[:, 0] / totals[:, 1]
@@ -50,13 +50,15 @@ def interval(
 ) -> Interval:
     """Mean of the scores with its 95 % interval: (mean, low, high), by the percentile bootstrap.
 
-    With `groups`, whole groups are drawn (a cluster bootstrap): questions on one picture are not independent, since a
-    model that misreads the picture misses several of them.  Drawing questions one by one would make the interval too
-    narrow.  Give the picture as the group, a question without a picture its own.
+    With `groups`, whole groups are drawn (a cluster bootstrap): questions on one picture are not
+    independent, since a model that misreads the picture misses several of them.  Drawing questions one by
+    one would make the interval too narrow.  Give the picture as the group, a question without a picture its
+    own.
 
-    The interval says how the score would vary with other questions of the same kind, not with another training seed.
-    With few groups (below about 30), or with all scores equal (a width of zero), it is too optimistic.
-    Raises DataError when there is nothing to score, on a score that is not finite, on groups of another length.
+    The interval says how the score would vary with other questions of the same kind, not with another
+    training seed. With few groups (below about 30), or with all scores equal (a width of zero), it is too
+    optimistic. Raises DataError when there is nothing to score, on a score that is not finite, on groups of
+    another length.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -75,7 +77,8 @@ def paired_difference(
     n_boot: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of a - b over the same questions, with its interval; much narrower than two intervals side by side.
+    """Mean of a - b over the same questions, with its interval; much narrower than two intervals side by
+    side.
 
     See `interval`.  Raises DataError when the two are not equally long.
     """
@@ -88,13 +91,15 @@ def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str |
     """Share of questions with the same answer, right or wrong, but for case and white space around it."""
     if len(a_predictions) != len(b_predictions) or not len(a_predictions):
         raise DataError(
-            f"agreement needs the same questions, at least one: {len(a_predictions)} against {len(b_predictions)}"
+            f"agreement needs the same questions, at least one: {len(a_predictions)} against "
+            f"{len(b_predictions)}"
         )
     plain = [[(text or "").strip().casefold() for text in side] for side in (a_predictions, b_predictions)]
-    return sum(x == y for x, y in zip(*plain)) / len(a_predictions)
+    return sum(x == y for x, y in zip(*plain, strict=True)) / len(a_predictions)
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------
+# ---- runs
+# ------------------------------------------------------------------------------------------------------
 
 
 def read_predictions(path: Path | str) -> dict[str, dict]:
@@ -112,25 +117,28 @@ def read_predictions(path: Path | str) -> dict[str, dict]:
             row = json.loads(line)
             rows[row["id"]] = row
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a row of predictions ({error!r}); evaluate again") from error
+            raise DataError(
+                f"{path}, line {number}: not a row of predictions ({error!r}); evaluate again"
+            ) from error
     return rows
 
 
 def group_of(row: Mapping) -> str:
-    """The cluster of a question: its picture (by content, else by name), or the question itself without one."""
+    """The cluster of a question: its picture (by content, else by name), or the question itself."""
     return row.get("group") or "|".join(row.get("images") or ()) or f"question {row['id']}"
 
 
 def same_questions(runs: Mapping[str, Mapping[str, dict]]) -> list[str]:
-    """The ids that every run holds, in order. Raises DataError, with counts and first ids, where runs differ."""
+    """The ids that every run holds, in order. Raises DataError with counts and ids where runs differ."""
     names = list(runs)
     for name in names[1:]:
         only_first = [i for i in runs[names[0]] if i not in runs[name]]
         only_other = [i for i in runs[name] if i not in runs[names[0]]]
         if only_first or only_other:
             raise DataError(
-                f"{names[0]} and {name} did not answer the same questions: {len(only_first)} only in {names[0]} "
-                f"(first {only_first[:3]}), {len(only_other)} only in {name} (first {only_other[:3]}); "
+                f"{names[0]} and {name} did not answer the same questions: "
+                f"{len(only_first)} only in {names[0]} (first {only_first[:3]}), "
+                f"{len(only_other)} only in {name} (first {only_other[:3]}); "
                 "evaluate both on the same split and limit"
             )
     return list(runs[names[0]])

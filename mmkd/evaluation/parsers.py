@@ -1,7 +1,7 @@
 """From a model's words to an answer: one small function a benchmark.
 
-The official rules are kept with their quirks, because a published number contains them.  A parser returns None
-where the words hold no answer; the share of these is reported beside every score.
+The official rules are kept with their quirks, because a published number contains them.  A parser returns
+None where the words hold no answer; the share of these is reported beside every score.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ LETTERS = "ABCDE"  # ScienceQA has two to five choices
 # The trailing dot is a wildcard in LLaVA's own pattern: one more character is needed, any but a line break.
 _STRICT = re.compile(r"The answer is ([A-Z]).")
 
-# A lone capital B to E stands for a choice; "A" and small letters are words too, so they need a delimiter after them.
+# A lone capital B to E stands for a choice; "A" and small letters are words too, so they need a delimiter
+# after them.
 _LETTER = r"(?:([B-E])(?![\w'])|([Aa-e])(?=\s*(?:[).:,;!\]。](?!\w)|\n|$)))"
 _LEADING = re.compile(r"(?:option|choice)?\s*[(\[]?" + _LETTER)
 _STATED = re.compile(r"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*(?i:option|choice)?\s*[(\[]?" + _LETTER)
@@ -29,9 +30,10 @@ def identity(text: str) -> str:
 def scienceqa_parse(text: str | None, num_choices: int) -> str | None:
     """The letter by LLaVA's strict rule (`llava/eval/eval_science_qa.py`), or None where it says FAILED.
 
-    Accepted are exactly: a bare capital letter A to E without any white space; such a letter followed by ". ";
-    or one single occurrence of "The answer is X" followed by any one character.  Quirks kept: " A", "A.", "(A)" and
-    "a" fail; "The answer is AB." is A; a stated answer found twice fails, even when both times it is the same.
+    Accepted are exactly: a bare capital letter A to E without any white space; such a letter followed by a
+    period and a space; or one single occurrence of "The answer is X" followed by any one character.
+    Quirks kept: " A", "A.", "(A)" and "a" fail; "The answer is AB." is A; a stated answer found twice
+    fails, even when it is the same both times.
 
     As in the official code `num_choices` does not limit the letter: "D" of two choices is parsed, and wrong.
     `scienceqa_index` makes -1 of it.
@@ -53,12 +55,12 @@ def scienceqa_index(letter: str | None, num_choices: int) -> int:
 
 
 def scienceqa_parse_lenient(text: str | None, num_choices: int, choices: Sequence[str] = ()) -> str | None:
-    """The letter a human reader would take from the text, or None. Never the headline; it shows what format costs.
+    """The letter a human reader would take from the text, or None; never the headline.
 
-    In this order, after special tokens and markdown marks are removed:
+    In this order, special tokens and markdown marks being removed from 2. on:
     1. what the strict rule finds;
     2. the text is one of the `choices`, word for word (case and a final period do not matter);
-    3. "answer is X", "Answer: (X)", "option X": all that are stated must agree, the last words win nothing;
+    3. "answer is X", "Answer: (X)", "option X": all that are stated must agree;
     4. a letter at the head: "(B) dog", "B: dog", "b.", "B Because ...".
     Small letters, and "A" (an article), count only with a delimiter or the end after them.  A letter beyond
     `num_choices` is None.
@@ -66,7 +68,7 @@ def scienceqa_parse_lenient(text: str | None, num_choices: int, choices: Sequenc
     if text is None:
         return None
     clean = _DECORATION.sub("", text).strip()
-    letter = scienceqa_parse(clean, num_choices) or _choice_letter(clean, choices) or _found_letter(clean)
+    letter = scienceqa_parse(text, num_choices) or _choice_letter(clean, choices) or _found_letter(clean)
     return letter if scienceqa_index(letter, num_choices) >= 0 else None
 
 
@@ -85,17 +87,17 @@ def _found_letter(text: str) -> str | None:
 
 
 def pope_parse(text: str) -> str:
-    """"yes" or "no" by POPE's rule (`llava/eval/eval_pope.py`), which never fails.
+    """Either "yes" or "no", by POPE's rule (`llava/eval/eval_pope.py`), which never fails.
 
-    The words of the text up to the first period, split at single spaces, commas removed: "no" when "No", "no" or
-    "not" is among them, else "yes".  So "" and "NO" and "yes\\nno" are "yes".
+    The words of the text up to the first period, split at single spaces, commas removed: "no" when "No",
+    "no" or "not" is among them, else "yes".  So "" and "NO" and "yes\\nno" are "yes".
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def mme_parse(text: str) -> str:
-    """"yes", "no" or "other" by the rule of MME's own tool: "yes", else "no", within the first four characters."""
+    """What MME's own tool finds in the first four characters: "yes", else "no", else "other"; any case."""
     head = text.lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 

@@ -1,4 +1,4 @@
-"""Reads POPE as its authors publish it: coco_pope_{random,popular,adversarial}.json, one JSON object a line."""
+"""Reads POPE as its authors publish it: coco_pope_{random,popular,adversarial}.json, one object a line."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ DEFAULT_FILES = {"annotations": "coco_pope_{split}.json", "images": "val2014"}
 def read_pope(root: Path, split: str, *, files: dict[str, str] | None = None) -> list[Question]:
     """The questions of one sampling of absent objects, or of all three with split "all".
 
-    `files`: "annotations", a pattern with {split}, and "images", the folder or zip archive of COCO's val2014; both below
-    `root`.  Raises DataError naming file, line and key.
+    `files`: "annotations", a pattern with {split}, and "images", the folder or zip archive of COCO's
+    val2014; both below `root`.  Raises DataError naming file, line and key.
     """
     files = DEFAULT_FILES | (files or {})
     unknown = sorted(set(files) - set(DEFAULT_FILES))
     if unknown or split not in (*SAMPLINGS, "all"):
         raise DataError(
-            f"pope: split {split!r}, files {sorted(files)}; splits are {', '.join(SAMPLINGS)}, all; files are "
-            f"{', '.join(DEFAULT_FILES)}"
+            f"pope: split {split!r}, files {sorted(files)}; splits are {', '.join(SAMPLINGS)}, all; "
+            f"files are {', '.join(DEFAULT_FILES)}"
         )
     wanted = SAMPLINGS if split == "all" else (split,)
     return [question for sampling in wanted for question in _read_sampling(root, sampling, files)]
@@ -66,5 +66,7 @@ def _question(line: str, where: str, sampling: str, images: Path) -> Question:
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise DataError(f"{where}: key {key!r} is {value!r}, a text is expected; keys there: {', '.join(row)}")
+        raise DataError(
+            f"{where}: key {key!r} is {value!r}, a text is expected; keys there: {', '.join(row)}"
+        )
     return str(value)

@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 def build_report(run: Path | str) -> Path:
     """Writes RUN/report.html and returns its path.
 
-    Reads RUN/evaluation/{teacher,control,student}/<benchmark>/, RUN/log/{student,control}.jsonl, RUN/summary.json and
-    RUN/run.json; all but one model's evaluation may be missing.  The same files give the same page.
+    Reads RUN/evaluation/{teacher,control,student}/<benchmark>/, RUN/evaluation_blind/ (the same below it),
+    RUN/log/{student,control}.jsonl, RUN/summary.json and RUN/run.json; all but one model's evaluation may be
+    missing.  The same files give the same page.
     Raises DataError when no model has been evaluated, or when models answered different questions.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -72,7 +73,8 @@ def build_report(run: Path | str) -> Path:
     return target
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------
+# ---- reading
+# ---------------------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -84,7 +86,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; write it again or delete it") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__}, an object was expected; write it again or delete it")
+        raise DataError(
+            f"{path} holds {type(content).__name__}, an object was expected; write it again or delete it"
+        )
     return content
 
 
@@ -94,7 +98,9 @@ def _read_evaluations(run: Path) -> dict[str, dict[str, dict]]:
     for role in ROLES:
         for path in sorted((run / "evaluation" / role).glob("*/results.json")):
             predictions = path.with_name("predictions.jsonl")
+            blind = _read_json(run / "evaluation_blind" / role / path.parent.name / "results.json")
             entry = {"results": _read_json(path), "rows": read_predictions(predictions), "path": predictions}
+            entry["blind"] = blind.get("score")
             found.setdefault(path.parent.name, {})[role] = entry
     if not found:
         raise DataError(
@@ -104,7 +110,8 @@ def _read_evaluations(run: Path) -> dict[str, dict[str, dict]]:
     return dict(sorted(found.items()))
 
 
-# ---- table, headline, bars -------------------------------------------------------------------------------------
+# ---- table, headline, bars
+# -------------------------------------------------------------------------------------
 
 
 def _benchmark(name: str, models: dict[str, dict]) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def _benchmark(name: str, models: dict[str, dict]) -> dict[str, Any]:
         "metric": any_results.get("metric", "score"),
         "models": {role: model["results"] for role, model in models.items()},
         "rows": {role: model["rows"] for role, model in models.items()},
+        "blind": {role: model["blind"] for role, model in models.items() if model["blind"] is not None},
         "comparison": comparison,
         "difference": difference,
         "verdict": verdict(difference) if difference else None,
@@ -137,7 +145,9 @@ def _headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
         return {"text": f"On {compared[0]['name']} the {compared[0]['verdict']}.", "mood": mood}
     text = f"The student is no better than its control on any of {len(compared)} benchmarks"
     if ahead:
-        text = f"The student leads its control on {len(ahead)} of {len(compared)} benchmarks: {', '.join(ahead)}"
+        text = (
+            f"The student leads its control on {len(ahead)} of {len(compared)} benchmarks: {', '.join(ahead)}"
+        )
     if behind:
         text += f"; it is behind on {', '.join(behind)}"
     return {"text": text + ".", "mood": mood}
@@ -165,7 +175,11 @@ def _category_bars(models: Mapping[str, Mapping]) -> list[dict]:
         }
         shown = sorted(sizes, key=lambda value: (-sizes[value], value))[:MAX_BARS]
         rows = [
-            {"value": v, "n": sizes[v], "cells": {r: groups.get(category, {}).get(v) for r, groups in by.items()}}
+            {
+                "value": v,
+                "n": sizes[v],
+                "cells": {r: groups.get(category, {}).get(v) for r, groups in by.items()},
+            }
             for v in shown
         ]
         if len(sizes) > 1:
@@ -176,8 +190,10 @@ def _category_bars(models: Mapping[str, Mapping]) -> list[dict]:
 def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     """How the benchmark was asked and scored; taken from one model, since all were asked the same."""
     results = next(iter(models.values()))["results"]
-    keys = ("split", "rows", "expected_rows", "rows_difference", "limit", "prompt_style", "ocr_tokens", "blind", "parser",
-            "metric", "max_new_tokens", "batch_size", "data_fingerprint")  # fmt: skip
+    keys = (
+        "split", "rows", "expected_rows", "rows_difference", "limit", "prompt_style", "ocr_tokens", "blind",
+        "parser", "metric", "max_new_tokens", "batch_size", "data_fingerprint",
+    )  # fmt: skip
     facts = [(key.replace("_", " "), _plain(results[key])) for key in keys if results.get(key) is not None]
     for role, model in models.items():
         own = model["results"]
@@ -193,7 +209,18 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
 
 
 def _facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), _plain(value)) for key, value in content.items() if value is not None]
+    """Keys and values to show: values one level deep, deeper ones are left to the files."""
+    flat = {key: _one_line(value) for key, value in content.items() if key != "title"}
+    return [(key.replace("_", " "), _plain(value)) for key, value in flat.items() if value is not None]
+
+
+def _one_line(value: Any) -> Any:
+    """A mapping of plain values as "key value, key value", None for a deeper one, anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    if any(isinstance(inner, (Mapping, list)) for inner in value.values()):
+        return None
+    return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
 
 
 def _plain(value: Any) -> str:
@@ -204,7 +231,8 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-# ---- curves ----------------------------------------------------------------------------------------------------
+# ---- curves
+# ----------------------------------------------------------------------------------------------------
 
 CHART_WIDTH, CHART_HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 66, 10, 12, 38
@@ -257,7 +285,11 @@ def _read_log(path: Path) -> tuple[dict[str, list[tuple[float, float]]], list[tu
 
 def _charts(run: Path) -> list[dict[str, Any]]:
     """One chart a term, the whole loss first, with a curve each for student and control."""
-    logs = {role: _read_log(path) for role in ("student", "control") if (path := run / "log" / f"{role}.jsonl").exists()}
+    logs = {
+        role: _read_log(path)
+        for role in ("student", "control")
+        if (path := run / "log" / f"{role}.jsonl").exists()
+    }
     names = dict.fromkeys(name for terms, _, _ in logs.values() for name in terms)
     order = sorted(names, key=lambda name: (name != "loss", list(names).index(name)))
     broken = {role: count for role, (_, _, count) in logs.items() if count}
@@ -272,7 +304,9 @@ def _charts(run: Path) -> list[dict[str, Any]]:
     return charts
 
 
-def _chart(name: str, series: Mapping[str, list[tuple[float, float]]], stages: Sequence[tuple[float, str]]) -> dict[str, Any]:
+def _chart(
+    name: str, series: Mapping[str, list[tuple[float, float]]], stages: Sequence[tuple[float, str]]
+) -> dict[str, Any]:
     thinned = {role: _thin(points) for role, points in series.items()}
     smooth = {role: _smooth(points) for role, points in thinned.items()}
     steps = [x for points in thinned.values() for x, _ in points]
@@ -291,7 +325,8 @@ def _chart(name: str, series: Mapping[str, list[tuple[float, float]]], stages: S
         "y_ticks": [(y(tick), f"{tick:g}") for tick in y_ticks],
         "stages": [(x(start), stage) for start, stage in stages[1:]],
         "curves": [
-            {"role": role, "raw": _path(thinned[role], x, y), "smooth": _path(smooth[role], x, y)} for role in series
+            {"role": role, "raw": _path(thinned[role], x, y), "smooth": _path(smooth[role], x, y)}
+            for role in series
         ],
         "summary": ", ".join(f"{role} ends at {value:.4g}" for role, value in ends.items()),
     }
@@ -330,13 +365,16 @@ def _path(points: Iterable[tuple[float, float]], x: _Scale, y: _Scale) -> str:
     return "M" + "L".join(f"{x(px):g},{y(py):g}" for px, py in points)
 
 
-# ---- gallery ---------------------------------------------------------------------------------------------------
+# ---- gallery
+# ---------------------------------------------------------------------------------------------------
 
 
 def _gallery(benchmarks: Sequence[Mapping]) -> list[dict[str, Any]]:
-    """Questions to look at, about GALLERY_SIZE: of each benchmark half drawn at random, half where models part."""
+    """Questions to look at, about GALLERY_SIZE: of each benchmark half at random, half where models part."""
     share = max(4, GALLERY_SIZE // len(benchmarks))
-    return [item for benchmark in benchmarks for item in _gallery_of(benchmark, share)][: max(GALLERY_SIZE, 48)]
+    return [item for benchmark in benchmarks for item in _gallery_of(benchmark, share)][
+        : max(GALLERY_SIZE, 48)
+    ]
 
 
 def _gallery_of(benchmark: Mapping, share: int) -> list[dict[str, Any]]:
@@ -348,7 +386,10 @@ def _gallery_of(benchmark: Mapping, share: int) -> list[dict[str, Any]]:
     plain = [i for i in drawn if i not in set(parting)][: share - len(parting)]
     order = {i: place for place, i in enumerate(ids)}
     rows = next(iter(runs.values()))
-    return [_gallery_item(benchmark, i, i in parting) for i in sorted(parting + plain, key=lambda i: (not rows[i].get("images"), order[i]))]
+    return [
+        _gallery_item(benchmark, i, i in parting)
+        for i in sorted(parting + plain, key=lambda i: (not rows[i].get("images"), order[i]))
+    ]
 
 
 def _spread(runs: Mapping[str, Mapping[str, dict]], question: str) -> float:
@@ -371,7 +412,12 @@ def _gallery_item(benchmark: Mapping, question: str, parted: bool) -> dict[str, 
         "prompt": row["prompt"],
         "references": _reference_text(row),
         "answers": [
-            {"role": role, "text": _shorten(r["prediction"] or ""), "score": r["score"], "mark": _mark(r["score"])}
+            {
+                "role": role,
+                "text": _shorten(r["prediction"] or ""),
+                "score": r["score"],
+                "mark": _mark(r["score"]),
+            }
             for role, r in rows.items()
         ],
         "pictures": [_thumbnail(key) for key in row.get("images") or ()],
@@ -381,7 +427,11 @@ def _gallery_item(benchmark: Mapping, question: str, parted: bool) -> dict[str, 
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_ANSWER else text[:MAX_ANSWER] + f" … ({len(text) - MAX_ANSWER:,} more characters)"
+    return (
+        text
+        if len(text) <= MAX_ANSWER
+        else text[:MAX_ANSWER] + f" … ({len(text) - MAX_ANSWER:,} more characters)"
+    )
 
 
 def _reference_text(row: Mapping) -> list[tuple[str, int]]:
@@ -391,7 +441,9 @@ def _reference_text(row: Mapping) -> list[tuple[str, int]]:
         counts[text] = counts.get(text, 0) + 1
     choices = row.get("choices") or []
     named = {chr(65 + i): f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices)}
-    return sorted(((named.get(text, text), count) for text, count in counts.items()), key=lambda pair: -pair[1])
+    return sorted(
+        ((named.get(text, text), count) for text, count in counts.items()), key=lambda pair: -pair[1]
+    )
 
 
 def _mark(score: float) -> str:
@@ -448,7 +500,8 @@ def _image_ref(key: str) -> ImageRef:
     return ImageRef(Path(key).parent, Path(key).name)
 
 
-# ---- numbers as text -------------------------------------------------------------------------------------------
+# ---- numbers as text
+# -------------------------------------------------------------------------------------------
 
 
 def _percent(value: float) -> str:

@@ -15,14 +15,15 @@ from mmkd.data.samples import DataError, Question
 from mmkd.evaluation.parsers import mme_parse, pope_parse, scienceqa_index, scienceqa_parse
 
 __all__ = [
-    "METRICS", "anls", "exact_match", "mme", "mme_parse", "normalise_evalai", "normalise_vqav2", "pope", "pope_parse",
-    "references_of", "relaxed_accuracy", "scienceqa", "scienceqa_index", "scienceqa_parse",
+    "METRICS", "anls", "exact_match", "mme", "mme_parse", "normalise_evalai", "normalise_vqav2", "pope",
+    "pope_parse", "references_of", "relaxed_accuracy", "scienceqa", "scienceqa_index", "scienceqa_parse",
     "stvqa_accuracy", "textvqa_accuracy", "vqa_accuracy",
 ]  # fmt: skip
 
-# ---- answer normalisation of VQA v2 and of EvalAI (TextVQA, ST-VQA) --------------------------------------------
+# ---- answer normalisation of VQA v2 and of EvalAI (TextVQA, ST-VQA)
+# --------------------------------------------
 
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 # The official pattern also carries a "not after a digit" condition, misspelt so that it always holds.
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -36,23 +37,24 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 # Forms with one apostrophe, looked up without it.
 _SINGLE = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
-    it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
-    somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's
-    they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
-    where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
+    how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
+    should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll
+    that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's
+    won't would've wouldn't y'all you'd you'll you're you've
 """.split()
 # Forms with two, looked up with either one missing.
 _DOUBLE = """
-    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
-    there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+    something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
 """.split()
 # Forms with three: any one missing.
 _TRIPLE = ["'ow's'at", "y'all'd've"]
 
 
 def _contractions() -> dict[str, str]:
-    """Words without an apostrophe -> with it, as both official scorers list them (words are lower case by then)."""
+    """Words without an apostrophe -> with it, as both official scorers list them (lower case by then)."""
     table = {form.replace("'", ""): form for form in _SINGLE}
     for form in _DOUBLE + _TRIPLE:
         marks = [i for i, character in enumerate(form) if character == "'"]
@@ -83,8 +85,8 @@ def _process_digit_article(text: str) -> str:
 def normalise_vqav2(text: str) -> str:
     """VQA v2's processPunctuation then processDigitArticle (GT-Vision-Lab/VQA, `vqaEval.py`).
 
-    Quirks kept: a comma between two digits anywhere in the text removes *all* punctuation marks instead of turning
-    them into spaces; periods stay before a digit; beyond the 32nd they stay everywhere.
+    Quirks kept: a comma between two digits anywhere in the text removes *all* punctuation marks instead of
+    turning them into spaces; periods stay before a digit; beyond the 32nd they stay everywhere.
     """
     return _process_digit_article(_process_punctuation(text))
 
@@ -93,15 +95,16 @@ def normalise_vqav2(text: str) -> str:
 def normalise_evalai(text: str) -> str:
     """The answer processor of EvalAI, used for TextVQA and ST-VQA (mmf and LLaVA, `m4c_evaluator.py`).
 
-    Differs from `normalise_vqav2` in what comes first: lower case, commas and question marks gone, and a space put
-    before every "'s" ("man's" -> "man 's").
+    Differs from `normalise_vqav2` in what comes first: lower case, commas and question marks gone, and a
+    space put before every "'s" ("man's" -> "man 's").
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return _process_digit_article(_process_punctuation(text))
 
 
-# ---- one prediction against its references ---------------------------------------------------------------------
+# ---- one prediction against its references
+# ---------------------------------------------------------------------
 
 
 def _leave_one_out(matches: int, count: int) -> float:
@@ -125,10 +128,11 @@ def _vqa_references(references: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """VQA v2's soft accuracy (GT-Vision-Lab/VQA, `vqaEval.py`): the mean over the references left out in turn.
+    """VQA v2's soft accuracy (GT-Vision-Lab/VQA, `vqaEval.py`): the mean over the references left out in
+    turn.
 
-    Quirk kept: when all references are the same string nothing is normalised, so "Yes" is wrong where ten people
-    said "yes".  Raises DataError for fewer than four references, with which full marks cannot be had.
+    Quirk kept: when all references are the same string nothing is normalised, so "Yes" is wrong where ten
+    people said "yes".  Raises DataError for fewer than four references, with which full marks cannot be had.
     """
     if len(references) < 4:
         raise DataError(
@@ -179,9 +183,11 @@ def _relaxed_match(prediction: str, target: str, tolerance: float) -> bool:
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str], tolerance: float = 0.05) -> float:
-    """ChartQA's relaxed accuracy (pix2struct, `metrics.py`): numbers within 5 % of any reference, words equal.
+    """ChartQA's relaxed accuracy (pix2struct, `metrics.py`): numbers within 5 % of any reference, words
+    equal.
 
-    Quirks kept: "5%" is 0.05; "1,000" is no number; a target of 0 needs the same string; case does not matter.
+    Quirks kept: "5%" is 0.05; "1,000" is no number; a target of 0 needs the same string; case does not
+    matter.
     """
     return float(any(_relaxed_match(prediction, target, tolerance) for target in references))
 
@@ -205,7 +211,8 @@ def _similarity(a: str, b: str) -> float:
 
 
 def anls(prediction: str, references: Sequence[str], threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one answer, as the DocVQA / MP-DocVQA evaluator computes it.
+    """Average normalised Levenshtein similarity of one answer, as the DocVQA / MP-DocVQA evaluator computes
+    it.
 
     Lower case and stripped, inner spaces as they are; the best similarity over the references, 0 below
     `threshold` (exactly 0.5 counts); an empty prediction scores 0, even against an empty reference.
@@ -226,12 +233,15 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(answer == " ".join(reference.split()).casefold() for reference in references))
 
 
-# ---- a whole benchmark -----------------------------------------------------------------------------------------
+# ---- a whole benchmark
+# -----------------------------------------------------------------------------------------
 
 
 def _same_length(first: Sequence, second: Sequence, what: str) -> None:
     if len(first) != len(second):
-        raise DataError(f"{what}: {len(first)} predictions for {len(second)} labels; give one label a prediction")
+        raise DataError(
+            f"{what}: {len(first)} predictions for {len(second)} labels; give one label a prediction"
+        )
     if not first:
         raise DataError(f"{what}: there is nothing to score; give at least one prediction")
 
@@ -239,15 +249,15 @@ def _same_length(first: Sequence, second: Sequence, what: str) -> None:
 def pope(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """POPE's numbers (`llava/eval/eval_pope.py`) with "yes" as the positive class.
 
-    `predictions` are raw texts, parsed here by `pope_parse` ("yes" and "no" stay what they are); `labels` are "yes"
-    or "no".  Precision, recall and f1 are 0.0 where their denominator is 0 (the official script divides by zero).
-    Raises DataError on lengths that differ, on nothing to score, on an unknown label.
+    `predictions` are raw texts, parsed here by `pope_parse` ("yes" and "no" stay what they are); `labels`
+    are "yes" or "no".  Precision, recall and f1 are 0.0 where their denominator is 0 (the official script
+    divides by zero). Raises DataError on lengths that differ, on nothing to score, on an unknown label.
     """
     _same_length(predictions, labels, "pope")
     unknown = sorted(set(labels) - {"yes", "no"})
     if unknown:
         raise DataError(f"pope: labels are 'yes' or 'no', got {unknown[:3]}; check the annotation file")
-    pairs = [(pope_parse(prediction), label) for prediction, label in zip(predictions, labels)]
+    pairs = [(pope_parse(prediction), label) for prediction, label in zip(predictions, labels, strict=True)]
     true_yes = pairs.count(("yes", "yes"))
     said_yes = sum(said == "yes" for said, _ in pairs)
     is_yes = sum(label == "yes" for _, label in pairs)
@@ -265,9 +275,9 @@ def pope(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
 def mme(tasks: Mapping[str, Sequence[tuple[str, str, str]]]) -> dict[str, dict[str, float]]:
     """MME's numbers by task, and their sum under "total".
 
-    `tasks` is {task: [(image key, prediction, label), ...]}: two questions an image, the predictions raw (parsed
-    here by `mme_parse`), the labels "yes" or "no".  `acc` is the share of questions, `acc_plus` the share of images
-    with both right, `score` = 100 (acc + acc_plus), at most 200 a task; "other" is wrong.
+    `tasks` is {task: [(image key, prediction, label), ...]}: two questions an image, the predictions raw
+    (parsed here by `mme_parse`), the labels "yes" or "no".  `acc` is the share of questions, `acc_plus` the
+    share of images with both right, `score` = 100 (acc + acc_plus), at most 200 a task; "other" is wrong.
     Raises DataError when an image does not have exactly two questions.
     """
     result = {task: _mme_task(task, rows) for task, rows in tasks.items()}
@@ -280,17 +290,20 @@ def _mme_task(task: str, rows: Sequence[tuple[str, str, str]]) -> dict[str, floa
         by_image.setdefault(image, []).append(mme_parse(prediction) == label.strip().lower())
     odd = [image for image, right in by_image.items() if len(right) != 2]
     if odd or not rows:
-        raise DataError(f"mme task {task!r}: needs two questions an image; {len(odd)} images differ, first {odd[:3]}")
+        raise DataError(
+            f"mme task {task!r}: needs two questions an image; {len(odd)} images differ, first {odd[:3]}"
+        )
     acc = sum(map(sum, by_image.values())) / len(rows)
     acc_plus = sum(map(all, by_image.values())) / len(by_image)
     return {"acc": acc, "acc_plus": acc_plus, "score": 100 * (acc + acc_plus)}
 
 
 def scienceqa(rows: Sequence[Mapping]) -> dict[str, dict[str, float]]:
-    """ScienceQA's usual break-down of rows with "score", "parsed" and "categories" (modality, subject, grades).
+    """ScienceQA's usual break-down of rows with "score", "parsed" and "categories" (modality, subject,
+    grades).
 
-    Returns {"all" | "image" | "text" | "<subject>" | "grades 1-6" | "grades 7-12": {"n", "score", "unparsed_share"}}.
-    "image" is what others call ScienceQA-IMG.
+    Returns {"all" | "image" | "text" | "<subject>" | "grades 1-6" | "grades 7-12": {"n", "score",
+    "unparsed_share"}}. "image" is what others call ScienceQA-IMG.
     """
     groups: dict[str, list[Mapping]] = {"all": list(rows)}
     for row in rows:
@@ -310,7 +323,8 @@ def _group_score(rows: Sequence[Mapping]) -> dict[str, float]:
     }
 
 
-# ---- one question by the metric that a card names --------------------------------------------------------------
+# ---- one question by the metric that a card names
+# --------------------------------------------------------------
 
 
 def references_of(question: Question, by_letter: bool) -> tuple[str, ...]:

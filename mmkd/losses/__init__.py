@@ -1,4 +1,5 @@
-"""Pure loss functions on tensors. They import nothing of mmkd, take no means over a batch, and shift nothing."""
+"""Pure loss functions on tensors. They import nothing of mmkd, take no means over a batch, and shift
+nothing."""
 
 from mmkd.losses.difference import DBiLD, dbild, kneedle_k
 from mmkd.losses.divergence import (

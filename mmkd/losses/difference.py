@@ -1,7 +1,8 @@
 """DBiLD: distil the differences between the informative logits of a row (Switch-KD, arXiv 2604.14629).
 
-It extends BiLD (arXiv 2406.13555: fixed k, forward KL) by a knee rule for k and the reverse KL. What the paper's
-readable parts leave open is our choice and an argument here: the window of the knee, the least k, no T² factor.
+It extends BiLD (arXiv 2406.13555: fixed k, forward KL) by a knee rule for k and the reverse KL. What the
+paper's readable parts leave open is our choice and an argument here: the window of the knee, the least k, no
+T² factor.
 """
 
 import math
@@ -26,17 +27,21 @@ def dbild(
 ) -> Tensor:
     """Dynamic bi-directional logits difference loss, one value a row.
 
-    Teacher-led branch: I = the k largest entries of the teacher, largest first; d = z[I_a] - z[I_b] for all a < b, for
-    both models; KL between softmax(d / temperature) of student and teacher. Student-led branch: the same with I taken
-    from the student. The loss is the sum of both (Switch-KD, figure; eq. 7, 14, 15 as reported by others).
+    Teacher-led branch: I = the k largest entries of the teacher, largest first; `d = z[I_a] - z[I_b]` for all
+    a < b, for both models; KL between softmax(d / temperature) of student and teacher. Student-led branch: the
+    same with I taken from the student. The loss is the sum of both (Switch-KD, figure; eq. 7, 14, 15 as
+    reported by others).
 
-    student, teacher: logits `[R, V]`; returns `[R]`. The teacher is detached and so are both choices of indices.
-    window: the knee is looked for among this many largest logits (our choice: the paper gives none); k comes from
-    `kneedle_k` with min_k and max_k, or is `fixed_k` (BiLD: 8). direction: "reverse" is KL(student || teacher) as in Switch-KD,
-    "forward" is BiLD's. tau_squared multiplies by temperature² (neither paper does).
-    An entry that is -inf in the leader is never chosen and one that is -inf in the follower is left out; fewer than three
-    entries have no distribution to compare (one difference at most), so such a row gives exactly 0 with gradient 0.
-    Differences of over 300 temperatures count as 300.
+    student, teacher: logits `[R, V]`; returns `[R]`. The teacher is detached and so are both choices of
+    indices.
+    window: the knee is looked for among this many largest logits (our choice: the paper gives none); k comes
+    from `kneedle_k` with min_k and max_k, or is `fixed_k` (BiLD: 8).
+    direction: "reverse" is KL(student || teacher) as in Switch-KD, "forward" is BiLD's.
+    tau_squared: multiply by temperature² (neither paper does).
+
+    An entry that is -inf in the leader is never chosen and one that is -inf in the follower is left out. Fewer
+    than three entries have no distribution to compare (one difference at most), so such a branch gives
+    exactly 0 with gradient 0. A logit more than 300 temperatures below the largest one counts as 300 below.
 
     Cost: O(V) for the two top-k, then O(window) a row, in float64; the k(k-1)/2 differences are never formed.
     Raises ValueError for unequal shapes, temperature <= 0, window or min_k below 1, or an unknown direction.
@@ -56,10 +61,11 @@ def kneedle_k(logits: Tensor, min_k: int = 4, max_k: int | None = None) -> Tenso
     """How many of the largest logits stand before the knee of each row's sorted curve.
 
     logits: `[R, K]`, **sorted from large to small**, K the window; returns `[R]` (int64).
-    `x_i = (i-1)/(K-1)`, `y_i = (s_i - s_K)/(s_1 - s_K)`, k = the first i (from 1) with the largest gap `(1 - x_i) - y_i`
-    below the chord, the knee included; then clamped to [min_k, min(max_k, K)]. A flat row has all gaps 0, so raw k = 1.
-    -inf entries stand at the end and do not count: K is then the number of finite ones.
-    Source: knee as in Switch-KD's figure (Kneedle, Satopää et al. 2011); inclusive k and the clamp are our choice.
+    `x_i = (i-1)/(K-1)`, `y_i = (s_i - s_K)/(s_1 - s_K)`, k = the first i (from 1) with the largest gap `(1 -
+    x_i) - y_i` below the chord, the knee included; then clamped to [min_k, min(max_k, K)]. A flat row has all
+    gaps 0, so raw k = 1. -inf entries stand at the end and do not count: K is then the number of finite ones.
+    Source: knee as in Switch-KD's figure (Kneedle, Satopää et al. 2011); inclusive k and the clamp are our
+    choice.
     """
     gaps, count = _gaps(logits)  # [R, K], [R]
     k = gaps.argmax(-1) + 1  # [R] the first maximum
@@ -69,7 +75,8 @@ def kneedle_k(logits: Tensor, min_k: int = 4, max_k: int | None = None) -> Tenso
 
 @dataclass(frozen=True)
 class DBiLD:
-    """`dbild` as a row loss `(student, teacher, targets) -> [R]`; its gradient is scattered, never dense in between."""
+    """`dbild` as a row loss `(student, teacher, targets) -> [R]`; its gradient is scattered, never dense in
+    between."""
 
     temperature: float = 3.0
     window: int = 64
@@ -84,12 +91,20 @@ class DBiLD:
 
     def _options(self) -> "_Options":
         return _Options(
-            self.temperature, self.window, self.min_k, self.max_k, self.direction, self.tau_squared, self.fixed_k
+            self.temperature,
+            self.window,
+            self.min_k,
+            self.max_k,
+            self.direction,
+            self.tau_squared,
+            self.fixed_k,
         )
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         o = self._options()
-        return dbild(student, teacher, o.temperature, o.window, o.min_k, o.max_k, o.direction, o.tau_squared, o.fixed_k)
+        return dbild(
+            student, teacher, o.temperature, o.window, o.min_k, o.max_k, o.direction, o.tau_squared, o.fixed_k
+        )
 
     def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
         options = self._options()
@@ -100,7 +115,9 @@ class DBiLD:
         with torch.enable_grad():
             by_teacher = student.gather(-1, ids_t).requires_grad_()  # [R, W]
             by_student = lead_s.clone().requires_grad_()  # [R, W]
-            values = _branch(by_teacher, lead_t, lead_t, options) + _branch(by_student, follow_t, lead_s, options)
+            values = _branch(by_teacher, lead_t, lead_t, options) + _branch(
+                by_student, follow_t, lead_s, options
+            )
             grads = torch.autograd.grad(values.sum(), (by_teacher, by_student))
         dtype = _maths_dtype(student)
         grad = torch.zeros_like(student, dtype=dtype)  # [R, V]
@@ -132,7 +149,7 @@ class _Options:
 def _check_shapes(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape; "
+            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ; "
             "gather the same rows and cut both vocabularies to the same length"
         )
 
@@ -152,7 +169,8 @@ def _top(logits: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
 
 
 def _branch(student: Tensor, teacher: Tensor, leader: Tensor, options: _Options) -> Tensor:
-    """KL between the pairwise differences of two windows `[R, W]`, both in the order of `leader`; returns `[R]`."""
+    """KL between the pairwise differences of two windows `[R, W]`, both in the order of `leader`; returns
+    `[R]`."""
     if options.fixed_k is None:
         k = kneedle_k(leader, options.min_k, options.max_k)  # [R]
     else:
@@ -162,8 +180,8 @@ def _branch(student: Tensor, teacher: Tensor, leader: Tensor, options: _Options)
     a_s = _window(student, used, options.temperature)  # [R, W]
     a_t = _window(teacher, used, options.temperature)  # [R, W]
     over, under = (a_s, a_t) if options.direction == "reverse" else (a_t, a_s)
-    # KL(over || under) = Σ_ab w_ab (log w_ab - log v_ab) with log w_ab - log v_ab = r_a - r_b - logZ + logZ'. Summed
-    # over b and a first, only the row and column sums of the pair weights w remain.
+    # KL(over || under) = Σ_ab w_ab (log w_ab - log v_ab), where log w_ab - log v_ab = r_a - r_b - logZ + logZ'.
+    # Summed over b and a first, only the row and column sums of the pair weights w remain.
     rows, columns, log_total = _pair_sums(over, used)
     _, _, log_total_under = _pair_sums(under, used)
     kl = ((over - under) * (rows - columns)).sum(-1) - log_total + log_total_under  # [R]

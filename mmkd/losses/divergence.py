@@ -1,18 +1,19 @@
 """Losses between two next-token distributions, one value a row, and the cross-entropy with the targets.
 
-Shapes: `student` and `teacher` are logits `[R, V]` of the same rows and the same vocabulary, `targets` is `[R]`.
-Every function returns `[R]` and never reduces over rows: sums and counts belong to the caller.
+Shapes: `student` and `teacher` are logits `[R, V]` of the same rows and the same vocabulary, `targets` is
+`[R]`. Every function returns `[R]` and never reduces over rows: sums and counts belong to the caller.
 
-There are two forms of each loss. The functions (`forward_kl`, ...) are ordinary differentiable torch code. The classes
-(`ForwardKL`, ...) are the same losses as callables of `(student, teacher, targets)` which can also give their
-gradient in closed form (`value_and_grad`), without an autograd graph; the row engine uses that when it is there.
+There are two forms of each loss. The functions (`forward_kl`, ...) are ordinary differentiable torch code.
+The classes (`ForwardKL`, ...) are the same losses as callables of `(student, teacher, targets)` which can
+also give their gradient in closed form (`value_and_grad`), without an autograd graph; the row engine uses
+that when it is there.
 
 Numerics. All maths is in float32, float64 stays float64. The log-ratio of two distributions is formed as
-`(teacher - student) - (lse_teacher - lse_student)` with the two log-normalisers, one number a row, in float64: a
-rounding error there would be the same for the whole row and would not average out over V. A row of nothing but -inf
-has no distribution and gives NaN; any other -inf never does.
+`(teacher - student) - (lse_teacher - lse_student)` with the two log-normalisers, one number a row, in
+float64: a rounding error there would be the same for the whole row and would not average out over V. A row of
+nothing but -inf has no distribution and gives NaN; any other -inf never does.
 
-Convention for `beta`: 0 is the forward KL, KL(teacher || student); 1 is the reverse KL, KL(student || teacher).
+Convention for `beta`: 0 is the forward KL, KL(teacher || student); 1 the reverse KL, KL(student || teacher).
 """
 
 import math
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Log-ratios of an impossible token are replaced by +-this in the JSD: exp(-200) is 0 in float32 and 1e-87 in float64.
+# Log-ratios of an impossible token are replaced by +-this: exp(-200) is 0 in float32, 1e-87 in float64.
 _FAR = 200.0
 
 
@@ -29,9 +30,10 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     """KL(teacher || student) of each row, times temperature**2.
 
     `T² Σ_v p_v (log p_v - log q_v)` with `p = softmax(teacher / T)`, `q = softmax(student / T)`.
-    student, teacher: `[R, V]`; returns `[R]`. Entries where either logit is -inf are dropped (as LLaVA-MoD's code
-    does for the student's). The factor T² keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531).
-    Used at T = 1 by LLaVA-KD (arXiv 2410.16236, MDist) and LLaVA-MoD (arXiv 2408.15881, mimic distillation).
+    student, teacher: `[R, V]`; returns `[R]`. Entries where either logit is -inf are dropped (as LLaVA-MoD's
+    code does for the student's). The factor T² keeps the gradient's size independent of T (Hinton et al.,
+    arXiv 1503.02531). Used at T = 1 by LLaVA-KD (arXiv 2410.16236, MDist) and LLaVA-MoD (arXiv 2408.15881,
+    mimic distillation).
     """
     student, teacher = _scaled(student, teacher, temperature)
     terms = torch.softmax(teacher, -1) * _log_ratio(student, teacher)  # [R, V]
@@ -53,10 +55,11 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
     """Generalised Jensen-Shannon divergence of each row, times temperature**2.
 
     `beta KL(p || m) + (1 - beta) KL(q || m)` with `m = beta p + (1 - beta) q`, p the teacher, q the student
-    (GKD, arXiv 2306.13649, eq. for D_JSD(beta)). **At the ends it is exactly the KL**: beta = 0 gives `forward_kl`, beta = 1
-    gives `reverse_kl`. The formula itself tends to 0 there (it is the *ratio* to beta, or 1 - beta, that tends to
-    the KL), so the value jumps at the ends; this is GKD's convention and that of its implementations.
-    student, teacher: `[R, V]`; returns `[R]`, finite also where logits are -inf. Raises ValueError for beta outside [0, 1].
+    (GKD, arXiv 2306.13649, eq. for D_JSD(beta)). **At the ends it is exactly the KL**: beta = 0 gives
+    `forward_kl`, beta = 1 gives `reverse_kl`. The formula itself tends to 0 there (it is the *ratio* to beta,
+    or 1 - beta, that tends to the KL), so the value jumps at the ends; this is GKD's convention and that of
+    its implementations. student, teacher: `[R, V]`; returns `[R]`, finite also where logits are -inf. Raises
+    ValueError for beta outside [0, 1].
     """
     _check_beta(beta)
     if beta == 0.0:
@@ -74,8 +77,8 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
 def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(student)[target] of each row.
 
-    student `[R, V]`, targets `[R]` (ids below V; rows without a target are the caller's to leave out); returns `[R]`.
-    A target whose logit is -inf costs +inf: that is the value, not an error of rounding.
+    student `[R, V]`, targets `[R]` (ids below V; rows without a target are the caller's to leave out);
+    returns `[R]`. A target whose logit is -inf costs +inf: that is the value, not an error of rounding.
     """
     student = _wide(student)
     top = student.detach().amax(-1)  # [R]
@@ -85,7 +88,7 @@ def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
     return (total.to(exact).log() + (top.to(exact) - chosen.to(exact))).to(student.dtype)
 
 
-# ---- the same as callables with a gradient in closed form ------------------------------------------------------------
+# ---- the same as callables with a gradient in closed form ----
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class ReverseKL:
         q, _, d = _pair(student, teacher, self.temperature, shared)  # [R, V] each
         kept = q * (teacher != -math.inf)  # [R, V]
         values = -(kept * d).sum(-1) * self.temperature**2  # [R]
-        # d/dz_j of Σ_kept q u, u = log q/p, is q_j ((u_j + 1)[j kept] - Σ_kept q (u + 1)); without drops the 1s cancel.
+        # d/dz_j of Σ_kept q u, u = log q/p, is q_j ((u_j + 1)[j kept] - Σ_kept q (u + 1)). Without drops the
+        # 1s cancel.
         grad = torch.addcmul(kept, kept, d, value=-1.0)  # [R, V] kept (u + 1)
         grad.addcmul_(q, grad.sum(-1, keepdim=True), value=-1.0)
         return values, grad.mul_(self.temperature)
@@ -169,7 +173,7 @@ class JSD:
         return values, weighted.addcmul_(q, total, value=-1.0).mul_(rest * self.temperature)
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
+# ---- parts ----
 
 
 def _check_beta(beta: float) -> None:
@@ -195,7 +199,7 @@ def _scaled(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tenso
     _check_temperature(temperature)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape; "
+            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ; "
             "gather the same rows and cut both vocabularies to the same length"
         )
     student, teacher = _wide(student), _wide(teacher)
@@ -208,7 +212,11 @@ def _log_ratio(student: Tensor, teacher: Tensor) -> Tensor:
     """log p/q `[R, V]`, with 0 where both logits are -inf and +-_FAR where one of them is."""
     shift = _normaliser(teacher) - _normaliser(student)  # [R]
     gone_s, gone_t = student == -math.inf, teacher == -math.inf  # [R, V]
-    d = teacher.masked_fill(gone_t, 0.0) - student.masked_fill(gone_s, 0.0) - shift.to(student.dtype).unsqueeze(-1)
+    d = (
+        teacher.masked_fill(gone_t, 0.0)
+        - student.masked_fill(gone_s, 0.0)
+        - shift.to(student.dtype).unsqueeze(-1)
+    )
     d = d.masked_fill(gone_s, _FAR).masked_fill(gone_t, -_FAR)
     return d.masked_fill(gone_s & gone_t, 0.0)
 
@@ -229,12 +237,13 @@ def _log_mixture(d: Tensor, beta: float) -> Tensor:
     With L this number: log m/q = max(d, 0) + L and log m/p = max(-d, 0) + L.
     """
     # The weight of the smaller of p and q in m: beta where p is the smaller (d < 0), 1 - beta where q is.
-    weight = torch.where(d > 0, 1.0 - beta, beta).to(d.dtype)  # [R, V]
+    weight = (d > 0).to(d.dtype).mul_(1 - 2 * beta).add_(beta)  # [R, V]
     return (weight * torch.expm1(-d.abs())).log1p()
 
 
 def _distribution(logits: Tensor, temperature: float, who: str, shared: dict | None) -> tuple[Tensor, Tensor]:
-    """softmax(logits / T) `[R, V]` and its log-normaliser `[R]` (float64); taken from `shared` if a term made it before.
+    """softmax(logits / T) `[R, V]` and its log-normaliser `[R]` (float64); taken from `shared` if a term made
+    it before.
 
     What lies in `shared` is read by other terms: never change it in place.
     """
@@ -250,8 +259,11 @@ def _distribution(logits: Tensor, temperature: float, who: str, shared: dict | N
     return q, normaliser
 
 
-def _pair(student: Tensor, teacher: Tensor, temperature: float, shared: dict | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and log p/q, all `[R, V]`; the last finite as in `_log_ratio`, and like the others not to be changed."""
+def _pair(
+    student: Tensor, teacher: Tensor, temperature: float, shared: dict | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, p and log p/q, all `[R, V]`; the last finite as in `_log_ratio`, and like the others not to be
+    changed."""
     _check_temperature(temperature)
     student, teacher = _wide(student), _wide(teacher)
     q, normaliser_s = _distribution(student, temperature, "student", shared)
@@ -262,7 +274,8 @@ def _pair(student: Tensor, teacher: Tensor, temperature: float, shared: dict | N
     d = teacher - student  # [R, V]
     if temperature != 1.0:
         d.div_(temperature)
-    # The normalisers come after: a NaN among the logits makes them NaN, and so is not hidden by this replacement.
+    # The normalisers come after: a NaN among the logits makes them NaN, and so is not hidden by this
+    # replacement.
     d.nan_to_num_(0.0, _FAR, -_FAR)
     d.sub_((normaliser_t - normaliser_s).to(d.dtype).unsqueeze(-1))
     if shared is not None:

@@ -13,12 +13,13 @@ def feature_match(student: Tensor, teacher: Tensor, kind: str = "cosine") -> Ten
     """Distance of each pair of rows; student, teacher `[N, D]`, returns `[N]`.
 
     "cosine": `1 - cos`; "mse": mean over D of the squared difference; "smooth_l1": mean over D of
-    `d²/2` for |d| < 1, else `|d| - 1/2`. Different widths need a projection of the student first (the caller's).
-    A row of zeros has cosine distance 1/2 to any other and 0 to itself. Raises ValueError for unequal shapes or an unknown kind.
+    `d²/2` for |d| < 1, else `|d| - 1/2`. Different widths need a projection of the student first (the
+    caller's). A row of zeros has cosine distance 1/2 to any other and 0 to itself. Raises ValueError for
+    unequal shapes or an unknown kind.
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} differ in shape; "
+            f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} differ; "
             "project the student's to the teacher's width and bring both to the same tokens"
         )
     student, teacher = _wide(student), _wide(teacher)  # [N, D] each
@@ -37,4 +38,5 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [N, 1]
+    return x / size.where(size > 0, torch.ones_like(size))

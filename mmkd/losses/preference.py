@@ -1,7 +1,8 @@
 """Preference losses with the teacher as the reference (LLaVA-MoD, arXiv 2408.15881, preference distillation).
 
-All inputs are `[B]`: summed log-probabilities of the response tokens of a chosen and a rejected answer, under student and
-teacher. `r(y) = log p_student(y) - log p_teacher(y)`. The teacher's values carry no gradient (detached here).
+All inputs are `[B]`: summed log-probabilities of the response tokens of a chosen and a rejected answer, under
+student and teacher. `r(y) = log p_student(y) - log p_teacher(y)`. The teacher's values carry no gradient
+(detached here).
 """
 
 import torch
@@ -17,10 +18,12 @@ def dpo(
 ) -> Tensor:
     """`-log sigmoid(beta (r(y+) - r(y-)))` of each pair; returns `[B]`.
 
-    Source: DPO (arXiv 2305.18290, eq. 7), here with the teacher as reference as in LLaVA-MoD. Beta 0.1 is the default of
-    LLaVA-MoD's code. Unlike DPO with a frozen copy of the student, it does not start at log 2.
+    Source: DPO (arXiv 2305.18290, eq. 7), here with the teacher as reference as in LLaVA-MoD. Beta 0.1 is the
+    default of LLaVA-MoD's code. Unlike DPO with a frozen copy of the student, it does not start at log 2.
     """
-    chosen, rejected = _rewards(chosen_student, rejected_student, chosen_teacher, rejected_teacher)  # [B] each
+    chosen, rejected = _rewards(
+        chosen_student, rejected_student, chosen_teacher, rejected_teacher
+    )  # [B] each
     return torch.nn.functional.softplus(-beta * (chosen - rejected))
 
 
@@ -33,19 +36,23 @@ def kto_pair(
     detach_kl: bool = True,
     kl: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Paired KTO: `1 - sigmoid(beta (r(y+) - KL-))` of each chosen, then `1 - sigmoid(beta (KL+ - r(y-)))` of each
-    rejected answer; returns `[2B]`, chosen first.
+    """Paired KTO: `1 - sigmoid(beta (r(y+) - KL-))` of each chosen, then `1 - sigmoid(beta (KL+ - r(y-)))` of
+    each rejected answer; returns `[2B]`, chosen first.
 
-    `KL+ = max(0, mean r(y+))`, `KL- = max(0, mean r(y-))` over the batch. detach_kl: no gradient through them (our
-    default; LLaVA-MoD's code does not detach). kl: the pair (KL+, KL-) from outside instead, for a mean over all ranks.
-    Source: KTO (arXiv 2402.01306), paired form of LLaVA-MoD's code.
+    `KL+ = max(0, mean r(y+))`, `KL- = max(0, mean r(y-))` over the batch. detach_kl: no gradient through them
+    (our default; LLaVA-MoD's code does not detach). kl: the pair (KL+, KL-) from outside instead, for a mean
+    over all ranks. Source: KTO (arXiv 2402.01306), paired form of LLaVA-MoD's code.
     """
-    chosen, rejected = _rewards(chosen_student, rejected_student, chosen_teacher, rejected_teacher)  # [B] each
+    chosen, rejected = _rewards(
+        chosen_student, rejected_student, chosen_teacher, rejected_teacher
+    )  # [B] each
     kl_chosen, kl_rejected = (chosen.mean().clamp(min=0), rejected.mean().clamp(min=0)) if kl is None else kl
     if detach_kl:
         kl_chosen, kl_rejected = kl_chosen.detach(), kl_rejected.detach()
     # 1 - sigmoid(x) is sigmoid(-x), without the cancellation for large x.
-    return torch.cat([torch.sigmoid(-beta * (chosen - kl_rejected)), torch.sigmoid(-beta * (kl_chosen - rejected))])
+    return torch.cat(
+        [torch.sigmoid(-beta * (chosen - kl_rejected)), torch.sigmoid(-beta * (kl_chosen - rejected))]
+    )
 
 
 def _rewards(
@@ -54,7 +61,7 @@ def _rewards(
     shapes = {tuple(x.shape) for x in (chosen_student, rejected_student, chosen_teacher, rejected_teacher)}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ValueError(
-            f"log-probabilities of shapes {sorted(shapes)}; all four must be [B], one summed log-probability a sequence"
+            f"log-probabilities of shapes {sorted(shapes)}; all four must be [B], one sum a sequence"
         )
     chosen = _wide(chosen_student) - _wide(chosen_teacher.detach())  # [B]
     rejected = _wide(rejected_student) - _wide(rejected_teacher.detach())  # [B]

@@ -1,7 +1,7 @@
 """CPRD: teach a dual-encoder the order in which a cross-encoder ranks its hard negatives (arXiv 2407.07479).
 
-No code of the authors exists in public. The listwise form and the partial ranking are the paper's as quoted by others; the
-temperature, the rule for "valid", the reductions and all options are our choice.
+No code of the authors exists in public. The listwise form and the partial ranking are the paper's as quoted
+by others; the temperature, the rule for "valid", the reductions and all options are our choice.
 """
 
 import math
@@ -28,24 +28,26 @@ def contrastive_partial_ranking(
 ) -> Tensor:
     """One value a query (rows are queries; call it with the transpose for the other direction).
 
-    similarities `[B, M]`: of each query to the whole pool (cosines). candidates `[B, K]`: columns of the K hard
-    negatives, best student similarity first, as `hard_negatives` gives them; a negative number means "none".
-    teacher_scores `[B, K]`: the cross-encoder's scores of these candidates. Returns `[B]`, with gradient into
-    similarities and, unless detach_temperature, the temperature (a learnable one is shared with the contrastive loss).
+    similarities `[B, M]`: of each query to the whole pool (cosines). candidates `[B, K]`: columns of the K
+    hard negatives, best student similarity first, as `hard_negatives` gives them; a negative number means
+    "none". teacher_scores `[B, K]`: the cross-encoder's scores of these candidates. Returns `[B]`, with
+    gradient into similarities and, unless detach_temperature, the temperature (a learnable one is shared with
+    the contrastive loss).
 
     With z = similarity / temperature in the teacher's order (descending, ties in the student's order):
-    `Σ_{j < J*} logsumexp_{m >= j} z_m - z_j`, J* the first invalid rank. Each valid candidate in turn is the positive
-    against all that the teacher ranks below it.
-    Valid: teacher score >= threshold; or the first `top_m`; `margin` also ends the list at the first rank
-    whose score is less than margin above the next one. `rank_reduction="mean_valid"` divides by the number of valid terms.
-    `easy` `[B, M]` (bool): pool entries that stand in every denominator too (leave out positives and the mined).
-    A query with no valid candidate, or fewer than two candidates, gives 0.
-    Raises ValueError for shapes that do not fit or an unknown reduction.
+    `Σ_{j < J*} logsumexp_{m >= j} z_m - z_j`, J* the first invalid rank. Each valid candidate in turn is the
+    positive against all that the teacher ranks below it. Valid: teacher score >= threshold; or the first
+    `top_m`; `margin` also ends the list at the first rank whose score is less than margin above the next one.
+    `rank_reduction="mean_valid"` divides by the number of valid terms. `easy` `[B, M]` (bool): pool entries
+    that stand in every denominator too (leave out positives and the mined). A query with no valid candidate,
+    or fewer than two candidates, gives 0. Raises ValueError for shapes that do not fit or an unknown
+    reduction.
     """
     _check(similarities, teacher_scores, candidates, rank_reduction)
     columns, scores, present = _teacher_order(teacher_scores, candidates)  # [B, K] each
-    tau = torch.as_tensor(temperature, device=similarities.device)
-    wide = _wide(similarities) / (tau.detach() if detach_temperature else tau).to(_wide(similarities).dtype)  # [B, M]
+    if detach_temperature and isinstance(temperature, Tensor):
+        temperature = temperature.detach()
+    wide = _wide(similarities) / temperature  # [B, M]
     z = wide.gather(-1, columns).masked_fill(~present, _ABSENT)  # [B, K]
     below = z.unsqueeze(1).expand(-1, z.shape[1], -1)  # [B, K, K] row j holds all z_m
     ahead = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool, device=z.device).tril(-1)  # m < j
@@ -67,16 +69,18 @@ def valid_negatives(
     top_m: int | None = None,
     margin: float | None = None,
 ) -> Tensor:
-    """Number of valid candidates of each query `[B]`: worth logging (useful between 1 and about K/2) and, where only
-    queries with one shall count, the mask for the mean."""
+    """Number of valid candidates of each query `[B]`: worth logging (useful between 1 and about K/2) and,
+    where only queries with one shall count, the mask for the mean."""
     _, scores, present = _teacher_order(teacher_scores, candidates)
     return _valid_prefix(scores, present, threshold, top_m, margin).sum(-1)
 
 
 def hard_negatives(similarities: Tensor, positives: Tensor, k: int) -> Tensor:
-    """Columns of the k most similar pool entries that are no positives, best first; `[B, K]`, -1 where the pool ends.
+    """Columns of the k most similar pool entries that are no positives, best first; `[B, K]`, -1 where the
+    pool ends.
 
-    similarities `[B, M]`, positives `[B, M]` (bool: the pair itself and whatever else matches the query). No gradient.
+    similarities `[B, M]`, positives `[B, M]` (bool: the pair itself and whatever else matches the query). No
+    gradient.
     """
     scores = similarities.detach().masked_fill(positives, -math.inf)  # [B, M]
     values, columns = scores.topk(min(k, scores.shape[-1]), dim=-1)  # [B, K]
@@ -86,8 +90,8 @@ def hard_negatives(similarities: Tensor, positives: Tensor, k: int) -> Tensor:
 def contrastive(similarities: Tensor, positives: Tensor, temperature: float | Tensor) -> Tensor:
     """InfoNCE of each query over the pool, several positives sharing the target evenly; returns `[B]`.
 
-    similarities `[B, M]`, positives `[B, M]` (bool, at least one a row). The contrastive loss is half the mean of this
-    over rows plus half of that over the transpose.
+    similarities `[B, M]`, positives `[B, M]` (bool, at least one a row). The contrastive loss is half the
+    mean of this over rows plus half of that over the transpose.
     """
     z = _wide(similarities) / temperature  # [B, M]
     return z.logsumexp(-1) - z.masked_fill(~positives, 0.0).sum(-1) / positives.sum(-1).clamp(min=1)
@@ -96,11 +100,13 @@ def contrastive(similarities: Tensor, positives: Tensor, temperature: float | Te
 def _check(similarities: Tensor, teacher_scores: Tensor, candidates: Tensor, rank_reduction: str) -> None:
     if teacher_scores.shape != candidates.shape or candidates.shape[0] != similarities.shape[0]:
         raise ValueError(
-            f"similarities {tuple(similarities.shape)}, teacher_scores {tuple(teacher_scores.shape)}, candidates "
-            f"{tuple(candidates.shape)}; they must be [B, M], [B, K], [B, K]"
+            f"similarities {tuple(similarities.shape)}, teacher_scores {tuple(teacher_scores.shape)}, "
+            f"candidates {tuple(candidates.shape)}; they must be [B, M], [B, K], [B, K]"
         )
     if rank_reduction not in RANK_REDUCTIONS:
-        raise ValueError(f"rank_reduction is {rank_reduction!r}; it must be one of {', '.join(RANK_REDUCTIONS)}")
+        raise ValueError(
+            f"rank_reduction is {rank_reduction!r}; it must be one of {', '.join(RANK_REDUCTIONS)}"
+        )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -110,12 +116,14 @@ def _wide(x: Tensor) -> Tensor:
 def _teacher_order(teacher_scores: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     present = candidates >= 0  # [B, K]
     scores = _wide(teacher_scores.detach()).masked_fill(~present, -math.inf)  # [B, K]
-    scores, order = scores.sort(-1, descending=True, stable=True)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
     columns = candidates.clamp(min=0).gather(-1, order)  # [B, K]
     return columns, scores, present.gather(-1, order)
 
 
-def _valid_prefix(scores: Tensor, present: Tensor, threshold: float, top_m: int | None, margin: float | None) -> Tensor:
+def _valid_prefix(
+    scores: Tensor, present: Tensor, threshold: float, top_m: int | None, margin: float | None
+) -> Tensor:
     """Which ranks count `[B, K]`: a prefix, as scores are sorted."""
     if top_m is None:
         valid = present & (scores >= threshold)

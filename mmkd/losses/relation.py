@@ -1,9 +1,9 @@
 """RDist: match how the visual tokens of an image relate to each other (LLaVA-KD, arXiv 2410.16236).
 
-The relation of a model is the Gram matrix `Y Yᵀ` of its representations of the N visual tokens; the loss is one minus the
-cosine of the two flattened matrices. LLaVA-KD's code takes the raw logits as Y, which `relation_from_hidden` does without
-forming them. One image a call; the mean over images is the caller's (the released code flattens a whole batch instead,
-so that images with large logits dominate).
+The relation of a model is the Gram matrix `Y Yᵀ` of its representations of the N visual tokens; the loss is
+one minus the cosine of the two flattened matrices. LLaVA-KD's code takes the raw logits as Y, which
+`relation_from_hidden` does without forming them. One image a call; the mean over images is the caller's (the
+released code flattens a whole batch instead, so that images with large logits dominate).
 """
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 def relation(student: Tensor, teacher: Tensor) -> Tensor:
     """`1 - <R_s, R_t> / (|R_s| |R_t|)` with `R = Y Yᵀ`, for one image.
 
-    student `[N, *]`, teacher `[N, *]`: rows of the same N visual tokens; their widths may differ. Returns a scalar.
-    No centring, no normalisation of rows (as LLaVA-KD's code). Scaling either side changes nothing.
+    student `[N, *]`, teacher `[N, *]`: rows of the same N visual tokens; their widths may differ. Returns a
+    scalar. No centring, no normalisation of rows (as LLaVA-KD's code). Scaling either side changes nothing.
     Raises ValueError when the numbers of rows differ.
     """
     student, teacher = _rows(student), _rows(teacher)  # [N, Ds], [N, Dt]
@@ -22,13 +22,15 @@ def relation(student: Tensor, teacher: Tensor) -> Tensor:
     return _distance(student @ student.T, teacher @ teacher.T)
 
 
-def relation_from_hidden(student: Tensor, student_gram: Tensor, teacher: Tensor, teacher_gram: Tensor) -> Tensor:
+def relation_from_hidden(
+    student: Tensor, student_gram: Tensor, teacher: Tensor, teacher_gram: Tensor
+) -> Tensor:
     """`relation` of the logits `Y = H Wᵀ`, without the logits: `Y Yᵀ = H (Wᵀ W) Hᵀ`.
 
-    student `[N, Ds]`, teacher `[N, Dt]`: last hidden states at the visual tokens; the Gram matrices `[D, D]` are
-    `head_gram` of each head. If a Gram matrix is `[D + 1, D + 1]`, the head has a bias and a column of ones is appended
-    to the hidden states. A factor on the logits changes nothing; a softcap is not linear and has no such form.
-    Returns a scalar. Our identity; the loss is LLaVA-KD's.
+    student `[N, Ds]`, teacher `[N, Dt]`: last hidden states at the visual tokens; the Gram matrices `[D, D]`
+    are `head_gram` of each head. If a Gram matrix is `[D + 1, D + 1]`, the head has a bias and a column of
+    ones is appended to the hidden states. A factor on the logits changes nothing; a softcap is not linear and
+    has no such form. Returns a scalar. Our identity; the loss is LLaVA-KD's.
     """
     _check_rows(student, teacher)
     return _distance(_gram_of_logits(student, student_gram), _gram_of_logits(teacher, teacher_gram))
@@ -37,8 +39,8 @@ def relation_from_hidden(student: Tensor, student_gram: Tensor, teacher: Tensor,
 def head_gram(weight: Tensor, bias: Tensor | None = None, block: int = 16384) -> Tensor:
     """`Wᵀ W` `[D, D]` of a head `[V, D]`, with the bias `[V]` as one more column of W: `[D + 1, D + 1]`.
 
-    For a frozen head this is done once. Blocks of the vocabulary are summed in float32 (float64 stays) or better, so
-    that a bfloat16 head is never copied whole. Differentiable.
+    For a frozen head this is done once. Blocks of the vocabulary are summed in float32 (float64 stays) or
+    better, so that a bfloat16 head is never copied whole. Differentiable.
     """
     total = None
     for start in range(0, weight.shape[0], block):
@@ -56,8 +58,9 @@ def _rows(x: Tensor) -> Tensor:
 def _check_rows(student: Tensor, teacher: Tensor) -> None:
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
-            f"{student.shape[0]} visual tokens of the student and {teacher.shape[0]} of the teacher; the relation "
-            "compares them one by one: use encoders with equal token counts, or bring one side to the other's grid"
+            f"{student.shape[0]} visual tokens of the student and {teacher.shape[0]} of the teacher; the "
+            "relation compares them one by one: use encoders with equal token counts, or bring one side to the "
+            "other's grid"
         )
 
 
@@ -82,4 +85,5 @@ def _distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x).clamp(min=torch.finfo(x.dtype).tiny)
+    size = torch.linalg.vector_norm(x)
+    return x / size.where(size > 0, torch.ones_like(size))

@@ -7,17 +7,21 @@ from torch import Tensor
 def load_balance(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """`E Σ_e mean_s g(s, e) · mean_s [first choice of s is e]` with `g = softmax(router_logits)`; a scalar.
 
-    router_logits `[S, E]`: all tokens of one layer; mask `[S]` (bool): tokens that count (leave out padding: our choice,
-    the released code counts it). Gradient through g only. It is 1 when both are even; 0 when no token counts.
-    Source: the auxiliary loss of LLaVA-MoD (arXiv 2408.15881) as in its top-2 gating, before any capacity limit
-    (GShard, arXiv 2006.16668); there summed over layers with factor 0.01.
+    router_logits `[S, E]`: all tokens of one layer; mask `[S]` (bool): tokens that count (leave out padding:
+    our choice, the released code counts it). Gradient through g only. It is 1 when both are even; 0 when no
+    token counts. Source: the auxiliary loss of LLaVA-MoD (arXiv 2408.15881) as in its top-2 gating, before
+    any capacity limit (GShard, arXiv 2006.16668); there summed over layers with factor 0.01.
     """
     if router_logits.dim() != 2 or (mask is not None and mask.shape != router_logits.shape[:1]):
         found = None if mask is None else tuple(mask.shape)
-        raise ValueError(f"router logits {tuple(router_logits.shape)} and mask {found}; they must be [S, E] and [S]")
+        raise ValueError(
+            f"router logits {tuple(router_logits.shape)} and mask {found}; they must be [S, E] and [S]"
+        )
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()  # [S, E]
     gates = torch.softmax(logits, -1)  # [S, E]
-    first = torch.nn.functional.one_hot(logits.detach().argmax(-1), logits.shape[-1]).to(gates.dtype)  # [S, E]
+    first = torch.nn.functional.one_hot(logits.detach().argmax(-1), logits.shape[-1]).to(
+        gates.dtype
+    )  # [S, E]
     counts = gates.new_ones(logits.shape[0]) if mask is None else mask.to(gates.dtype)  # [S]
     number = counts.sum().clamp(min=1)
     # where, not a product alone: a padded token may hold anything, NaN included.

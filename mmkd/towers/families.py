@@ -36,6 +36,18 @@ PROJECTORS = {
     "glm4v": "visual.merger",
 }
 
+# Families that take their visual tokens as one tensor; the others take a list.
+STACKED = frozenset(
+    "vipllava aya_vision fast_vlm gemma3 internvl paligemma perception_lm got_ocr2 deepseek_vl janus".split()
+)
+
+# Families whose processors put the pictures of one sample on an axis of their own, [1, k, C, H, W].
+NESTED = frozenset({"idefics2", "idefics3", "smolvlm"})
+
+# Families that ask for `token_type_ids`, and the positions (of TowerInputs) that are of type 1: Gemma 3 lets the tokens of
+# one picture see each other, PaliGemma everything before the answer.
+TOKEN_TYPES = {"gemma3": "visual", "paligemma": "answer"}
+
 # Names under which families keep their vision encoder and language model below the base model.
 VISION_NAMES = ("vision_tower", "vision_model", "visual")
 LANGUAGE_NAMES = ("language_model", "text_model")

@@ -17,15 +17,18 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmkd.data.samples import DataError, Sample, Turn
-from mmkd.towers.families import LANGUAGE_NAMES, PROJECTORS, VISION_NAMES, child
+from mmkd.towers.families import LANGUAGE_NAMES, NESTED, PROJECTORS, STACKED, TOKEN_TYPES, VISION_NAMES, child
 
 IGNORE = -100  # target of a position that predicts nothing that is supervised
 
@@ -65,6 +68,11 @@ class TowerInputs:
         }
         pixels = {k: v.to(device, non_blocking=non_blocking) for k, v in self.pixels.items()}
         return replace(self, **move, pixels=pixels)
+
+    @property
+    def answer(self) -> Tensor:
+        """Positions that hold a supervised token: one after those of `response`. [B, L] bool"""
+        return F.pad(self.response[:, :-1], (1, 0))
 
     @property
     def response(self) -> Tensor:
@@ -280,8 +288,11 @@ class Tower:
         if not pictures:
             return self.tokenizer(text, add_special_tokens=special)["input_ids"], {}
         batch = self.processor(text=[text], images=pictures, return_tensors="pt", add_special_tokens=special)
-        skip = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-        return batch["input_ids"][0].tolist(), {k: v for k, v in batch.items() if k not in skip}
+        skip = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+        pixels = {k: v for k, v in batch.items() if k not in skip}
+        if self.model.config.model_type in NESTED:
+            pixels = {k: v.transpose(0, 1) for k, v in pixels.items()}
+        return batch["input_ids"][0].tolist(), pixels
 
     def _answer_ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -347,6 +358,11 @@ class Tower:
         own = int(is_visual.sum())
         if own == count:
             return encoded
+        if any(name.endswith("grid_thw") for name in encoded.pixels):
+            raise TowerError(
+                f"{self.model.config.model_type!r} places its {own} visual tokens by the grid of its own patches, so {count} "
+                "tokens of another encoder have no place in it; use an encoder with the same count, or another teacher"
+            )
         if count % encoded.images or own % encoded.images:
             raise TowerError(f"{count} visual tokens cannot be spread evenly over {encoded.images} images")
         # The first placeholder of each image becomes as many as are wanted, the others none.
@@ -384,24 +400,53 @@ class Tower:
                 "use encoders of equal width or ask for a bridge"
             )
         if len({f.shape for f in features}) == 1:
-            return list(self.projector(torch.stack(list(features))))
-        return [self.projector(f[None])[0] for f in features]
+            tokens = self.projector(torch.stack(list(features)))  # [n, N, D], or [n * N, D] of families that pack
+            return list(tokens.reshape(len(features), -1, tokens.shape[-1]))
+        return [self.projector(f[None]).flatten(0, -2) for f in features]
 
-    @property
+    @cached_property
     def feature_width(self) -> int:
-        """Width Dv that the projector reads: the input width of its first matrix."""
-        return next(m.in_features for m in self.projector.modules() if isinstance(m, nn.Linear))
+        """Width Dv that the projector reads: that of its first norm or matrix, before a pixel shuffle of its own."""
+        for module in self.projector.modules():
+            if isinstance(module, nn.Linear):
+                return module.in_features // getattr(self.projector, "scale_factor", 1) ** 2
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                return len(weight)
+        raise TowerError(f"{type(self.projector).__name__} has neither a norm nor a matrix that tells its input width")
 
     def read(self, inputs: TowerInputs, visual_tokens: Sequence[Tensor] | Seen) -> Tensor:
         """Text and visual tokens -> last hidden states before the head. [B, L, D]"""
         output = self.base(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
-            mm_encoder_outputs=_as_encoder_outputs(visual_tokens),
+            mm_encoder_outputs=self._encoder_outputs(visual_tokens),
             use_cache=False,
             return_dict=True,
+            **self._layout(inputs),
         )
         return output.last_hidden_state
+
+    def _encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
+        """Visual tokens in the form in which transformers takes them; {} when there is no image."""
+        if isinstance(tokens, Seen):
+            return {"image": tokens.output} if tokens.output is not None else {}
+        if not len(tokens):
+            return {}
+        pooled = torch.cat(list(tokens)) if self.model.config.model_type in STACKED else list(tokens)
+        return {"image": BaseModelOutputWithPooling(pooler_output=pooled)}
+
+    def _layout(self, inputs: TowerInputs) -> dict[str, Tensor]:
+        """What some families place their tokens by, beside ids and mask: token types, and the pictures' grids."""
+        marks = {"mm_token_type_ids": inputs.visual.long()}
+        if kind := TOKEN_TYPES.get(self.model.config.model_type):
+            marks["token_type_ids"] = getattr(inputs, kind).long()
+        marks |= {name: grid for name, grid in inputs.pixels.items() if name.endswith("grid_thw")}
+        return {name: mark for name, mark in marks.items() if name in self._arguments}
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(signature(self.base.forward).parameters)
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
@@ -419,7 +464,8 @@ class Tower:
             out = self.model.generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
-                mm_encoder_outputs=_as_encoder_outputs(tokens),
+                mm_encoder_outputs=self._encoder_outputs(tokens),
+                **self._layout(inputs),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -436,24 +482,31 @@ class Tower:
         new = {key: e for key, e in zip(keys, encoded, strict=True) if key and key not in cache}
         if new:
             seen = self.see(self.collate(list(new.values())).to(self.device))
-            start = 0
-            for key in new:
-                cache[key] = seen.tokens[start : start + len(key)]
-                start += len(key)
+            entries = iter(seen.tokens)  # a picture is one entry, or several where a family cuts it up
+            for key, one in new.items():
+                cache[key], missing = [], self.visual_count(one)
+                while missing > 0:
+                    cache[key].append(next(entries))
+                    missing -= len(cache[key][-1])
         return [token for key in keys if key for token in cache[key]]
 
 
 def _concatenate(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pixel inputs of several pieces joined along the image (or patch) axis."""
+    """Pixel inputs of several pieces joined along the image (or patch) axis.
+
+    Families whose pictures differ in size or number of crops fill up with zeros at the end of the other axes, as their
+    own processors do within one call.
+    """
     names = sorted({name for piece in pixels for name in piece})
-    return {name: torch.cat([piece[name] for piece in pixels if name in piece]) for name in names}
+    return {name: torch.cat(_same_shape([piece[name] for piece in pixels if name in piece])) for name in names}
 
 
-def _as_encoder_outputs(tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
-    """Visual tokens in the form in which transformers takes them; {} when there is no image."""
-    if isinstance(tokens, Seen):
-        return {"image": tokens.output} if tokens.output is not None else {}
-    return {"image": BaseModelOutputWithPooling(pooler_output=list(tokens))} if len(tokens) else {}
+def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
+    if len({t.shape[1:] for t in tensors}) == 1:
+        return tensors
+    sizes = [max(axis) for axis in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    missing = [[max_size - size for max_size, size in zip(sizes, t.shape[1:], strict=True)] for t in tensors]
+    return [F.pad(t, [n for gap in reversed(gaps) for n in (0, gap)]) for t, gaps in zip(tensors, missing, strict=True)]
 
 
 @contextmanager

@@ -4,13 +4,15 @@
     python scripts/bench/loss.py --preset small
     python scripts/bench/loss.py --preset large --losses kl --heads frozen --json loss.json
 
-Methods: `naive-all` makes the logits of all positions and masks the loss (what most trainers do), `naive-rows` gathers the
-response rows first, `mmkd` is `mmkd.distill.rows.row_losses` on those rows. The forward and backward pass are timed
-together. Every measurement is a fresh process; the methods take turns, and the median over repeats is printed.
+Methods: `naive-all` makes the logits of all positions and masks the loss (what most trainers do),
+`naive-rows` gathers the response rows first, `mmkd` is `mmkd.distill.rows.row_losses` on those rows. The
+forward and backward pass are timed together. Every measurement is a fresh process; the methods take turns,
+and the median over repeats is printed.
 
-Peak memory is what the first pass takes above the start: resident memory on a CPU (the kernel's high-water mark where it can be
-reset, else sampled), `max_memory_allocated` on CUDA. A trained head's own gradient `[V, D]` is part of it.
-The gradient error is the relative 2-norm error of the hidden rows' gradient against float64, on the first rows.
+Peak memory is what the first pass takes above the start: resident memory on a CPU (the kernel's high-water
+mark where it can be reset, else sampled), `max_memory_allocated` on CUDA. A trained head's own gradient `[V,
+D]` is part of it. The gradient error is the relative 2-norm error of the hidden rows' gradient against
+float64, on the first rows.
 """
 
 import argparse
@@ -44,9 +46,9 @@ def main() -> None:
     cases = [case(options, m, x, h) for h in options.heads for x in options.losses for m in options.methods]
     results = [[] for _ in cases]
     for _ in range(options.repeats):
-        for found, one in zip(results, cases):
+        for found, one in zip(results, cases, strict=False):
             found.append(run_fresh(one))
-    table = [summary(one, found) for one, found in zip(cases, results)]
+    table = [summary(one, found) for one, found in zip(cases, results, strict=False)]
     show(table)
     if options.json:
         Path(options.json).write_text(json.dumps({"settings": cases[0], "results": table}, indent=1) + "\n")
@@ -105,7 +107,9 @@ def summary(one: dict, found: list[dict]) -> dict:
 def show(table: list[dict]) -> None:
     first = table[0]
     print(f"device {first['device_name']}, torch {first['torch']}, {first['torch_threads']} threads")
-    print(f"{'loss':<11}{'head':<9}{'method':<12}{'ms':>10}{'(min - max)':>20}{'peak MiB':>10}{'grad error':>12}")
+    print(
+        f"{'loss':<11}{'head':<9}{'method':<12}{'ms':>10}{'(min - max)':>20}{'peak MiB':>10}{'grad error':>12}"
+    )
     for row in table:
         low, high = (1000 * s for s in row["seconds_range"])
         print(
@@ -114,7 +118,7 @@ def show(table: list[dict]) -> None:
         )
 
 
-# ---- one measurement, in a process of its own ------------------------------------------------------------------------
+# ---- one measurement, in a process of its own ----
 
 
 def measure(one: dict) -> dict:
@@ -275,7 +279,8 @@ def naive_branch(student, teacher, top, temperature, min_k):
 
 
 def gradient_error(one: dict, data: dict) -> float:
-    """Relative 2-norm error of the gradient of the first response rows, against float64 maths on the same inputs."""
+    """Relative 2-norm error of the gradient of the first response rows, against float64 maths on the same
+    inputs."""
     import torch
 
     rows = data["response"].nonzero().squeeze(-1)[:CHECKED_ROWS]

@@ -99,7 +99,10 @@ def test_a_missing_user_root_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_all_mistakes_of_a_card_at_once(user_root: Path) -> None:
-    path = write_card(user_root, text=CARD.replace("exact_match", "exact_mach") + "splitt: x\nmax_new_tokens: 0\nparser: sciencqa\n")
+    path = write_card(
+        user_root,
+        text=CARD.replace("exact_match", "exact_mach") + "splitt: x\nmax_new_tokens: 0\nparser: sciencqa\n",
+    )
     with pytest.raises(DataError) as caught:
         load_card("evaluation", "mine", Benchmark)
     message = str(caught.value)

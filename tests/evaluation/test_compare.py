@@ -80,7 +80,11 @@ def test_memory_stays_bounded() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "groups", "message"),
-    [([], None, "needs a list"), ([1.0, float("nan")], None, "not finite"), ([1.0], ["a", "b"], "1 scores but 2 groups")],
+    [
+        ([], None, "needs a list"),
+        ([1.0, float("nan")], None, "not finite"),
+        ([1.0], ["a", "b"], "1 scores but 2 groups"),
+    ],
 )
 def test_interval_refuses(scores: list, groups: list | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -93,7 +97,8 @@ def test_agreement() -> None:
         agreement(["a"], ["a", "b"])
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------
+# ---- runs
+# ------------------------------------------------------------------------------------------------------
 
 
 def write_predictions(path: Path, scores: dict[str, float | None]) -> Path:
@@ -155,7 +160,9 @@ def test_different_questions_are_refused(tmp_path: Path) -> None:
         "student": write_predictions(tmp_path / "s", {"a": 1.0, "b": 1.0}),
         "control": write_predictions(tmp_path / "c", {"a": 1.0, "x": 1.0, "y": 1.0}),
     }
-    with pytest.raises(DataError, match=r"1 only in student \(first \['b'\]\), 2 only in control \(first \['x', 'y'\]\)"):
+    with pytest.raises(
+        DataError, match=r"1 only in student \(first \['b'\]\), 2 only in control \(first \['x', 'y'\]\)"
+    ):
         compare_runs(paths)
 
 

@@ -210,7 +210,8 @@ def test_a_letter_beyond_the_choices_is_parsed_and_wrong() -> None:
         ("b", "B"),
         ("Answer: (C)", "C"),
         ("I think the answer is B, since ...", "B"),
-        ("The answer is A. So the answer is B.", None),
+        ("The answer is A. The answer is B.", None),
+        ("The answer is A. So the answer is B.", "A"),  # the strict rule finds one: it stands
         ("The answer is B. Yes, the answer is B.", "B"),
         ("A dog is barking", None),  # an article
         ("A", "A"),
@@ -244,7 +245,14 @@ def test_pope_parse(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("YES!", "yes"), ("  no", "no"), ("   no", "other"), ("nose", "no"), ("I'd say yes", "other"), ("", "other")],
+    [
+        ("YES!", "yes"),
+        ("  no", "no"),
+        ("   no", "other"),
+        ("nose", "no"),
+        ("I'd say yes", "other"),
+        ("", "other"),
+    ],
 )
 def test_mme_parse(text: str, expected: str) -> None:
     assert mme_parse(text) == expected
@@ -286,7 +294,15 @@ def test_scienceqa_breakdown() -> None:
     assert result["all"] == pytest.approx({"n": 3, "score": 2 / 3, "unparsed_share": 1 / 3})
     assert result["image"] == {"n": 2, "score": 0.5, "unparsed_share": 0.5}
     assert result["grades 7-12"]["score"] == 0.0
-    assert set(result) == {"all", "image", "text", "natural science", "language science", "grades 1-6", "grades 7-12"}
+    assert set(result) == {
+        "all",
+        "image",
+        "text",
+        "natural science",
+        "language science",
+        "grades 1-6",
+        "grades 7-12",
+    }
 
 
 def test_references_of() -> None:
@@ -297,7 +313,8 @@ def test_references_of() -> None:
         references_of(Question("2", "?"), by_letter=False)
 
 
-# ---- the official scorers' own answers, where they are at hand ---------------------------------------------------
+# ---- the official scorers' own answers, where they are at hand
+# ---------------------------------------------------
 
 
 def _check(name: str, case: dict) -> tuple[object, object]:

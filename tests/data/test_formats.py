@@ -1,0 +1,505 @@
+"""Readers: official layouts, subsets, targets; whatever is wrong is an error with the file and the row."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mmkd.data.formats import check_images, read_conversations, read_questions
+from mmkd.data.samples import DataError, Turn
+
+PROBLEM = {
+    "question": "Which is it?",
+    "choices": ["bird", "fish"],
+    "answer": 1,
+    "hint": "",
+    "image": "image.png",
+    "grade": "grade7",
+    "subject": "natural science",
+    "topic": "biology",
+    "split": "val",
+}
+
+
+def write(path: Path, value) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+def science(root, problems=None, splits=None):
+    problems = {"1": PROBLEM, "2": PROBLEM | {"image": None, "hint": "H"}} if problems is None else problems
+    write(root / "problems.json", problems)
+    write(root / "pid_splits.json", splits or {"val": list(problems), "minival": list(problems)[:1]})
+    return root
+
+
+def textvqa(root, rows, split="train", **top):
+    write(root / f"TextVQA_0.5.1_{split}.json", {"dataset_type": split, "data": rows} | top)
+    return root
+
+
+def entry(number, image="a", **more):
+    answers = ["stop", "go", "go", "stop", "go"]
+    return {"question": "What?", "image_id": image, "answers": answers, "question_id": number} | more
+
+
+def jsonl(root, *rows, split="train"):
+    write(
+        root / f"{split}.jsonl", "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    )
+    return root
+
+
+# ---- ScienceQA
+
+
+@pytest.mark.parametrize("folder", ["images/val/1", "val/1"])
+def test_scienceqa_in_both_official_layouts(tmp_path, folder):
+    write(science(tmp_path) / folder / "image.png", b"")
+    first, second = read_questions("scienceqa", tmp_path, "val")
+    assert check_images([first, second]) == 0
+    assert (first.id, first.question, first.choices, first.answer_index) == (
+        "1",
+        "Which is it?",
+        ("bird", "fish"),
+        1,
+    )
+    assert (first.answer, first.references, first.hint) == ("fish", ("fish",), "")
+    assert first.categories == {
+        "subject": "natural science", "grade": "grade7", "grades": "7-12", "topic": "biology",
+        "text_context": "no", "image_context": "yes", "no_context": "no",
+    }  # fmt: skip
+    assert (second.images, second.hint, second.categories["text_context"]) == ((), "H", "yes")
+
+
+def test_scienceqa_part_of_a_split_has_its_pictures_under_the_split(tmp_path):
+    write(science(tmp_path) / "images/val/1/image.png", b"")
+    assert check_images(read_questions("scienceqa", tmp_path, "minival")) == 0
+
+
+def test_scienceqa_with_annotators(tmp_path):
+    science(tmp_path, {"1": PROBLEM | {"answers": [0, 1, 0]}})
+    indices = {
+        t: read_questions("scienceqa", tmp_path, "val", target=t)[0].answer_index
+        for t in ("first", "majority")
+    }
+    assert indices == {"first": 1, "majority": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": 2}, r"problem '1': key 'answer' is 2, there are 2 choices"),
+        ({"answer": "B"}, r"problem '1': key 'answer' is a string \('B'\), a whole number"),
+        ({"answer": True}, "true or false"),
+        ({"answers": [0, 5]}, "'answers' holds 5"),
+        ({"choices": ["bird"]}, "1 choices; 2 to 26"),
+        ({"choices": ["bird", 3]}, "entry 1 of 'choices' is a number"),
+        ({"question": None}, "key 'question' is null"),
+        ({"image": 3}, "key 'image' is a number"),
+        ({"image": "../../../../etc/passwd"}, "problem '1'.*leaves its root"),
+        ({"split": "../../.."}, "problem '1'.*leaves its root"),
+    ],
+)
+def test_scienceqa_names_the_problem_and_the_key(tmp_path, change, message):
+    science(tmp_path, {"1": PROBLEM | change})
+    with pytest.raises(DataError, match=message):
+        read_questions("scienceqa", tmp_path, "val")
+
+
+def test_scienceqa_errors_of_the_whole(tmp_path):
+    science(tmp_path, splits={"val": ["1", "9"]})
+    with pytest.raises(DataError, match="names problem '9'"):
+        read_questions("scienceqa", tmp_path, "val")
+    with pytest.raises(DataError, match="no split 'test'; there are val"):
+        read_questions("scienceqa", tmp_path, "test")
+    science(tmp_path, splits={"val": ["1", "1"]})
+    with pytest.raises(DataError, match="questions 0 and 1 .* same id '1'"):
+        read_questions("scienceqa", tmp_path, "val")
+    science(tmp_path, {"1": {k: v for k, v in PROBLEM.items() if k != "choices"}})
+    with pytest.raises(DataError, match="key 'choices' is missing; keys there: 'question', 'answer'"):
+        read_questions("scienceqa", tmp_path, "val")
+    science(tmp_path, {}, {"val": []})
+    with pytest.raises(DataError, match="holds no questions"):
+        read_questions("scienceqa", tmp_path, "val")
+    (tmp_path / "pid_splits.json").unlink()
+    with pytest.raises(DataError, match="has no file pid_splits.json"):
+        read_questions("scienceqa", tmp_path, "val")
+
+
+# ---- TextVQA
+
+
+@pytest.mark.parametrize(
+    "image", ["train_images/a.jpg", "images/val/a.png", "images/val/a.jpg", "val_images/a.jpg"]
+)
+def test_textvqa_in_several_layouts(tmp_path, image):
+    write(textvqa(tmp_path, [entry(5), entry(6)], "val") / image, b"")
+    questions = read_questions("textvqa", tmp_path, "val")
+    assert check_images(questions) == 0
+    assert [q.id for q in questions] == ["5", "6"]
+    assert questions[0].references == ("stop", "go", "go", "stop", "go")
+
+
+def test_textvqa_by_patterns_and_with_ocr_tokens(tmp_path):
+    write(tmp_path / "pages/SROIE_TextVQA_format_test.json", {"data": [entry(1, field="date")]})
+    write(tmp_path / "pages/images/test/a.jpg", b"")
+    write(tmp_path / "ocr_test.json", {"data": [{"image_id": "a", "ocr_tokens": ["STOP", "4"]}]})
+    files = {
+        "annotations": "pages/SROIE_TextVQA_format_{split}.json",
+        "images": "pages/images/{split}/{image_id}.jpg",
+        "ocr": "ocr_{split}.json",
+    }
+    (question,) = read_questions("textvqa", tmp_path, "test", files=files)
+    assert check_images([question]) == 0
+    assert (question.ocr_tokens, question.categories) == (("STOP", "4"), {"field": "date"})
+
+
+def test_textvqa_test_split_has_no_answers(tmp_path):
+    row = entry(1)
+    del row["answers"]
+    (question,) = read_questions("textvqa", textvqa(tmp_path, [row], "test"), "test")
+    assert (question.answer, question.references) == ("", ())
+
+
+def test_textvqa_pictures_in_an_archive(tmp_path):
+    textvqa(tmp_path, [entry(1), entry(2, image="b")])
+    with zipfile.ZipFile(tmp_path / "train_val_images.zip", "w") as opened:
+        opened.writestr("train_images/a.jpg", b"")
+    questions = read_questions("textvqa", tmp_path, "train")
+    assert questions[0].images[0].name == "train_images/a.jpg"
+    assert check_images(questions, allowed_missing=1) == 1
+    with pytest.raises(DataError, match=r"1 of 2 images are missing \(allowed: 0\): .*train_images/b.jpg"):
+        check_images(questions)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([entry(1), entry(1)], "questions 0 and 1 .* same id '1'"),
+        ([entry(1), entry(2, answers="go")], "train.json entry 1: key 'answers' is a string"),
+        ([entry(1), entry(2, answers=["go", 4])], "entry 1: entry 1 of 'answers' is a number"),
+        ([entry(1, image="../../../secret")], "entry 0: .*leaves its root"),
+        ([entry(1), [2]], "entry 1: a list where an object is expected"),
+        ([entry(None)], "key 'question_id' is null"),
+        ({}, "holds an object as 'data', a list is expected"),
+    ],
+)
+def test_textvqa_names_the_entry_and_the_key(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
+        read_questions("textvqa", textvqa(tmp_path, rows), "train")
+
+
+def test_an_unknown_split_lists_those_there_are(tmp_path):
+    textvqa(tmp_path, [entry(1)], "val")
+    textvqa(tmp_path, [entry(1)], "train")
+    with pytest.raises(DataError, match=r"no split 'dev' \(TextVQA_0.5.1_dev.json\); there are train, val"):
+        read_questions("textvqa", tmp_path, "dev")
+
+
+# ---- broken files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b'{"data": [{"question": "Wh', "no valid JSON: Unterminated string"),
+        (b'{"data": [', r"no valid JSON: .*the end: is the file complete\?"),
+        (b'{"data": [NaN]}', "NaN is no JSON value"),
+        (b'{"data": [], "data": []}', "key 'data' is there twice"),
+        (b'["data"]', "a list where an object is expected"),
+        (b'{"rows": []}', "key 'data' is missing; keys there: 'rows'"),
+        (b'{"data": ["\xff"]}', "not in UTF-8"),
+        (b"[" * 200_000, "no valid JSON"),
+    ],
+)
+def test_broken_json_is_an_error_that_names_the_file(tmp_path, content, message):
+    write(tmp_path / "TextVQA_0.5.1_train.json", content)
+    with pytest.raises(DataError, match=message) as error:
+        read_questions("textvqa", tmp_path, "train")
+    assert "TextVQA_0.5.1_train.json" in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_matter(tmp_path):
+    write(tmp_path / "TextVQA_0.5.1_train.json", b"\xef\xbb\xbf" + json.dumps({"data": [entry(1)]}).encode())
+    assert len(read_questions("textvqa", tmp_path, "train")) == 1
+    write(tmp_path / "train.jsonl", b"\xef\xbb\xbf" + b'{"question": "Why?"}\r\n')
+    assert len(read_questions("jsonl", tmp_path, "train")) == 1
+
+
+# ---- easy-VQA
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_easy_vqa_official_and_zipped(tmp_path, zipped):
+    rows = [
+        ["what color is the shape?", "teal", 0],
+        ["is there a circle?", "no", 0],
+        ["what shape is it?", "circle", 1],
+    ]
+    write(tmp_path / ("test_questions.json" if zipped else "test/questions.json"), rows)
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "test_images.zip", "w") as opened:
+            opened.writestr("0.png", b"")
+            opened.writestr("1.png", b"")
+    else:
+        write(tmp_path / "test/images/0.png", b"")
+        write(tmp_path / "test/images/1.png", b"")
+    questions = read_questions("easy_vqa", tmp_path, "test")
+    assert check_images(questions) == 0
+    assert [(q.id, q.answer, q.categories["kind"]) for q in questions] == [
+        ("test-0", "teal", "color"),
+        ("test-1", "no", "yes/no"),
+        ("test-2", "circle", "shape"),
+    ]
+
+
+@pytest.mark.parametrize("row", [["is it?", "no"], {"question": "is it?"}, ["is it?", 3, 0], [None, "no", 0]])
+def test_easy_vqa_names_the_entry(tmp_path, row):
+    write(tmp_path / "train_questions.json", [["is it?", "no", 0], row])
+    with pytest.raises(DataError, match="train_questions.json entry 1"):
+        read_questions("easy_vqa", tmp_path, "train")
+
+
+# ---- JSON lines
+
+
+def test_jsonl_with_everything(tmp_path):
+    row = {
+        "id": 9, "images": ["x.png", "y.png"], "question": "Which?", "choices": ["a", "b", "b"], "answer": 2,
+        "hint": "H", "ocr_tokens": ["T"], "categories": {"level": "easy"},
+    }  # fmt: skip
+    jsonl(
+        tmp_path,
+        row,
+        "",
+        {"question": "Why?", "answers": ["so", "thus"]},
+        {"question": "Who?", "image": None},
+    )
+    write(tmp_path / "images/train/x.png", b"")
+    first, second, third = read_questions("jsonl", tmp_path, "train")
+    assert (first.id, first.answer, first.answer_index, first.references) == ("9", "b", 2, ("b",))
+    assert first.images[0].root == tmp_path / "images/train"
+    assert (first.hint, first.ocr_tokens, first.categories) == ("H", ("T",), {"level": "easy"})
+    assert (second.id, second.answer, second.references) == ("train-1", "so", ("so", "thus"))
+    assert (third.answer, third.references, third.images) == ("", (), ())
+
+
+def test_jsonl_choice_by_its_text(tmp_path):
+    (question,) = read_questions(
+        "jsonl", jsonl(tmp_path, {"question": "Which?", "choices": ["a", "b"], "answer": "b"}), "train"
+    )
+    assert question.answer_index == 1
+
+
+@pytest.mark.parametrize("folder", ["pictures", "pictures.zip", "."])
+def test_jsonl_pictures_in_a_folder_or_archive(tmp_path, folder):
+    jsonl(tmp_path, {"question": "What?", "image": "sub/x.png"})
+    if folder.endswith("zip"):
+        with zipfile.ZipFile(tmp_path / folder, "w") as opened:
+            opened.writestr("sub/x.png", b"")
+    else:
+        write(tmp_path / folder / "sub/x.png", b"")
+    questions = read_questions("jsonl", tmp_path, "train", files={"images": folder})
+    assert check_images(questions) == 0
+
+
+def test_jsonl_with_other_names_of_fields_and_as_a_list(tmp_path):
+    """POPE's files are JSON lines that are called .json."""
+    rows = [
+        {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes", "kind": "popular"}
+    ]
+    write(tmp_path / "coco_pope.json", "\n".join(map(json.dumps, rows)))
+    write(tmp_path / "list.json", rows)
+    names = {
+        "field.id": "question_id",
+        "field.question": "text",
+        "field.answer": "label",
+        "field.categories": "kind",
+    }
+    for name in ("coco_pope.json", "list.json"):
+        (question,) = read_questions("jsonl", tmp_path, "test", files=names | {"annotations": name})
+        assert (question.id, question.question, question.answer) == ("1", "Is there a dog?", "yes")
+        assert question.categories == {"kind": "popular"}
+    with pytest.raises(DataError, match="key 'asked' is missing"):
+        files = {"annotations": "list.json", "field.question": "asked"}
+        read_questions("jsonl", tmp_path, "test", files=files)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "Wh', "train.jsonl line 2 is no valid JSON"),
+        ("[1]", "line 2: a list where an object is expected"),
+        ({"answer": "x"}, "line 2: key 'question' is missing; keys there: 'answer'"),
+        ({"question": "Q", "answer": 3}, r"line 2: key 'answer' is a number \(3\), a string"),
+        ({"question": "Q", "answer": "c", "choices": ["a", "b"]}, "answer 'c' is none of the choices"),
+        ({"question": "Q", "answer": 2, "choices": ["a", "b"]}, "key 'answer' is 2, there are 2 choices"),
+        ({"question": "Q", "answer": "a", "answers": ["a"]}, "both 'answer' and 'answers'"),
+        ({"question": "Q", "answers": []}, "'answers' is empty"),
+        ({"question": "Q", "image": "a", "images": ["a"]}, "both 'image' and 'images'"),
+        ({"question": "Q", "image": ""}, "empty name"),
+        ({"question": "Q", "image": "/etc/passwd"}, "line 2: .*leaves its root"),
+        ({"question": "Q", "categories": {"level": 3}}, "line 2 categories: key 'level' is a number"),
+        ({"id": "train-0", "question": "Q"}, "same id 'train-0'"),
+    ],
+)
+def test_jsonl_names_the_line_and_the_key(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read_questions("jsonl", jsonl(tmp_path, {"question": "Q"}, row), "train")
+
+
+# ---- targets and subsets
+
+
+def test_targets(tmp_path):
+    textvqa(tmp_path, [entry(number) for number in range(40)])
+
+    def answers(target, seed=0):
+        return [q.answer for q in read_questions("textvqa", tmp_path, "train", target=target, seed=seed)]
+
+    assert set(answers("first")) == {"stop"}
+    assert set(answers("majority")) == {"go"}
+    assert answers("sampled") == answers("sampled") != answers("sampled", seed=1)
+    assert 0.4 < answers("sampled").count("go") / 40 < 0.8
+    with pytest.raises(DataError, match="'best'; there are first, majority, sampled"):
+        answers("best")
+
+
+def test_a_sampled_target_does_not_depend_on_the_other_questions(tmp_path):
+    rows = [entry(number) for number in range(10)]
+    whole = read_questions("textvqa", textvqa(tmp_path, rows), "train", target="sampled")
+    part = read_questions("textvqa", textvqa(tmp_path, rows[5:]), "train", target="sampled")
+    assert whole[5:] == part
+
+
+def test_limits_are_seeded_nested_and_in_order(tmp_path):
+    textvqa(tmp_path, [entry(number, image=f"i{number // 4}") for number in range(80)])
+
+    def ids(**options):
+        return [int(q.id) for q in read_questions("textvqa", tmp_path, "train", **options)]
+
+    assert ids(limit=10) == sorted(ids(limit=10)) == ids(limit=10)
+    assert set(ids(limit=10)) < set(ids(limit=30)) < set(ids(limit=99)) == set(range(80))
+    assert ids(limit=10) != ids(limit=10, seed=1)
+    three = ids(image_limit=3)
+    assert len(three) == 12 and len({number // 4 for number in three}) == 3
+    assert set(three) < set(ids(image_limit=5)) and three != ids(image_limit=3, seed=1)
+    assert set(ids(image_limit=3, limit=5)) < set(three)
+    for wrong in (0, -1, True, 2.5):
+        with pytest.raises(DataError, match="limit is"):
+            ids(limit=wrong)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files", "message"),
+    [
+        (
+            ("parquet", "train"),
+            None,
+            "unknown format 'parquet'; there are easy_vqa, jsonl, scienceqa, textvqa",
+        ),
+        (("llava", "train"), None, "read_conversations"),
+        (("jsonl", "../train"), None, "no name of a split"),
+        (
+            ("textvqa", "train"),
+            {"image": "x"},
+            "unknown key 'image'; this format knows annotations, images, ocr",
+        ),
+        (("textvqa", "train"), {"images": ""}, r"files\['images'\] is ''"),
+        (
+            ("textvqa", "train"),
+            {"images": "a/{pid}.jpg"},
+            r"unknown placeholder \{pid\}; there are \{image_id\}",
+        ),
+        (("textvqa", "train"), {"images": "a"}, r"the same for all rows; it needs \{image_id\}"),
+        (("textvqa", "train"), {"annotations": "a_{part}.json"}, r"unknown placeholder \{part\}"),
+        (("textvqa", "train"), {"annotations": "none.json"}, "has no file none.json"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, arguments, files, message):
+    textvqa(tmp_path, [entry(1)])
+    with pytest.raises(DataError, match=message):
+        read_questions(arguments[0], tmp_path, arguments[1], files=files)
+
+
+def test_a_missing_root_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        read_questions("jsonl", tmp_path / "nowhere", "train")
+
+
+def test_pictures_outside_the_root_by_setting_but_not_by_row(tmp_path):
+    """Who writes the recipe may point anywhere; who writes the rows may not."""
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "elsewhere/a.jpg", b"")
+    textvqa(tmp_path / "set", [entry(1)])
+    files = {"images": str(tmp_path / "elsewhere/{image_id}.jpg")}
+    assert check_images(read_questions("textvqa", tmp_path / "set", "train", files=files)) == 0
+    textvqa(tmp_path / "set", [entry(1), entry(2, image="../secret")])
+    with pytest.raises(DataError, match="leaves its root"):
+        read_questions("textvqa", tmp_path / "set", "train", files=files)
+
+
+# ---- conversations
+
+
+def talk(*turns, **row):
+    speakers = ("human", "gpt")
+    return {
+        "id": "x",
+        "conversations": [{"from": speakers[i % 2], "value": t} for i, t in enumerate(turns)],
+    } | row
+
+
+def test_conversations(tmp_path):
+    rows = [
+        talk("<image>\nWhat?", "A star.", "Why?", "Because.", image="a/b.jpg"),
+        talk("And this?\n<image>", "A cross.", image=["c.jpg"]),
+        talk("Hello.", "Hello!"),
+        talk("<image><image>\nWhich?", "The first.", image=["a.jpg", "b.jpg"], id="y"),
+    ]
+    rows[2]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    write(tmp_path / "train.json", rows)
+    first, second, third, fourth = read_conversations(tmp_path, "train")
+    assert first.turns == (
+        Turn("user", "What?", 1),
+        Turn("assistant", "A star."),
+        Turn("user", "Why?"),
+        Turn("assistant", "Because."),
+    )
+    assert second.turns[0] == Turn("user", "And this?", 1)
+    assert [turn.role for turn in third.turns] == ["system", "user", "assistant"]
+    assert (fourth.turns[0], len(fourth.images)) == (Turn("user", "Which?", 2), 2)
+    assert [sample.id for sample in (first, second, third, fourth)] == ["x", "x#2", "x#3", "y"]
+    assert len(read_conversations(tmp_path, "train", limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (talk("<image>\nWhat?", "A star."), "1 markers <image> and 0 images"),
+        (talk("What?", "A star.", image="a.jpg"), "0 markers <image> and 1 images"),
+        (talk("See <image> here", "Yes.", image="a.jpg"), "in the middle of the text"),
+        (talk("What?", "<image>", image="a.jpg"), "only the human shows pictures"),
+        (talk("What?"), "must alternate"),
+        (talk(), "must alternate"),
+        (talk("What?", " "), "turn 1: the turn of 'gpt' is empty"),
+        ({"id": "x", "conversations": [{"from": "bot", "value": "x"}]}, "speaker 'bot'"),
+        ({"id": "x", "conversations": [{"value": "x"}]}, "entry 0 turn 0: key 'from' is missing"),
+        ({"id": "x"}, "entry 0: key 'conversations' is missing"),
+        (talk("<image>\nWhat?", "A star.", image="../a.jpg"), "entry 0: .*leaves its root"),
+    ],
+)
+def test_conversations_name_the_entry(tmp_path, row, message):
+    write(tmp_path / "train.json", [row])
+    with pytest.raises(DataError, match=message):
+        read_conversations(tmp_path, "train", files={"images": "."})

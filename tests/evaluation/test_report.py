@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mmkd.data.samples import DataError
+from mmkd.evaluation.answer import evaluate
+from mmkd.evaluation.report import _ticks, build_report
+
+ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>"
+VOID = {"meta", "img", "input", "br", "line", "path"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path, benchmark_of, fake_tower) -> Path:
+    """A run of teacher, control and student on one benchmark, with curves."""
+    root = tmp_path / "run"
+    wrong = {
+        "teacher": [],
+        "student": ["red-1"],
+        "control": [f"{k}-{i}" for k in ("red", "blue") for i in range(1, 10)],
+    }
+    for role, names in wrong.items():
+        answers = {name: ATTACK for name in names} | ({"green-5": ATTACK} if role == "student" else {})
+        out = root / "evaluation" / role / "tiny"
+        evaluate(
+            fake_tower(answers, role),
+            benchmark_of(),
+            out,
+            data_root=data,
+            progress=False,
+            model_name=f"{role} <b>",
+        )
+    blind = root / "evaluation_blind" / "student" / "tiny" / "results.json"
+    blind.parent.mkdir(parents=True)
+    blind.write_text(json.dumps({"score": 0.5}), encoding="utf-8")
+    (root / "log").mkdir()
+    for role in ("student", "control"):
+        lines = [
+            {"stage": stage, "step": step, "loss": 3.0 - step / 50, "learning_rate": 1e-3}
+            | ({"kl & more": 0.1 * step} if role == "student" else {})
+            for stage in ("align", "distil")
+            for step in range(0, 100, 5)
+        ]
+        lines[3]["loss"] = float("nan")
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (root / "log" / f"{role}.jsonl").write_text(text + '{"step": 9', encoding="utf-8")
+    (root / "run.json").write_text(json.dumps({"title": "a <i>run</i>", "seed": 3}), encoding="utf-8")
+    (root / "summary.json").write_text(
+        json.dumps({"steps": 200, "benchmarks": {"tiny": {"n": 32}}, "device": {"name": "cpu"}}),
+        encoding="utf-8",
+    )
+    return root
+
+
+def test_the_page_holds_what_a_reader_needs(run: Path) -> None:
+    path = build_report(run)
+    assert path == run / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    words = page.words()
+    assert "On tiny the student leads its control by" in words
+    assert "a <i>run</i>" in words and "seed 3" in words and "steps 200" in words
+    assert "device name cpu" in words and "without pictures: 50.0 %" in words
+    assert "1.23 k" in words and "1 k active" in words
+    charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
+    assert [chart["aria-label"].split(" over")[0] for chart in charts] == ["loss", "kl & more"]
+    assert "distil" in words  # where the second stage begins
+    pictures = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert pictures and all(p["src"].startswith("data:image/") and p["alt"] for p in pictures)
+    items = [attrs for tag, attrs in page.tags if tag == "article"]
+    assert 24 <= len(items) <= 48
+    for outcome in ("student better than control", "all fully right"):
+        assert outcome in words
+
+
+def test_predictions_are_escaped_and_nothing_is_fetched(run: Path) -> None:
+    text = build_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert ATTACK in page.words()
+    assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert all(attrs.get("href", "#").startswith("#") for _, attrs in page.tags)
+
+
+def test_the_same_files_give_the_same_page(run: Path) -> None:
+    first = build_report(run).read_bytes()
+    assert build_report(run).read_bytes() == first
+
+
+@pytest.mark.parametrize("left", [["student"], ["teacher"], ["student", "teacher"], ["student", "control"]])
+def test_missing_models(run: Path, left: list[str]) -> None:
+    for role in {"teacher", "control", "student"} - set(left):
+        (run / "evaluation" / role).rename(run / f"gone-{role}")
+    for path in ("log/control.jsonl", "log/student.jsonl", "run.json", "summary.json"):
+        (run / path).unlink()
+    words = Page(build_report(run).read_text(encoding="utf-8")).words()
+    assert ("leads its control" in words) == (left == ["student", "control"])
+    assert ("No control to compare with" in words) == ("control" not in left)
+
+
+def test_several_benchmarks(run: Path) -> None:
+    for role in ("teacher", "student"):
+        other = run / "evaluation" / role / "other"
+        other.mkdir()
+        for name in ("results.json", "predictions.jsonl"):
+            (other / name).write_bytes((run / "evaluation" / role / "tiny" / name).read_bytes())
+    page = Page(build_report(run).read_text(encoding="utf-8"))
+    radios = [attrs["id"] for tag, attrs in page.tags if tag == "input"]
+    assert {"b-all", "b-1", "b-2", "o-all", "o-gain"} <= set(radios)
+    assert "On tiny the student leads" in page.words()
+
+
+def test_a_picture_that_is_gone_is_said_to_be(run: Path, data: Path) -> None:
+    for path in (data / "tiny" / "images").glob("*.png"):
+        path.unlink()
+    assert "cannot be read any more" in build_report(run).read_text(encoding="utf-8")
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no evaluation"):
+        build_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.37, 0.41), (-3.0, 12.0), (2.0, 2.0), (0.0, 0.0), (1e-6, 3e-6)]
+)
+def test_ticks_are_few_and_hold_the_range(low: float, high: float) -> None:
+    ticks = _ticks(low, high, 4)
+    assert 2 <= len(ticks) <= 7
+    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9
+    assert ticks == sorted(set(ticks))
