@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,22 +137,31 @@ class TermSpec(Strict):
     def known(self) -> TermSpec:
         from mmkd.distill.terms import KINDS
 
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind {self.kind!r}{_suggest(self.kind, KINDS)}")
-        kind = KINDS[self.kind]
-        for name in self.model_extra or {}:
-            if name not in kind.options:
-                raise ValueError(
-                    f"{self.kind} has no option {name!r}{_suggest(name, kind.options)}; it takes "
-                    f"{', '.join(kind.options) or 'none'}"
-                )
-        if self.path == "switch" and not (kind.rows and kind.teacher):
-            raise ValueError(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
+        kind = KINDS.get(self.kind)
+        wrong = self._wrong_options(kind)
+        if kind is None:
+            wrong.insert(0, f"unknown kind {self.kind!r}{_suggest(self.kind, KINDS)}")
+        if kind is not None and self.path == "switch" and not (kind.rows and kind.teacher):
+            wrong.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
         if self.path == "switch" and self.positions == "visual":
-            raise ValueError("the visual switch is compared on response positions only")
-        if isinstance(self.weight, float | int) and self.weight < 0:
-            raise ValueError(f"weight is {self.weight}; it must not be negative")
+            wrong.append("the visual switch is compared on response positions only")
+        if _is_number(self.weight) and self.weight < 0:
+            wrong.append(f"weight is {self.weight}; it must not be negative")
+        if wrong:
+            raise ValueError("; and ".join(wrong))
         return self
+
+    def _wrong_options(self, kind: Any) -> list[str]:
+        from inspect import signature
+
+        wrong, parameters = [], {} if kind is None else signature(kind.function).parameters
+        keys = (*type(self).model_fields, *(() if kind is None else kind.options))
+        for name, value in (self.model_extra or {}).items():
+            if name not in keys:
+                wrong.append(f"{self.kind} has no option {name!r}{_suggest(name, keys)}")
+            elif _is_number(parameters[name].default) and not _is_number(value):
+                wrong.append(f"{name} is {value!r}, not a number")
+        return wrong
 
 
 class OptimiserSpec(Strict):
@@ -196,7 +206,7 @@ class StageSpec(Strict):
             return terms
         long = {}
         for name, spec in terms.items():
-            spec = {"weight": spec} if isinstance(spec, int | float) else spec
+            spec = {"weight": spec} if _is_number(spec) else spec
             long[name] = {"kind": name, **spec} if isinstance(spec, dict) else spec
         return {name: spec for name, spec in long.items() if not (isinstance(spec, dict) and spec.get("weight") == 0)}
 
@@ -273,12 +283,28 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raw = _merge(base, raw)
     for override in overrides or []:
         _apply(raw, override)
-    return _validate(_expand(raw), str(path))
+    return _validate(_expand(raw, str(path)), str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 as the number that it is meant to be (YAML 1.1 asks for 1.0e-3), and no key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(twice)}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise RecipeError(f"there is no recipe {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -288,10 +314,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _merge(base: Any, top: Any) -> Any:
+def _merge(base: Any, top: Any, key: str = "") -> Any:
     if isinstance(base, dict) and isinstance(top, dict):
-        return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in top.items()}}
+        changed = {k: _weighted(base[k], v, key) if k in base else v for k, v in top.items()}
+        return {**base, **{k: _merge(base[k], v, k) if k in base else v for k, v in changed.items()}}
     return top
+
+
+def _weighted(old: Any, new: Any, parent: str) -> Any:
+    """A number in the place of a term written out is its new weight, not a new term."""
+    is_term = parent in ("terms", "control_terms") and isinstance(old, dict)
+    return {**old, "weight": new} if is_term and _is_number(new) else new
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -300,7 +337,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals:
         raise RecipeError(f"override {override!r} is not key=value, for example seed=1")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of override {override!r} is not YAML: {error}") from error
     *path, last = key.split(".")
@@ -309,13 +346,17 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if isinstance(place, list):
             place = place[_index(step, place, override)]
             continue
+        if not isinstance(place, dict):
+            break
         if not isinstance(place.get(step), dict | list):
-            place[step] = {"weight": place[step]} if isinstance(place.get(step), int | float) else {}
+            place[step] = {"weight": place[step]} if _is_number(place.get(step)) else {}
         place = place[step]
     if isinstance(place, list):
         place[_index(last, place, override)] = value
+    elif isinstance(place, dict):
+        place[last] = _weighted(place.get(last), value, path[-1] if path else "")
     else:
-        place[last] = value
+        raise RecipeError(f"override {override!r} goes into {place!r}, which holds no keys")
 
 
 def _index(step: str, place: list, override: str) -> int:
@@ -324,20 +365,37 @@ def _index(step: str, place: list, override: str) -> int:
     return int(step)
 
 
-def _expand(value: Any) -> Any:
-    """Environment variables in strings: ${NAME} and ${NAME:-default}."""
-    if isinstance(value, dict):
-        return {k: _expand(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_expand(v) for v in value]
-    if not isinstance(value, str) or "${" not in value:
-        return value
-    before, _, rest = value.partition("${")
-    name, closed, after = rest.partition("}")
-    name, _, default = name.partition(":-")
-    if not closed or (name not in os.environ and not default):
-        raise RecipeError(f"{value!r}: the environment variable {name} is not set; set it or write ${{{name}:-default}}")
-    return _expand(before + os.environ.get(name, default) + after)
+def _expand(value: Any, where: str = "") -> Any:
+    """Environment variables in strings: ${NAME} and ${NAME:-default}. Raises RecipeError that lists all that are not set."""
+    missing: list[str] = []
+
+    def replace(text: str, path: str) -> str:
+        def found(match: re.Match) -> str:
+            name, default = match["name"], match["default"]
+            if name not in os.environ and default is None:
+                missing.append(f"  {path}: the environment variable {name} is not set; set it or write ${{{name}:-default}}")
+            return os.environ.get(name, default or "")
+
+        return _VARIABLE.sub(found, text)
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, dict):
+            return {k: walk(v, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
+        if isinstance(value, list):
+            return [walk(v, f"{path}.{i}") for i, v in enumerate(value)]
+        return replace(value, path) if isinstance(value, str) else value
+
+    expanded = walk(value, "")
+    if missing:
+        raise RecipeError(f"{where} has {_errors(len(missing))}:\n" + "\n".join(missing))
+    return expanded
+
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
+
+
+def _errors(count: int) -> str:
+    return f"{count} error{'s' * (count > 1)}"
 
 
 def _validate(raw: dict[str, Any], where: str) -> Recipe:
@@ -345,7 +403,7 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(e, raw) for e in error.errors()]
-        raise RecipeError(f"{where} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from error
+        raise RecipeError(f"{where} has {_errors(len(lines))}:\n" + "\n".join(lines)) from error
 
 
 def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
@@ -355,6 +413,11 @@ def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
         return f"  {path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
     if kind == "missing":
         return f"  {path}: missing"
+    if kind == "invalid_key":
+        return (
+            f"  {path}: the key {error['input']!r} is not text; YAML reads on, off, yes and no as true and false "
+            "(the field of a term is called `positions`)"
+        )
     message = error["msg"].removeprefix("Value error, ")
     given = "" if kind == "value_error" else f" (given: {error['input']!r})"
     return f"  {path or 'recipe'}: {message}{given}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mmkd.data.samples import ImageRef, Sample, Turn
@@ -106,3 +107,109 @@ def tiny_samples(
         answer = " ".join(rng.choice(WORDS, size=1 + number % 3))
         samples.append(Sample(f"s{number}", refs, (Turn("user", question, pictures), Turn("assistant", answer))))
     return samples
+
+
+# ---- families of transformers, built without a network ---------------------------------------------------------------
+
+_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}{% if m.role == 'assistant' %}END{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_TEXT = {**_SIZES, "num_key_value_heads": 2, "initializer_range": 0.5}
+_VISION = {**_SIZES, "image_size": 16}
+
+
+def _family_tokenizer(*tokens: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    turns = ["<|system|>", "<|user|>", "<|assistant|>", "<image>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*turns, *tokens]})
+    return tokenizer
+
+
+def _text_config(tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    return {**_TEXT, **ids, "vocab_size": len(tokenizer), **changes}
+
+
+def _qwen2_5_vl() -> Tower:
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = _family_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    token = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = Qwen2_5_VLConfig(
+        text_config=_text_config(tokenizer, rope_parameters=rope, tie_word_embeddings=True),
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4,
+            "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=256, max_pixels=1024),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(patch_size=4, merge_size=2),
+        chat_template=_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>").replace("END", "<|end|>"),
+    )
+    return Tower(Qwen2_5_VLForConditionalGeneration(config), processor)
+
+
+def _idefics3() -> Tower:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
+
+    tokenizer = _family_tokenizer("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    config = Idefics3Config(
+        text_config=_text_config(tokenizer, model_type="llama"),
+        vision_config={**_VISION, "patch_size": 4},
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    edge = {"longest_edge": 16}
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessor(size=edge, max_image_size=edge, do_image_splitting=False),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=_TEMPLATE.replace("IMAGE", "<image>").replace("END", "<end_of_utterance>"),
+    )
+    return Tower(Idefics3ForConditionalGeneration(config), processor)
+
+
+def _paligemma() -> Tower:
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor, SiglipImageProcessor
+
+    tokenizer = _family_tokenizer("<bos>")
+    tokenizer.bos_token = "<bos>"
+    images = SiglipImageProcessor(size={"height": 16, "width": 16})
+    images.image_seq_length = 4
+    processor = PaliGemmaProcessor(
+        image_processor=images, tokenizer=tokenizer, chat_template=_TEMPLATE.replace("IMAGE", "<image>").replace("END", "")
+    )
+    config = PaliGemmaConfig(
+        text_config=_text_config(tokenizer, model_type="gemma", head_dim=8, vocab_size=len(tokenizer)),
+        vision_config={**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False, "patch_size": 8},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=16,
+        hidden_size=16,
+    )
+    return Tower(PaliGemmaForConditionalGeneration(config), processor)
+
+
+FAMILIES = {"qwen2_5_vl": _qwen2_5_vl, "idefics3": _idefics3, "paligemma": _paligemma}
+
+
+def tiny_family(name: str, seed: int = 0) -> Tower:
+    """A tower of a family that transformers knows (a name of FAMILIES), with random weights and its own processor."""
+    torch.manual_seed(seed)
+    return FAMILIES[name]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class PairDataset(Dataset):
         terms: Sequence[Term],
         *,
         max_skipped: int = 0,
-        memory: int = 2**30,
+        memory: int = 2 * 2**30,
     ):
         self.samples = samples
         self.student, self.teacher = student, teacher
@@ -70,19 +71,31 @@ class PairDataset(Dataset):
         self.max_skipped = max_skipped
         self.skipped: dict[str, str] = {}
         self._kept: dict[int, Pair] = {}
+        self._pixels: dict[bytes, Tensor] = {}
         self._free = memory
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Pair | None:
-        if index not in self._kept:
-            pair = self._prepare(self.samples[index])
-            if pair is None or self._size(pair) > self._free:
-                return pair
-            self._free -= self._size(pair)
-            self._kept[index] = pair
-        return self._kept[index]
+        if index in self._kept:
+            return self._kept[index]
+        pair = self._prepare(self.samples[index])
+        if pair is not None and self._free > 0:
+            self._keep(index, pair)
+        return pair
+
+    def _keep(self, index: int, pair: Pair) -> None:
+        """Many questions are about one picture: equal pixels are kept once."""
+        for encoded in {id(e): e for e in (pair.student, pair.teacher, pair.switch) if e is not None}.values():
+            for name, tensor in encoded.pixels.items():
+                digest = hashlib.blake2b(tensor.numpy().tobytes(), digest_size=16).digest()
+                if digest not in self._pixels:
+                    self._pixels[digest] = tensor
+                    self._free -= tensor.numel() * tensor.element_size()
+                encoded.pixels[name] = self._pixels[digest]
+            self._free -= 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
+        self._kept[index] = pair
 
     def _prepare(self, sample: Sample) -> Pair | None:
         try:
@@ -126,12 +139,6 @@ class PairDataset(Dataset):
         if not student.images or not any(t.path == "switch" for t in self.terms):
             return None
         return self.teacher.with_visual_count(teacher, self.student.visual_count(student))
-
-    @staticmethod
-    def _size(pair: Pair) -> int:
-        encoded = {id(e): e for e in (pair.student, pair.teacher, pair.switch) if e is not None}
-        tensors = {id(t): t for e in encoded.values() for t in (e.input_ids, e.targets, *e.pixels.values())}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 @dataclass

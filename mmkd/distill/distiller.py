@@ -19,7 +19,7 @@ from mmkd import losses
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
 from mmkd.distill.terms import Term
-from mmkd.towers.tower import Seen, Tower, TowerInputs
+from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
 
 
 class Distiller(nn.Module):
@@ -30,6 +30,8 @@ class Distiller(nn.Module):
 
     def __init__(self, student: Tower, teacher: Tower | None, terms: Sequence[Term], *, chunk_bytes: int = 256 * 2**20):
         super().__init__()
+        if teacher is not None and any(t.is_row_term and t.needs_teacher for t in terms):
+            check_vocabularies(student, teacher)
         self.student = student.model
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
@@ -130,6 +132,22 @@ class Distiller(nn.Module):
         if term.kind == "contrastive":
             return signals.contrastive(self.extras[term.name])
         return signals.feature_match(self.extras[term.name], dict(term.options))
+
+
+def check_vocabularies(student: Tower, teacher: Tower) -> None:
+    """Both tokenizers must give every token the same id; tokens added to one of them only may differ.
+
+    Padding rows of a head do not matter. Raises TowerError for unrelated tokenizers.
+    """
+    own, other = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    added = {*student.tokenizer.get_added_vocab(), *teacher.tokenizer.get_added_vocab()}
+    differing = [t for t in {*own, *other} if own.get(t) != other.get(t) and (t not in added or (t in own and t in other))]
+    if differing:
+        raise TowerError(
+            f"{len(differing):,} tokens of the student's {len(own):,} and the teacher's {len(other):,} have another id or none in "
+            f"the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be compared; build the "
+            "student on a language model with the teacher's tokenizer"
+        )
 
 
 class Rows:
@@ -256,48 +274,46 @@ class Signals:
             total = total + losses.feature_match(bridge(own, len(other)), other, **options).mean()
         return total
 
-    def contrastive(self, head: ContrastiveHead) -> Tensor:
-        """Sum over pictured samples of the image-text contrastive loss, both ways; negatives are the micro-batch's."""
+    def contrastive(self, temperature: Temperature) -> Tensor:
+        """Sum over pictured samples of the image-text contrastive loss, both ways; negatives are the micro-batch's.
+
+        Similarity by late interaction (FILIP, arXiv 2111.07783): each answer token looks for its best visual token, in
+        the language model's own embedding space; the mean over answer tokens. It teaches encoder, projector and embeddings that
+        a visual token and the word for what it shows are near, which a language model's attention can use from the start.
+        """
         inputs = self.batch.student
         pictured = [b for b, n in enumerate(inputs.images) if n]
         if not pictured:
             return self.zero
         first = [sum(inputs.images[:b]) for b in pictured]  # a sample's first image stands for it
-        images = torch.stack([self.student_seen.features[i].mean(0) for i in first])  # [n, Dv]
-        answers = inputs.targets[pictured]  # [n, L]
-        similarities, temperature = head(images, answers)  # [n, n]
-        positives = _same_rows(answers)  # equal answers are positives of one another
-        both = losses.contrastive(similarities, positives, temperature) + losses.contrastive(
-            similarities.T, positives, temperature
-        )
+        visual = F.normalize(torch.stack([self.student_seen.tokens[i] for i in first]).float(), dim=-1)  # [n, N, D]
+        answers, given = _packed(inputs.targets[pictured])  # [n, T]
+        words = F.normalize(self.student.model.get_input_embeddings()(answers).float(), dim=-1)  # [n, T, D]
+        best = torch.stack([(words @ image.T).amax(-1) for image in visual])  # [n images, n texts, T]
+        similarities = (best * given).sum(-1) / given.sum(-1)  # [n, n]
+        positives = (answers[:, None] == answers[None, :]).all(-1)  # equal answers are positives of one another
+        tau = temperature()
+        both = losses.contrastive(similarities, positives, tau) + losses.contrastive(similarities.T, positives, tau)
         return both.sum() / 2
 
 
-def _same_rows(answers: Tensor) -> Tensor:
-    """Which samples have the same answer, wherever it stands in the row. [n, n] bool"""
-    texts = [tuple(row[row >= 0].tolist()) for row in answers.cpu()]
-    numbers = torch.tensor([texts.index(text) for text in texts], device=answers.device)
-    return numbers[:, None] == numbers[None, :]
+def _packed(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Answer tokens moved to the front, 0 behind them, and which places hold one. [n, L] -> [n, T], [n, T] bool"""
+    rows = [row[row >= 0] for row in targets]
+    answers = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    given = nn.utils.rnn.pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return answers, given
 
 
-class ContrastiveHead(nn.Module):
-    """Image and text embeddings for pretraining a vision encoder on captions: mean vision feature, mean token embedding.
+class Temperature(nn.Module):
+    """The contrastive temperature, learned, kept in [0.001, 0.5] (starts at 0.07 as in CLIP)."""
 
-    A bag of words for a text encoder is enough to teach an encoder what is in a picture (Joulin et al., arXiv 1511.02251).
-    """
-
-    def __init__(self, feature_width: int, vocabulary: int, width: int = 128):
+    def __init__(self) -> None:
         super().__init__()
-        self.image = nn.Linear(feature_width, width)
-        self.text = nn.Embedding(vocabulary, width)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
-    def forward(self, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """mean features [n, Dv], targets [n, L] -> cosines [n, n] and the temperature, kept in [0.001, 0.5]"""
-        given = (answers >= 0).unsqueeze(-1)  # [n, L, 1]
-        texts = (self.text(answers.clamp(min=0)) * given).sum(1) / given.sum(1).clamp(min=1)  # [n, E]
-        cosines = F.normalize(self.image(images), dim=-1) @ F.normalize(texts, dim=-1).T
-        return cosines, (-self.log_scale).exp().clamp(0.001, 0.5)
+    def forward(self) -> Tensor:
+        return (-self.log_scale).exp().clamp(0.001, 0.5)
 
 
 class Bridge(nn.Module):
@@ -314,7 +330,7 @@ class Bridge(nn.Module):
 
 def _extra(term: Term, student: Tower, teacher: Tower | None) -> nn.Module | None:
     if term.kind == "contrastive":
-        return ContrastiveHead(student.feature_width, student.vocabulary)
+        return Temperature()
     if term.kind == "feature_match" and teacher is not None:
         return Bridge(student.feature_width, teacher.feature_width)
     return None

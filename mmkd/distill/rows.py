@@ -8,7 +8,7 @@ trained. Backward only multiplies it by the incoming factor.
 Two sizes, both taken from one byte budget:
 
 - a *chunk* is as many rows as half the budget holds in logits of the head's dtype. It should be large: each
-  chunk reads both heads' weights `[V, D]` again, which on a CPU costs as much as the product of about 20 rows.
+  chunk reads both heads' weights `[V, D]` again, which on a CPU costs as much as the product of some 20 rows.
 - a *block* is the rows of a chunk on which the loss maths runs at a time, in float32. On a CPU it should be
   small enough for its temporaries to stay in the cache; on a GPU, large enough to fill it. The gradient
   overwrites the student's logits.
@@ -54,8 +54,8 @@ class RowTerm:
     not change its arguments.
 
     If it has a method `value_and_grad(student, teacher, targets, shared) -> (values [r], gradient [r, V])`,
-    that is used instead of autograd. `shared` is a dict that lives for one block, in which terms may leave what
-    others can use: the losses of `mmkd.losses` share their softmaxes so.
+    that is used instead of autograd. `shared` is a dict that lives for one block, in which terms may leave
+    what others can use: the losses of `mmkd.losses` share their softmaxes so.
 
     weight: factor of the sum over rows in the total. A term of weight 0 is evaluated but not differentiated.
     needs_teacher: whether the loss reads the teacher's logits.
@@ -429,6 +429,6 @@ def _check_teacher(work: _Work, rows: int) -> None:
     mine, theirs = work.head.weight.shape[0], work.teacher_head.weight.shape[0]
     if work.vocabulary is None and mine != theirs:
         raise ValueError(
-            f"the student head has {mine} columns and the teacher head {theirs}; if both share a tokenizer and "
-            "differ in padding, pass vocabulary=len(tokenizer)"
+            f"the student head has {mine} columns and the teacher head {theirs}; if both share a tokenizer "
+            "and differ in padding, pass vocabulary=len(tokenizer)"
         )

@@ -28,7 +28,7 @@ def dbild(
     """Dynamic bi-directional logits difference loss, one value a row.
 
     Teacher-led branch: I = the k largest entries of the teacher, largest first; `d = z[I_a] - z[I_b]` for all
-    a < b, for both models; KL between softmax(d / temperature) of student and teacher. Student-led branch: the
+    a < b, for both models; KL between softmax(d / temperature) of both models. Student-led branch: the
     same with I taken from the student. The loss is the sum of both (Switch-KD, figure; eq. 7, 14, 15 as
     reported by others).
 
@@ -39,7 +39,7 @@ def dbild(
     direction: "reverse" is KL(student || teacher) as in Switch-KD, "forward" is BiLD's.
     tau_squared: multiply by temperature² (neither paper does).
 
-    An entry that is -inf in the leader is never chosen and one that is -inf in the follower is left out. Fewer
+    An entry that is -inf in the leader is never chosen, one that is -inf in the follower is left out. Fewer
     than three entries have no distribution to compare (one difference at most), so such a branch gives
     exactly 0 with gradient 0. A logit more than 300 temperatures below the largest one counts as 300 below.
 
@@ -180,8 +180,8 @@ def _branch(student: Tensor, teacher: Tensor, leader: Tensor, options: _Options)
     a_s = _window(student, used, options.temperature)  # [R, W]
     a_t = _window(teacher, used, options.temperature)  # [R, W]
     over, under = (a_s, a_t) if options.direction == "reverse" else (a_t, a_s)
-    # KL(over || under) = Σ_ab w_ab (log w_ab - log v_ab), where log w_ab - log v_ab = r_a - r_b - logZ + logZ'.
-    # Summed over b and a first, only the row and column sums of the pair weights w remain.
+    # KL(over || under) = Σ_ab w_ab (log w_ab - log v_ab), where log w_ab - log v_ab = r_a - r_b
+    # - logZ + logZ'. Summed over b and a first, only the row and column sums of the pair weights w remain.
     rows, columns, log_total = _pair_sums(over, used)
     _, _, log_total_under = _pair_sums(under, used)
     kl = ((over - under) * (rows - columns)).sum(-1) - log_total + log_total_under  # [R]

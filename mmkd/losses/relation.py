@@ -59,8 +59,8 @@ def _check_rows(student: Tensor, teacher: Tensor) -> None:
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"{student.shape[0]} visual tokens of the student and {teacher.shape[0]} of the teacher; the "
-            "relation compares them one by one: use encoders with equal token counts, or bring one side to the "
-            "other's grid"
+            "relation compares them one by one: use encoders with equal token counts, or bring one side to "
+            "the other's grid"
         )
 
 

@@ -6,17 +6,22 @@ The result is a plain `LlavaForConditionalGeneration` with a `LlavaProcessor`: i
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
@@ -26,9 +31,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, build_backbone
 from mmkd.towers.tower import Tower, TowerError
+
+logger = logging.getLogger(__name__)
 
 IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -72,8 +80,8 @@ class VisionSpec:
     config: dict[str, Any] | None = None
     image_size: tuple[int, int] | None = None  # (height, width)
     feature_layer: int | None = None
-    mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
-    std: list[float] = field(default_factory=lambda: list(CLIP_STD))
+    mean: list[float] | None = None  # of the pixels, by colour; None: what the pretrained weights expect, else CLIP's
+    std: list[float] | None = None
 
 
 @dataclass
@@ -109,6 +117,7 @@ def assemble(
         torch.manual_seed(seed)
         encoder = _build_encoder(vision)
         language_model = _build_language_model(language, tokenizer)
+        _plain_head(language_model)
         features, prefix, strategy = _feature_layout(encoder, vision)
         config = LlavaConfig(
             vision_config=encoder.config,
@@ -120,7 +129,14 @@ def assemble(
             vision_feature_layer=_feature_layer(vision, encoder),
             tie_word_embeddings=bool(language_model.config.tie_word_embeddings),
         )
-        model = LlavaForConditionalGeneration(config).to(dtype)
+        # Not `.to(dtype)`: that would round the rotary frequencies too, which a loaded model keeps in float32.
+        try:
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        except AttributeError as error:
+            raise TowerError(
+                f"LLaVA cannot hold a {type(language_model).__name__}: {error}; use a language model of the Llama kind, such as "
+                "llama, qwen2, qwen3, mistral, gemma or smollm3"
+            ) from error
     _fill(model, encoder, language_model)
     model.generation_config = _generation_config(tokenizer)
     processor = _processor(vision, encoder, tokenizer, features, prefix, strategy, _chat_template(language, tokenizer))
@@ -137,7 +153,10 @@ def _build_encoder(spec: VisionSpec) -> nn.Module:
         return _encoder_from_config(dict(spec.config or {}), spec)
     kind, _, name = spec.source.partition(":")
     if kind in ("hf-hub", "local-dir"):
-        model = AutoModel.from_pretrained(name, use_safetensors=True)
+        try:
+            model = AutoModel.from_pretrained(name, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise TowerError(f"no vision encoder can be loaded from {spec.source!r}: {error}") from error
         return getattr(model, "vision_model", model)
     if kind in ("timm", "open_clip"):
         architecture, _, tag = name.partition("/") if kind == "open_clip" else (name, "", "")
@@ -156,19 +175,54 @@ def _encoder_from_config(config: dict[str, Any], spec: VisionSpec) -> nn.Module:
     if kind is None:
         raise TowerError("the vision `config` lacks `model_type` (for example clip_vision_model, vit, dinov2, mmkd_encoder)")
     if kind == EncoderConfig.model_type:
+        _check_keys(EncoderConfig, config, "vision")
         return _with_width(WrappedEncoder(EncoderConfig(image_size=image_size(spec), **config)))
+    encoder = _from_config(AutoModel, kind, config, "vision")
+    if encoder.main_input_name != "pixel_values":
+        half = getattr(getattr(encoder.config, "vision_config", None), "model_type", None)
+        hint = f"its vision half is {half!r}" if half else "write the model_type of a vision model"
+        raise TowerError(f"{kind!r} is no vision encoder but reads {encoder.main_input_name}; {hint}")
+    return encoder
+
+
+def _from_config(auto: Any, kind: str, config: dict[str, Any], what: str) -> nn.Module:
+    """A model with random weights from the keys of a recipe."""
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=3)
+        raise TowerError(f"transformers has no {what} model_type {kind!r}; close: {', '.join(close) or 'none'}")
+    _check_keys(CONFIG_MAPPING[kind], config, what)
     try:
-        full: PreTrainedConfig = AutoConfig.for_model(kind, **config)
-    except (ValueError, KeyError) as error:
-        raise TowerError(f"transformers has no vision model_type {kind!r}") from error
-    return AutoModel.from_config(full)
+        return auto.from_config(AutoConfig.for_model(kind, **config))
+    except (ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
+        raise TowerError(f"the {what} `config` makes no {kind}: {error}") from error
+
+
+def _check_keys(kind: type[PreTrainedConfig], config: dict[str, Any], what: str) -> None:
+    """transformers keeps keys that it does not know and does nothing with them; a misspelt one would go unnoticed."""
+    known = {*kind().to_dict(), *kind.attribute_map}
+    for key in [key for key in config if key not in known]:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if close:
+            raise TowerError(f"the {what} `config` has the unknown key {key!r}; did you mean {close[0]!r}?")
+        logger.warning("%s does not list the key %r; it is passed on as it is", kind.__name__, key)
 
 
 def _with_width(encoder: WrappedEncoder) -> WrappedEncoder:
     size = tuple(encoder.config.image_size)
-    with torch.no_grad():
-        encoder.config.hidden_size = encoder.eval()(torch.zeros(1, 3, *size)).last_hidden_state.shape[-1]
+    encoder.config.hidden_size = _probe(encoder, size).last_hidden_state.shape[-1]
     return encoder
+
+
+def _probe(encoder: nn.Module, size: tuple[int, int]) -> Any:
+    """What the encoder makes of one black picture. Raises TowerError when it does not take pictures of this size."""
+    try:
+        with torch.no_grad():
+            return encoder.eval()(torch.zeros(1, 3, *size), output_hidden_states=True, return_dict=True)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # each source has its own
+        raise TowerError(
+            f"{type(encoder).__name__} does not take pictures of {size[0]} x {size[1]} pixels: {error}. Set image_size to "
+            "what it was made for, or wrap it as an encoder of your own (docs/encoders.md)"
+        ) from error
 
 
 def _build_language_model(spec: LanguageSpec, tokenizer: Any) -> nn.Module:
@@ -184,9 +238,14 @@ def _build_language_model(spec: LanguageSpec, tokenizer: Any) -> nn.Module:
     kind = config.pop("model_type", None)
     if kind is None:
         raise TowerError("the language `config` lacks `model_type` (for example llama, qwen2, qwen3)")
-    config = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **config}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config, **ids))
+    config = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **ids, **config}
+    if config["vocab_size"] < len(tokenizer):
+        raise TowerError(
+            f"the language model has {config['vocab_size']} embeddings, its tokenizer {len(tokenizer)} tokens; "
+            "raise vocab_size or leave it out"
+        )
+    return _from_config(AutoModelForCausalLM, kind, config, "language")
 
 
 def _load_tokenizer(spec: LanguageSpec) -> Any:
@@ -208,9 +267,10 @@ def _feature_layout(encoder: nn.Module, spec: VisionSpec) -> tuple[int, int, str
     """
     size = image_size(spec, encoder)
     layer = _feature_layer(spec, encoder)
-    with torch.no_grad():
-        out = encoder.eval()(torch.zeros(1, 3, *size), output_hidden_states=True, return_dict=True)
-    hidden = out.hidden_states[layer]
+    states = _probe(encoder, size).hidden_states
+    if not -len(states) <= layer < len(states):
+        raise TowerError(f"feature_layer {layer} is not one of the {len(states)} hidden states of {type(encoder).__name__}")
+    hidden = states[layer]
     if hidden.dim() != 3:
         raise TowerError(
             f"{type(encoder).__name__} gives hidden states of shape {list(hidden.shape)}, not [n, N, Dv]; "
@@ -238,13 +298,14 @@ def _processor(
     spec: VisionSpec, encoder: nn.Module, tokenizer: Any, features: int, prefix: int, strategy: str, template: str
 ) -> LlavaProcessor:
     height, width = image_size(spec, encoder)
+    mean, std = _pixel_statistics(spec, encoder)
     # LlavaProcessor counts (H // patch) * (W // patch) + extra placeholders. When the grid does not say it, a patch
     # larger than the picture makes the product 0 and `extra` carries the whole count.
     patch = getattr(encoder.config, "patch_size", None)
     fits = isinstance(patch, int) and (height // patch) * (width // patch) == features
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(
-            size={"height": height, "width": width}, do_center_crop=False, image_mean=spec.mean, image_std=spec.std
+            size={"height": height, "width": width}, do_center_crop=False, image_mean=mean, image_std=std
         ),
         tokenizer=tokenizer,
         patch_size=patch if fits else max(height, width) + 1,
@@ -253,6 +314,26 @@ def _processor(
         chat_template=template,
         image_token=IMAGE,
     )
+
+
+def _pixel_statistics(spec: VisionSpec, encoder: nn.Module) -> tuple[list[float], list[float]]:
+    """(mean, standard deviation) by colour: the spec's, else what the pretrained weights expect, else CLIP's."""
+    known = None
+    if spec.source is not None:
+        _, _, name = spec.source.partition(":")
+        known = getattr(encoder.backbone, "statistics", None) if isinstance(encoder, WrappedEncoder) else _hub_statistics(name)
+    mean, std = known or (CLIP_MEAN, CLIP_STD)
+    return list(spec.mean or mean), list(spec.std or std)
+
+
+def _hub_statistics(name: str) -> tuple[list[float], list[float]] | None:
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        logger.warning("%s has no image processor (%s); pixels are normalised with CLIP's mean and deviation", name, error)
+        return None
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    return (list(mean), list(std)) if mean is not None and std is not None else None
 
 
 def _chat_template(spec: LanguageSpec, tokenizer: Any) -> str:
@@ -267,6 +348,8 @@ def _chat_template(spec: LanguageSpec, tokenizer: Any) -> str:
 
 
 def _generation_config(tokenizer: Any) -> GenerationConfig:
+    if tokenizer.eos_token_id is None:
+        raise TowerError(f"{type(tokenizer).__name__} has no end-of-sequence token; set tokenizer.eos_token")
     vocabulary = tokenizer.get_vocab()
     ends = {vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>", "<|end|>") if t in vocabulary} | {tokenizer.eos_token_id}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -275,14 +358,28 @@ def _generation_config(tokenizer: Any) -> GenerationConfig:
     )
 
 
+def _plain_head(language_model: nn.Module) -> None:
+    """LLaVA's head is a matrix and nothing more: what a family does besides to its logits is taken off or refused."""
+    kind, config = type(language_model).__name__, language_model.config
+    if language_model.get_output_embeddings().bias is not None:
+        raise TowerError(f"{kind} has a head with a bias, which LLaVA's layout cannot hold")
+    for name in ("logit_scale", "logits_scaling"):
+        scale = getattr(config, name, None)
+        if scale not in (None, 1):
+            raise TowerError(
+                f"{kind} multiplies or divides its logits ({name} {scale}), for which LLaVA's layout has no place; "
+                f"set {name} to 1 in a `config`, or use another language model"
+            )
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        logger.info("%s: the soft cap of the logits, which keeps their order, is left out of the student", kind)
+        config.final_logit_softcapping = None
+
+
 def _fill(model: LlavaForConditionalGeneration, encoder: nn.Module, language_model: nn.Module) -> None:
-    """Copies the parts' weights into the assembled model; a head with a bias has no place in LLaVA's layout."""
-    head = language_model.get_output_embeddings()
-    if head.bias is not None:
-        raise TowerError(f"{type(language_model).__name__} has a head with a bias, which LLaVA's layout cannot hold")
+    """Copies the parts' weights into the assembled model."""
     model.model.vision_tower.load_state_dict(encoder.state_dict())
     model.model.language_model.load_state_dict(language_model.base_model.state_dict())
-    model.lm_head.load_state_dict(head.state_dict())
+    model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
     model.tie_weights()
 
 

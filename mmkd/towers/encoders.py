@@ -11,12 +11,14 @@ import difflib
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmkd.towers.tower import TowerError
 
 ENTRY_POINT_GROUP = "mmkd.encoders"
 _REGISTERED: dict[str, Callable[..., nn.Module]] = {}
@@ -32,7 +34,7 @@ def register_encoder(name: str) -> Callable[[Callable[..., nn.Module]], Callable
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         known = _REGISTERED.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (build.__module__, build.__qualname__):
-            raise ValueError(f"the encoder name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+            raise TowerError(f"the encoder name {name!r} is taken by {known.__module__}.{known.__qualname__}")
         _REGISTERED[name] = build
         return build
 
@@ -42,7 +44,10 @@ def register_encoder(name: str) -> Callable[[Callable[..., nn.Module]], Callable
 def find_encoder(name: str, module: str | None = None) -> Callable[..., nn.Module]:
     """The builder registered as `name`, in this process, by `module` (imported) or by an entry point."""
     if name not in _REGISTERED and module:
-        import_module(module)
+        try:
+            import_module(module)
+        except ModuleNotFoundError as error:
+            raise TowerError(f"the module {module!r} of the encoder {name!r} cannot be imported: {error}") from error
     if name not in _REGISTERED:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             if point.name == name:
@@ -50,8 +55,8 @@ def find_encoder(name: str, module: str | None = None) -> Callable[..., nn.Modul
     if name not in _REGISTERED:
         names = sorted({*_REGISTERED, *(p.name for p in entry_points(group=ENTRY_POINT_GROUP))})
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"registered: {', '.join(names) or 'none'}"
-        raise ValueError(f"no encoder is registered as {name!r}; {hint} Import the module that registers it first")
+        hint = f"did you mean {close[0]!r}?" if close else f"registered: {', '.join(names) or 'none'}."
+        raise TowerError(f"no encoder is registered as {name!r}; {hint} Import the module that registers it, or give `module`")
     return _REGISTERED[name]
 
 
@@ -90,29 +95,38 @@ class WrappedEncoder(PreTrainedModel):
     config_class = EncoderConfig
     main_input_name = "pixel_values"
     base_model_prefix = "encoder"
-    _no_split_modules: list[str] = []
+    _no_split_modules: ClassVar[list[str]] = []
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config)
+        # `from_pretrained` builds on the meta device, fills in what the file holds, and leaves the buffers that are not in
+        # it (position indices, masks) as they fall. So the backbone is built for real and these buffers are kept.
+        with torch.device("cpu"):
+            self.backbone = build_backbone(config)
+        self._unsaved = {name: buffer.clone() for name, buffer in self.named_non_persistent_buffers()}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The backbone has initialised itself by its own rules."""
+        """The backbone has initialised itself by its own rules; only the buffers that no file holds are put back."""
+        if module is self:
+            for name, buffer in self.named_non_persistent_buffers():
+                buffer.data = self._unsaved[name].to(buffer.device)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """pixels [n, 3, H, W] -> features [n, N, Dv], as `last_hidden_state` and as the only hidden state."""
-        features = _tokens(self.backbone(pixel_values))  # [n, N, Dv]
+        features = tokens_of(self.backbone(pixel_values))  # [n, N, Dv]
         return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
 
 
-def _tokens(features: Tensor) -> Tensor:
-    """A feature map [n, Dv, h, w] becomes tokens [n, h*w, Dv]; tokens stay."""
+def tokens_of(features: Tensor) -> Tensor:
+    """A feature map [n, Dv, h, w] becomes tokens [n, h*w, Dv]; tokens stay. Raises TowerError for anything else."""
+    if not isinstance(features, Tensor):
+        raise TowerError(f"a vision encoder must give a tensor, [n, N, Dv] or [n, Dv, h, w], not {type(features).__name__}")
     if features.dim() == 4:
         return features.flatten(2).transpose(1, 2)
     if features.dim() == 3:
         return features
-    raise ValueError(f"a vision encoder must give [n, N, Dv] or [n, Dv, h, w]; this one gives {list(features.shape)}")
+    raise TowerError(f"a vision encoder must give [n, N, Dv] or [n, Dv, h, w]; this one gives {list(features.shape)}")
 
 
 def build_backbone(config: EncoderConfig, pretrained: bool = False) -> nn.Module:
@@ -123,7 +137,7 @@ def build_backbone(config: EncoderConfig, pretrained: bool = False) -> nn.Module
         return _OpenClipFeatures(config, pretrained)
     if config.source == "module":
         return find_encoder(config.architecture, config.module)(**config.arguments)
-    raise ValueError(f"encoder source {config.source!r} is not one of timm, open_clip, module")
+    raise TowerError(f"encoder source {config.source!r} is not one of timm, open_clip, module")
 
 
 class _TimmFeatures(nn.Module):
@@ -135,15 +149,27 @@ class _TimmFeatures(nn.Module):
             self.model = timm.create_model(
                 config.architecture, pretrained=pretrained, num_classes=0, **config.arguments
             )
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
+            if timm.is_model(config.architecture.partition(".")[0]):
+                raise TowerError(f"timm cannot build {config.architecture!r} with {config.arguments}: {error}") from error
             close = difflib.get_close_matches(config.architecture, timm.list_models(), n=3)
-            raise ValueError(f"timm has no {config.architecture!r}; close: {', '.join(close) or 'none'}") from error
+            raise TowerError(f"timm has no {config.architecture!r}; close: {', '.join(close) or 'none'}") from error
+        self.statistics = _statistics(getattr(self.model, "pretrained_cfg", None) or {})
 
     def forward(self, pixels: Tensor) -> Tensor:
-        features = self.model.forward_features(pixels)
-        if features.dim() == 4 and features.shape[-1] == self.model.num_features != features.shape[1]:
-            features = features.permute(0, 3, 1, 2)  # Swin-like models keep channels last
-        return features
+        return _timm_features(self.model, pixels)
+
+
+def _timm_features(model: nn.Module, pixels: Tensor) -> Tensor:
+    features = model.forward_features(pixels)
+    if features.dim() == 4 and features.shape[-1] == model.num_features != features.shape[1]:
+        return features.permute(0, 3, 1, 2)  # Swin-like models keep channels last
+    return features
+
+
+def _statistics(config: dict[str, Any]) -> tuple[list[float], list[float]] | None:
+    """(mean, standard deviation) of the pixels that pretrained weights expect, where their source says so."""
+    return (list(config["mean"]), list(config["std"])) if "mean" in config and "std" in config else None
 
 
 class _OpenClipFeatures(nn.Module):
@@ -157,25 +183,22 @@ class _OpenClipFeatures(nn.Module):
         tag = arguments.pop("pretrained", None)
         if config.architecture not in open_clip.list_models():
             close = difflib.get_close_matches(config.architecture, open_clip.list_models(), n=3)
-            raise ValueError(f"open_clip has no {config.architecture!r}; close: {', '.join(close) or 'none'}")
-        model = open_clip.create_model(
-            config.architecture, pretrained=tag if pretrained else None, load_weights=pretrained, **arguments
-        )
+            raise TowerError(f"open_clip has no {config.architecture!r}; close: {', '.join(close) or 'none'}")
+        try:
+            model = open_clip.create_model(
+                config.architecture, pretrained=tag if pretrained else None, load_weights=pretrained, **arguments
+            )
+        except (RuntimeError, TypeError) as error:
+            raise TowerError(f"open_clip cannot build {config.architecture!r} with {config.arguments}: {error}") from error
         self.model = model.visual
+        self.statistics = _statistics(getattr(self.model, "preprocess_cfg", None) or {})
 
     def forward(self, pixels: Tensor) -> Tensor:
         if hasattr(self.model, "trunk"):  # open_clip's timm towers
-            return self.model.trunk.forward_features(pixels)
+            return _timm_features(self.model.trunk, pixels)
         return self.model.forward_intermediates(
             pixels, indices=1, intermediates_only=True, output_fmt="NLC", normalize_intermediates=True
         )["image_intermediates"][0]
-
-
-@torch.no_grad()
-def feature_shape(encoder: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(N, Dv): how many features an encoder gives for one picture and how wide they are."""
-    features = encoder(torch.zeros(1, 3, *image_size)).last_hidden_state
-    return features.shape[1], features.shape[2]
 
 
 AutoConfig.register(EncoderConfig.model_type, EncoderConfig)

@@ -38,7 +38,7 @@ PROJECTORS = {
 
 # Families that take their visual tokens as one tensor; the others take a list.
 STACKED = frozenset(
-    "vipllava aya_vision fast_vlm gemma3 internvl paligemma perception_lm got_ocr2 deepseek_vl janus".split()
+    {"aya_vision", "deepseek_vl", "fast_vlm", "gemma3", "got_ocr2", "internvl", "janus", "paligemma", "perception_lm", "vipllava"}
 )
 
 # Families whose processors put the pictures of one sample on an axis of their own, [1, k, C, H, W].

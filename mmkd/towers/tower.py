@@ -298,7 +298,7 @@ class Tower:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         stops = self.stop_ids
         if not stops.intersection(ids):  # the template writes no end: without one a student never learns to stop
-            return ids + [self.tokenizer.eos_token_id]
+            return [*ids, self.tokenizer.eos_token_id]
         return ids
 
     @property

@@ -55,7 +55,8 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     for name in PRESETS["tiny"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="override the preset")
@@ -107,9 +108,8 @@ def summary(one: dict, found: list[dict]) -> dict:
 def show(table: list[dict]) -> None:
     first = table[0]
     print(f"device {first['device_name']}, torch {first['torch']}, {first['torch_threads']} threads")
-    print(
-        f"{'loss':<11}{'head':<9}{'method':<12}{'ms':>10}{'(min - max)':>20}{'peak MiB':>10}{'grad error':>12}"
-    )
+    columns = f"{'loss':<11}{'head':<9}{'method':<12}{'ms':>10}{'(min - max)':>20}"
+    print(columns + f"{'peak MiB':>10}{'grad error':>12}")
     for row in table:
         low, high = (1000 * s for s in row["seconds_range"])
         print(

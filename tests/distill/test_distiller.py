@@ -1,0 +1,271 @@
+"""The distiller: every term against a plain float64 computation on whole logits, and what must not change a loss."""
+
+import pytest
+import torch
+from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+from torch.nn import functional as F
+
+from mmkd.data.samples import DataError, ImageError
+from mmkd.distill.collate import COUNTS, Collator, PairDataset
+from mmkd.distill.distiller import Distiller
+from mmkd.distill.terms import Schedule, Term
+from mmkd.towers.assemble import train_tokenizer
+from mmkd.towers.tower import TowerError
+
+TOKENIZER = tiny_tokenizer()
+
+
+def term(kind, positions="response", path="student", weight=1.0, **options):
+    return Term(f"{kind}_{positions}_{path}", kind, Schedule(weight, weight), positions, path, tuple(options.items()))
+
+
+def towers(dtype=torch.float32, **teacher):
+    student = tiny_tower(1, 16, tokenizer=TOKENIZER)
+    tutor = tiny_tower(2, 32, tokenizer=TOKENIZER, **teacher)
+    student.model.to(dtype)
+    tutor.model.to(dtype)
+    return student, tutor
+
+
+def batch_of(student, teacher, samples, terms):
+    dataset = PairDataset(samples, student, teacher, terms)
+    return Collator(student, teacher)([dataset[i] for i in range(len(samples))])["batch"]
+
+
+def loss_of(student, teacher, samples, terms, counts=None, chunk_bytes=2**20):
+    distiller = Distiller(student, teacher, terms, chunk_bytes=chunk_bytes)
+    torch.manual_seed(0)
+    for p in distiller.extras.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    batch = batch_of(student, teacher, samples, terms)
+    distiller.zero_grad()
+    loss, log = distiller(batch, counts)
+    loss.backward()
+    return loss, log, batch, distiller
+
+
+def plain(tower, inputs):
+    """All logits of a tower the ordinary way, pixels in, in float64."""
+    out = tower.model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels)
+    return out.logits.double()  # [B, L, V]
+
+
+def kl(p, q):
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def test_row_terms_equal_a_plain_computation(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3, text_only=1)
+    terms = [term("cross_entropy"), term("forward_kl", weight=2.0), term("forward_kl", "visual", weight=0.5), term("reverse_kl")]
+    loss, log, batch, _ = loss_of(student, teacher, samples, terms)
+    zs, zt = plain(student, batch.student), plain(teacher, batch.teacher)
+    response, visual = batch.student.response, batch.student.visual
+    expected = {
+        "cross_entropy_response_student": F.cross_entropy(zs[response], batch.student.targets[response]),
+        "forward_kl_response_student": kl(zt[response], zs[response]).mean(),
+        "forward_kl_visual_student": kl(zt[visual], zs[visual]).mean(),
+        "reverse_kl_response_student": kl(zs[response], zt[response]).mean(),
+    }
+    for name, value in expected.items():
+        total, count = log[name]
+        assert float(total.detach() / count) == pytest.approx(float(value), rel=1e-5), name
+    weights = [1.0, 2.0, 0.5, 1.0]
+    assert loss.item() == pytest.approx(sum(w * float(v) for w, v in zip(weights, expected.values(), strict=True)), rel=1e-5)
+
+
+def test_gradients_equal_autograd_on_whole_logits(tmp_path):
+    student, teacher = towers(torch.float64)
+    samples = tiny_samples(tmp_path, 3)
+    terms = [term("cross_entropy"), term("forward_kl"), term("forward_kl", "visual")]
+    _, _, batch, _ = loss_of(student, teacher, samples, terms, chunk_bytes=2**16)
+    ours = {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}
+    student.model.zero_grad()
+    zs, zt = plain(student, batch.student), plain(teacher, batch.teacher).detach()
+    response, visual = batch.student.response, batch.student.visual
+    value = F.cross_entropy(zs[response], batch.student.targets[response]) + kl(zt[response], zs[response]).mean()
+    (value + kl(zt[visual], zs[visual]).mean()).backward()
+    theirs = {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}
+    assert theirs.keys() == ours.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_relation_is_the_cosine_of_logit_gram_matrices_per_image(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 2, two_images=1)
+    loss, _, batch, _ = loss_of(student, teacher, samples, [term("relation")])
+    zs, zt = plain(student, batch.student), plain(teacher, batch.teacher)
+    values = []
+    for b, images in enumerate(batch.student.images):
+        ys, yt = (z[b][x.visual[b]].chunk(images) for z, x in ((zs, batch.student), (zt, batch.teacher)))
+        for own, other in zip(ys, yt, strict=True):
+            rs, rt = (own @ own.T).flatten(), (other @ other.T).flatten()
+            values.append(1 - F.cosine_similarity(rs, rt, dim=0))
+    assert len(values) == 4
+    assert loss.item() == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
+
+
+def test_switch_reads_the_students_features_through_the_teacher(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3, text_only=1)
+    loss, log, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", path="switch")])
+    pictured = batch.teacher.response & torch.tensor([n > 0 for n in batch.teacher.images])[:, None]
+    zt = plain(teacher, batch.teacher)[pictured]
+    tokens = teacher.project(student.see(batch.student).features)
+    hidden = teacher.read(batch.switch, tokens)
+    zw = teacher.head(hidden)[batch.switch.response].double()
+    assert loss.item() == pytest.approx(float(kl(zt, zw).mean()), rel=1e-5)
+    touched = {n for n, p in student.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched and all("vision_tower" in name for name in touched)
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert int(log["forward_kl_response_switch"][1]) == int(pictured.sum()) < int(batch.student.response.sum())
+
+
+def test_switch_with_another_number_of_visual_tokens(tmp_path):
+    """The teacher reads as many visual positions as the student's encoder gives."""
+    student = tiny_tower(1, 16, tokenizer=TOKENIZER)
+    finer = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    teacher = tiny_tower(2, 32, tokenizer=TOKENIZER, vision={**finer, "image_size": 32, "patch_size": 8}, image_size=(32, 32))
+    samples = tiny_samples(tmp_path, 2, two_images=1)
+    loss, _, batch, _ = loss_of(student, teacher, samples, [term("dbild", path="switch"), term("cross_entropy")])
+    assert batch.teacher.visual.sum(1).tolist() == [16, 16, 32]
+    assert batch.switch.visual.sum(1).tolist() == batch.student.visual.sum(1).tolist() == [4, 4, 8]
+    assert torch.isfinite(loss)
+    with pytest.raises(DataError, match="4 visual tokens in the student and 16 in the teacher"):
+        loss_of(student, teacher, samples, [term("forward_kl", "visual")])
+
+
+def test_feature_match_crosses_widths_and_token_counts(tmp_path):
+    student = tiny_tower(1, 16, tokenizer=TOKENIZER)
+    wide = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    teacher = tiny_tower(2, 16, tokenizer=TOKENIZER, vision={**wide, "image_size": 32, "patch_size": 8}, image_size=(32, 32))
+    loss, _, _, distiller = loss_of(student, teacher, tiny_samples(tmp_path, 2), [term("feature_match")])
+    assert 0 < float(loss) < 2
+    bridge = distiller.extras["feature_match_response_student"]
+    assert bridge.linear.weight.shape == (32, 16) and bridge.linear.weight.grad.abs().sum() > 0
+    assert not any("language_model" in n for n, p in student.model.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kinds", [["cross_entropy", "forward_kl"], ["relation", "dbild"], ["feature_match", "jsd"]])
+def test_two_micro_batches_are_one_batch(tmp_path, kinds):
+    student, teacher = towers(torch.float64)
+    samples = tiny_samples(tmp_path, 3, text_only=2, two_images=1)
+    terms = [term(kind) for kind in kinds] + [term("forward_kl", path="switch")]
+    loss, _, batch, _ = loss_of(student, teacher, samples, terms)
+    whole = {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}
+    parts = [samples[:2] + samples[4:5], samples[2:4] + samples[5:]]
+    total, summed = 0.0, {}
+    for part in parts:
+        value, _, _, _ = loss_of(student, teacher, part, terms, counts=batch.counts)
+        total += float(value)
+        for name, p in student.model.named_parameters():
+            if p.grad is not None:
+                summed[name] = summed.get(name, 0) + p.grad
+    assert total == pytest.approx(float(loss), rel=1e-9)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(summed[name], gradient, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_padding_and_order_change_nothing(tmp_path):
+    student, teacher = towers(torch.float64)
+    samples = tiny_samples(tmp_path, 4)
+    terms = [term("cross_entropy"), term("forward_kl"), term("relation"), term("forward_kl", path="switch")]
+    loss, _, batch, _ = loss_of(student, teacher, samples, terms)
+    again, _, _, _ = loss_of(student, teacher, samples[::-1], terms)
+    alone = sum(float(loss_of(student, teacher, [s], terms, counts=batch.counts)[0]) for s in samples)  # no padding at all
+    assert again.item() == pytest.approx(float(loss), rel=1e-9)
+    assert alone == pytest.approx(float(loss), rel=1e-9)
+
+
+def test_padded_vocabularies_just_work(tmp_path):
+    """Head rows behind the tokenizer's length are padding: whatever they hold, the loss is the same."""
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 2)
+    terms = [term("forward_kl"), term("dbild"), term("relation")]
+    before = float(loss_of(student, teacher, samples, terms)[0])
+    teacher.model.resize_token_embeddings(len(TOKENIZER) + 20)
+    with torch.no_grad():
+        teacher.head.weight[len(TOKENIZER) :] = 50.0
+    teacher.__dict__.pop("_grams", None)
+    assert float(loss_of(student, teacher, samples, terms)[0]) == pytest.approx(before, rel=1e-5)
+
+
+def test_other_tokenizers_are_refused(tmp_path):
+    student = tiny_tower(1, 16, tokenizer=TOKENIZER)
+    teacher = tiny_tower(2, 16, tokenizer=train_tokenizer(["quite other words"] * 9, 300))
+    with pytest.raises(TowerError, match="have another id or none in the other tokenizer"):
+        loss_of(student, teacher, tiny_samples(tmp_path, 3), [term("forward_kl")])
+
+
+def test_a_token_added_to_one_tokenizer_is_no_obstacle(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<box>"]})
+    student, teacher = tiny_tower(1, 16, tokenizer=TOKENIZER), tiny_tower(2, 16, tokenizer=tokenizer)
+    assert torch.isfinite(loss_of(student, teacher, tiny_samples(tmp_path, 2), [term("forward_kl")])[0])
+
+
+def test_the_teacher_is_not_part_of_the_module():
+    student, teacher = towers()
+    distiller = Distiller(student, teacher, [term("forward_kl")])
+    names = {n for n, _ in distiller.named_parameters()}
+    assert names == {f"student.{n}" for n, _ in student.model.named_parameters()}
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    distiller.train()
+    assert not teacher.model.training
+
+
+def test_frozen_parts_stay_in_evaluation_mode():
+    student, teacher = towers()
+    distiller = Distiller(student, teacher, [term("forward_kl")])
+    student.vision.requires_grad_(False)
+    distiller.train()
+    assert not student.vision.training and student.language.training
+
+
+def test_text_only_batch_reaches_every_trained_parameter(tmp_path):
+    """Data-parallel training waits for the gradient of each parameter, also where no picture was seen."""
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 0, text_only=3)
+    loss, log, batch, _ = loss_of(student, teacher, samples, [term("cross_entropy"), term("forward_kl", path="switch")])
+    assert batch.switch is None and float(batch.counts[COUNTS.index("image")]) == 0
+    assert "forward_kl_response_switch" not in log
+    assert all(p.grad is not None for p in student.model.parameters())
+    assert torch.isfinite(loss)
+
+
+def test_contrastive_learns_which_caption_is_whose(tmp_path):
+    student, _ = towers()
+    samples = tiny_samples(tmp_path, 6)
+    terms = [term("contrastive")]
+    distiller = Distiller(student, None, terms)
+    batch = batch_of(student, None, samples, terms)
+    optimiser = torch.optim.Adam(distiller.parameters(), lr=1e-2)
+    first = None
+    for _ in range(60):
+        loss, _ = distiller(batch)
+        first = float(loss) if first is None else first
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert float(loss) < 0.3 * first
+
+
+def test_scheduled_weight():
+    schedule = Schedule(0.0, 2.0, over=0.5)
+    assert [schedule.at(p) for p in (0.0, 0.25, 0.5, 1.0)] == [0.0, 1.0, 2.0, 2.0]
+
+
+def test_unreadable_pictures_are_counted_and_limited(tmp_path):
+    student, _ = towers()
+    samples = tiny_samples(tmp_path, 4)
+    for sample in samples[:2]:
+        (tmp_path / sample.images[0].name).write_bytes(b"not a picture")
+    dataset = PairDataset(samples, student, None, [term("cross_entropy")], max_skipped=1)
+    assert dataset[0] is None and dataset[0] is None and len(dataset.skipped) == 1
+    batch = Collator(student, None)([dataset[0], dataset[2]])["batch"]
+    assert batch.student.ids == [samples[2].id]
+    with pytest.raises(DataError, match="2 of 4 training samples have unreadable images, more than the 1") as error:
+        dataset[1]
+    assert not isinstance(error.value, ImageError)
