@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example stages.sft.steps=100 seed=1")
     sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
+    sub.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
 
     sub = command("evaluate", _evaluate, "Score a model on benchmarks.")
     sub.add_argument("model", help="folder or hub id of an image-text model")
@@ -84,6 +85,8 @@ def _distill(arguments: argparse.Namespace) -> int:
 
         print(plan(recipe))
         return 0
+    if arguments.seeds is not None:
+        return _distill_seeds(recipe, arguments.seeds)
     from mmkd.distill.run import distill, table
 
     summary = distill(recipe)
@@ -91,6 +94,18 @@ def _distill(arguments: argparse.Namespace) -> int:
         print(table(summary))
         if "report" in summary:
             print(f"report: {summary['report']}")
+    return 0
+
+
+def _distill_seeds(recipe, text: str) -> int:
+    from mmkd.data.samples import DataError
+    from mmkd.distill.seeds import distill_seeds, seeds_table
+
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DataError(f"--seeds {text!r} is not of the form 0,1,2") from error
+    print(seeds_table(distill_seeds(recipe, seeds)))
     return 0
 
 

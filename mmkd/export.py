@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,10 +20,10 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _has_adapters(model: nn.Module) -> bool:
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
+    if "peft" not in sys.modules:  # nobody can have added an adapter; importing peft takes seconds
         return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 

@@ -132,6 +132,7 @@ class TermSpec(Strict):
     weight: float | WeightSpec = 1.0
     positions: Literal["response", "visual"] = "response"
     path: Literal["student", "switch"] = "student"
+    bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
 
     @model_validator(mode="after")
     def known(self) -> TermSpec:
@@ -143,6 +144,8 @@ class TermSpec(Strict):
             wrong.insert(0, f"unknown kind {self.kind!r}{_suggest(self.kind, KINDS)}")
         if kind is not None and self.path == "switch" and not (kind.rows and kind.teacher):
             wrong.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
+        if self.bridge and self.path != "switch":
+            raise ValueError("`bridge` belongs to terms with `path: switch`; feature_match builds its own")
         if self.path == "switch" and self.positions == "visual":
             wrong.append("the visual switch is compared on response positions only")
         if _is_number(self.weight) and self.weight < 0:

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.distill.distiller import head_of
-from mmkd.distill.guards import answer_loss
 from mmkd.towers.encoders import WrappedEncoder, tokens_of
 from mmkd.towers.tower import Tower, TowerError, TowerInputs
 
@@ -127,19 +126,26 @@ def _check_visual_positions(tower: Tower, inputs: TowerInputs) -> dict[str, Any]
     return {"visual tokens": given}
 
 
+@torch.no_grad()
 def _check_pixels(tower: Tower, samples: Sequence[Sample], inputs: TowerInputs) -> dict[str, Any]:
-    """Samples that see each other's pictures lose otherwise."""
+    """Samples that are shown each other's pictures compute something else."""
     pictured = [s for s in samples if len(s.images) == 1]
     if len(pictured) < 2:
-        return {"loss": answer_loss(tower, inputs)}
+        return {"loss": _loss(tower, inputs)[0]}
     swapped = [replace(s, images=pictured[i - 1].images) for i, s in enumerate(pictured)]
-    plain, permuted = (answer_loss(tower, tower.prepare(s).to(tower.device)) for s in (pictured, swapped))
-    if math.isnan(plain) or plain == permuted:
+    (plain, rows), (permuted, other_rows) = (_loss(tower, tower.prepare(s).to(tower.device)) for s in (pictured, swapped))
+    if math.isnan(plain) or torch.equal(rows, other_rows):  # rows, not losses: random weights may see but faintly
         raise TowerError(
             f"pixels: the loss is {plain:.6f} with the right pictures and {permuted:.6f} with each other's, so pixels do not "
             "reach the language model; check the image token, the processor and the encoder's weights"
         )
     return {"loss": plain, "loss with permuted pictures": permuted}
+
+
+def _loss(tower: Tower, inputs: TowerInputs) -> tuple[float, Tensor]:
+    """Mean cross-entropy on the targets, and the logits of its rows."""
+    logits = _logits(tower, tower.read(inputs, tower.see(inputs))[inputs.response]).float()  # [R, V]
+    return float(F.cross_entropy(logits, inputs.targets[inputs.response])), logits
 
 
 @torch.no_grad()
@@ -331,16 +337,16 @@ def _check_encoder_values(encoder: nn.Module, pixels: Tensor, features: Tensor) 
     with torch.no_grad():
         again, alone = _features(encoder, pixels), _features(encoder, pixels[:1])
         changed = _features(encoder, pixels.flip(0))
-    scale = float(features.detach().abs().max())
-    if not torch.equal(again, features):
-        difference = float((again - features).abs().max())
+    features = features.detach()
+    scale = float(features.abs().max())
+    if (difference := float((again - features).abs().max())) > 1e-4 * scale:
         raise TowerError(
             f"determinism: the same pictures give features that differ by {difference:.3g} in evaluation mode; noise and "
             "dropout must stop at `self.training == False`"
         )
-    if float((alone - features[:1]).abs().max()) > 1e-3 * scale:
+    if (difference := float((alone - features[:1]).abs().max())) > 1e-3 * scale:
         raise TowerError(
-            f"batches: a picture's features change by {float((alone - features[:1]).abs().max()):.3g} with the pictures beside "
+            f"batches: a picture's features change by {difference:.3g} with the pictures beside "
             "it; normalise over each picture, or by running statistics in evaluation mode"
         )
     if torch.equal(changed[0], features[0]):

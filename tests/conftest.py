@@ -1,7 +1,10 @@
-"""Makes `tiny` importable from every test folder, and keeps small models on one thread."""
+"""Makes `tiny` importable from every test folder, keeps small models on one thread, and tests off the network."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 

@@ -15,7 +15,8 @@ from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_token
 from mmkd.towers.tower import Tower
 
 WORDS = ("red", "green", "blue", "round", "square", "left of", "right of", "A", "B", "C")
-_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+_DEPTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES = {**_DEPTH, "intermediate_size": 32}
 _SQUARE = {"image_size": 16, "patch_size": 8}
 
 # What `vision=` of `tiny_tower` may name, as the `config` of a VisionSpec for pictures of 16 x 16 pixels.
@@ -23,7 +24,7 @@ VISIONS: dict[str, dict[str, Any]] = {
     "clip": {"model_type": "clip_vision_model", **_SIZES, **_SQUARE},
     "siglip": {"model_type": "siglip_vision_model", **_SIZES, **_SQUARE, "vision_use_head": False},
     "vit": {"model_type": "vit", **_SIZES, **_SQUARE},
-    "dinov2": {"model_type": "dinov2", **_SIZES, **_SQUARE, "mlp_ratio": 2},
+    "dinov2": {"model_type": "dinov2", **_DEPTH, **_SQUARE, "mlp_ratio": 2},
 }
 
 

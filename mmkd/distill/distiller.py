@@ -210,7 +210,11 @@ class Signals:
     @cached_property
     def switch_hidden(self) -> Tensor:
         """The teacher's projector and language model on the student's vision features; gradient into the encoder only."""
-        tokens = self.teacher.project(self.student_seen.features)
+        features = self.student_seen.features
+        bridge = next((self.distiller.extras[t.name] for t in self.distiller.terms if t.bridge), None)
+        if bridge is not None:
+            features = [bridge(f, len(f)) for f in features]
+        tokens = self.teacher.project(features)
         return self.teacher.read(self.batch.switch, tokens)  # [Bi, Ls, Dt]
 
     # ---- rows ----
@@ -331,7 +335,7 @@ class Bridge(nn.Module):
 def _extra(term: Term, student: Tower, teacher: Tower | None) -> nn.Module | None:
     if term.kind == "contrastive":
         return Temperature()
-    if term.kind == "feature_match" and teacher is not None:
+    if (term.kind == "feature_match" or term.bridge) and teacher is not None:
         return Bridge(student.feature_width, teacher.feature_width)
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,15 +31,45 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
-        facts[f"{role}_loss"] = answer_loss(tower, inputs)
+        hidden = answer_rows(tower, inputs)
+        facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
         if pixels_matter and sum(inputs.images) > 1:
-            facts[f"{role}_loss_permuted"] = answer_loss(tower, inputs, permute=True)
-    if pixels_matter:
-        _check_pixels(facts)
+            permuted = answer_rows(tower, inputs, permute=True)
+            facts[f"{role}_loss_permuted"] = answer_loss(tower, inputs, permuted)
+            _check_pixels(role, hidden, permuted)
     if teacher_is_better and distiller.teacher is not None:
         _check_teacher(facts)
     _log(distiller, facts)
     return facts
+
+
+def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
+    """Takes parameters that no term reaches out of training, and names them.
+
+    A pooler that nobody reads, or encoder layers behind the feature layer, would otherwise only suffer weight decay, and
+    data-parallel training would wait for their gradients for ever.
+    """
+    batch = Collator(distiller.tower, distiller.teacher)(_some(dataset, 2))["batch"].to(distiller.tower.device)
+    distiller.train()
+    loss, _ = distiller(batch)
+    if not loss.requires_grad:
+        raise GuardError(
+            "the terms reach no trained parameter: " + ", ".join(t.name for t in distiller.terms) + "; train the part that they act on"
+        )
+    loss.backward()
+    unreached = [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+    for name, parameter in distiller.named_parameters():
+        parameter.grad = None
+        if name in unreached:
+            parameter.requires_grad_(False)
+    if unreached:
+        logger.info("not trained, since no term reaches them: %s", _brief(unreached))
+    return unreached
+
+
+def _brief(names: list[str]) -> str:
+    shown = ", ".join(name.removeprefix("student.") for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _some(dataset: PairDataset, samples: int) -> list:
@@ -51,33 +80,38 @@ def _some(dataset: PairDataset, samples: int) -> list:
 
 
 @torch.no_grad()
-def answer_loss(tower: Tower, inputs: TowerInputs, *, permute: bool = False) -> float:
-    """Mean cross-entropy of a tower on its own targets. With `permute` each sample sees another sample's picture."""
+def answer_rows(tower: Tower, inputs: TowerInputs, *, permute: bool = False) -> Tensor:
+    """Hidden rows that predict the answers. With `permute` each picture stands in another's place. [R, D]"""
     was_training = tower.model.training
     tower.model.eval()
     seen = tower.see(inputs)
-    tokens = seen.tokens[1:] + seen.tokens[:1] if permute else seen
-    if permute and len({t.shape for t in seen.tokens}) > 1:  # pictures of other sizes do not fit each other's places
-        tokens = _reversed_values(seen)
-    hidden = tower.read(inputs, tokens)[inputs.response]  # [R, D]
+    hidden = tower.read(inputs, _permuted(seen) if permute else seen)[inputs.response]
     tower.model.train(was_training)
+    return hidden
+
+
+def _permuted(seen: Seen) -> list[Tensor]:
+    """Visual tokens moved on by one picture; where pictures differ in size, each is turned round in its own place."""
+    if len({t.shape for t in seen.tokens}) > 1:
+        return [tokens.flip(0) for tokens in seen.tokens]
+    return seen.tokens[1:] + seen.tokens[:1]
+
+
+@torch.no_grad()
+def answer_loss(tower: Tower, inputs: TowerInputs, hidden: Tensor) -> float:
+    """Mean cross-entropy of a tower on its own targets; hidden [R, D] as from `answer_rows`."""
     term = RowTerm("cross_entropy", 1.0, CrossEntropy(), needs_teacher=False, rows=None)
     total, _ = row_losses(hidden, head_of(tower), inputs.targets[inputs.response], [term])
     return float(total) / len(hidden)
 
 
-def _reversed_values(seen: Seen) -> list[Tensor]:
-    return [tokens.flip(0) for tokens in seen.tokens]
-
-
-def _check_pixels(facts: dict[str, float]) -> None:
-    for role in ("student", "teacher"):
-        plain, permuted = facts.get(f"{role}_loss"), facts.get(f"{role}_loss_permuted")
-        if permuted is not None and plain == permuted:
-            raise GuardError(
-                f"permuting the pictures does not change the {role}'s loss ({plain:.6f}): its pixels never reach the language "
-                "model. Check its processor and image token; to train all the same set guards.pixels_matter=false"
-            )
+def _check_pixels(role: str, hidden: Tensor, permuted: Tensor) -> None:
+    # Hidden states, not losses: an untrained tower may see so faintly that its loss is the same to the last digit.
+    if torch.equal(hidden, permuted):
+        raise GuardError(
+            f"permuting the pictures changes nothing that the {role} computes: its pixels never reach the language model. "
+            "Check its processor and image token; to train all the same set guards.pixels_matter=false"
+        )
 
 
 def _check_teacher(facts: dict[str, float]) -> None:
@@ -95,8 +129,3 @@ def _log(distiller: Distiller, facts: dict[str, float]) -> None:
     for part, parameters in distiller.tower.part_parameters().items():
         trained = sum(p.numel() for _, p in parameters if p.requires_grad)
         logger.info("trained: %-9s %12s of %12s parameters", part, f"{trained:,}", f"{sum(p.numel() for _, p in parameters):,}")
-
-
-def empty_targets(samples: Sequence) -> list[str]:
-    """Ids of samples without an answer."""
-    return [s.id for s in samples if not s.answer.strip()]

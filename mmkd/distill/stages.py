@@ -22,7 +22,7 @@ from mmkd.data.samples import DataError, Sample
 from mmkd.data.sources import folder_of, read_samples, resolve
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
-from mmkd.distill.guards import run_guards
+from mmkd.distill.guards import freeze_unreached, run_guards
 from mmkd.distill.terms import Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
@@ -108,7 +108,8 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
     for name, spec in specs.items():
         weight = spec.weight
         schedule = Schedule(weight.start, weight.end, weight.over) if isinstance(weight, WeightSpec) else Schedule(weight, weight)
-        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, tuple(sorted((spec.model_extra or {}).items()))))
+        options = tuple(sorted((spec.model_extra or {}).items()))
+        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options))
     return terms
 
 
@@ -163,6 +164,7 @@ def _train_stage(
         raise DataError(f"stage {name}: {'; '.join(wrong)}")
     if len(samples) < stage.optimiser.batch_size:
         raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
+    freeze_unreached(distiller, dataset)
     arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
     resume = last_checkpoint(folder)
     if resume is None:
@@ -170,7 +172,7 @@ def _train_stage(
         first = number_of(recipe, name) == 0
         guards = recipe.guards
         run_guards(distiller, dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
-        set_seed(recipe.seed)
+    set_seed(recipe.seed)
     trainer = DistillTrainer(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
     trainer.train(resume_from_checkpoint=resume)
     if dataset.skipped:

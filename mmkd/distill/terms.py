@@ -64,6 +64,7 @@ class Term:
 
     name: what it is called in logs and on the command line.  kind: an entry of KINDS.
     positions: the positions whose rows count.  path: whose rows they are, the student's or those of the visual switch.
+    bridge: for the switch, whether a trained linear map may stand between encoders of different width.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Term:
     weight: Schedule
     positions: str = "response"
     path: str = "student"
+    bridge: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
     @property

@@ -48,7 +48,7 @@ _CONTENT = (
 )
 # Chat templates for language models, most of whose own templates know nothing of images.
 CHAT_TEMPLATES = {
-    "simple": _CONTENT.replace("<image>\\n", "<image>")
+    "simple": _CONTENT
     + "{% for m in messages %}<|{{ m.role }}|>{{ content(m) }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "chatml": _CONTENT

@@ -99,23 +99,25 @@ class WrappedEncoder(PreTrainedModel):
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        # `from_pretrained` builds on the meta device, fills in what the file holds, and leaves the buffers that are not in
-        # it (position indices, masks) as they fall. So the backbone is built for real and these buffers are kept.
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # `from_pretrained` builds on the meta device, where plain tensors would lose their values
             self.backbone = build_backbone(config)
-        self._unsaved = {name: buffer.clone() for name, buffer in self.named_non_persistent_buffers()}
+        _save_all_buffers(self.backbone)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The backbone has initialised itself by its own rules; only the buffers that no file holds are put back."""
-        if module is self:
-            for name, buffer in self.named_non_persistent_buffers():
-                buffer.data = self._unsaved[name].to(buffer.device)
+        """The backbone has initialised itself by its own rules."""
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """pixels [n, 3, H, W] -> features [n, N, Dv], as `last_hidden_state` and as the only hidden state."""
         features = tokens_of(self.backbone(pixel_values))  # [n, N, Dv]
         return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
+
+
+def _save_all_buffers(backbone: nn.Module) -> None:
+    """Makes every buffer part of the saved model: `from_pretrained` leaves those that no file holds as memory falls."""
+    for module in backbone.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer.clone())
 
 
 def tokens_of(features: Tensor) -> Tensor:

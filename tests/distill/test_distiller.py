@@ -16,7 +16,8 @@ TOKENIZER = tiny_tokenizer()
 
 
 def term(kind, positions="response", path="student", weight=1.0, **options):
-    return Term(f"{kind}_{positions}_{path}", kind, Schedule(weight, weight), positions, path, tuple(options.items()))
+    bridge = options.pop("bridge", False)
+    return Term(f"{kind}_{positions}_{path}", kind, Schedule(weight, weight), positions, path, bridge, tuple(options.items()))
 
 
 def towers(dtype=torch.float32, **teacher):
@@ -135,6 +136,18 @@ def test_switch_with_another_number_of_visual_tokens(tmp_path):
     assert torch.isfinite(loss)
     with pytest.raises(DataError, match="4 visual tokens in the student and 16 in the teacher"):
         loss_of(student, teacher, samples, [term("forward_kl", "visual")])
+
+
+def test_switch_between_encoders_of_other_width_needs_an_explicit_bridge(tmp_path):
+    student = tiny_tower(1, 16, tokenizer=TOKENIZER)
+    wide = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    teacher = tiny_tower(2, 16, tokenizer=TOKENIZER, vision={**wide, "image_size": 16, "patch_size": 8})
+    samples = tiny_samples(tmp_path, 2)
+    with pytest.raises(TowerError, match="width 16 do not fit the projector of this tower, which reads 32"):
+        loss_of(student, teacher, samples, [term("dbild", path="switch")])
+    _, _, _, distiller = loss_of(student, teacher, samples, [term("forward_kl", path="switch", bridge=True)])
+    bridge = distiller.extras["forward_kl_response_switch"]
+    assert bridge.linear.weight.grad.abs().sum() > 0
 
 
 def test_feature_match_crosses_widths_and_token_counts(tmp_path):
