@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mmkd.cards import load_card
+from mmkd.cards import list_cards, load_card
 from mmkd.data.formats import read_conversations, read_questions
 from mmkd.data.prompts import render
 from mmkd.data.samples import DataError, Sample
@@ -77,3 +77,31 @@ def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
     whole, part = int(weight), weight - int(weight)
     drawn = random.Random(f"weight {seed}").sample(samples, round(part * len(samples)))
     return samples * whole + drawn
+
+
+README_HEAD = """\
+The code is in `mmkd/data`; this folder holds cards only.
+
+# Data sets
+
+A card says what a data set's files are and how its questions are put to a model. A recipe names it (`data: [{card: scienceqa}]`)
+and says where it lies (`data_root=FOLDER`; the card's `root` is looked for inside, then as it stands). Everything of a card
+can be given in the recipe instead, for data of your own: `{format: jsonl, root: my_data, prompt: plain}` reads
+`my_data/train.jsonl` with `{"image": "a.png", "question": "...", "answer": "..."}` a line. Cards of your own go into
+`<folder>/data/`, with `MMKD_CARDS=<folder>`.
+
+| card | what | format | prompt | licence |
+|---|---|---|---|---|
+"""
+README_FOOT = "\nThis table is written by `python -m mmkd.data.sources`; edit the cards, not the table.\n"
+
+
+def readme() -> str:
+    """The text of data/README.md: one row a card."""
+    cards = [load_card("data", name, DataCard) for name in list_cards("data")]
+    rows = [f"| `{c.name}` | {c.title} | {c.format} | {c.prompt} | {c.licence} |" for c in cards]
+    return README_HEAD + "\n".join(rows) + "\n" + README_FOOT
+
+
+if __name__ == "__main__":
+    (Path(__file__).resolve().parents[2] / "data" / "README.md").write_text(readme(), encoding="utf-8")

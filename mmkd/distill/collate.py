@@ -70,6 +70,7 @@ class PairDataset(Dataset):
         self.terms = terms
         self.max_skipped = max_skipped
         self.skipped: dict[str, str] = {}
+        self.truncated: dict[str, int] = {}  # answer tokens that did not fit, by sample
         self._kept: dict[int, Pair] = {}
         self._pixels: dict[bytes, Tensor] = {}
         self._free = memory
@@ -100,6 +101,8 @@ class PairDataset(Dataset):
     def _prepare(self, sample: Sample) -> Pair | None:
         try:
             student = self.student.encode(sample)
+            if student.truncated:
+                self.truncated[sample.id] = student.truncated
             if self.teacher is None:
                 return Pair(student)
             teacher = student if self.same else self.teacher.encode(sample)

@@ -252,6 +252,8 @@ class Signals:
         student = _per_image_rows(self.student_hidden, self.batch.student)
         teacher = _per_image_rows(self.teacher_hidden, self.batch.teacher)
         total = self.zero
+        if any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher)):
+            raise TowerError("relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow")
         for own, other in zip(student, teacher, strict=True):
             total = total + losses.relation_from_hidden(own, self.student_gram, other, self.teacher_gram)
         return total
@@ -371,12 +373,6 @@ def _per_image_rows(hidden: Tensor, inputs: TowerInputs) -> list[Tensor]:
 
 
 def head_of(tower: Tower) -> Head:
-    """The tower's head as the row engine takes it, with the scale and soft cap that some families put on their logits."""
-    module, config = tower.head, tower.model.config.get_text_config()
-    scaling = getattr(config, "logits_scaling", None)  # Granite divides
-    return Head(
-        weight=module.weight,
-        bias=module.bias,
-        scale=1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0,  # Cohere multiplies
-        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
-    )
+    """The tower's head as the row engine takes it, with what its family puts on the logits."""
+    scale, softcap = tower.logit_rule
+    return Head(weight=tower.head.weight, bias=tower.head.bias, scale=scale, softcap=softcap)

@@ -37,6 +37,9 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
             permuted = answer_rows(tower, inputs, permute=True)
             facts[f"{role}_loss_permuted"] = answer_loss(tower, inputs, permuted)
             _check_pixels(role, hidden, permuted)
+    if any(t.path == "switch" or t.kind == "feature_match" for t in distiller.terms):
+        for role, (tower, inputs) in towers.items():
+            _check_projection(role, tower, inputs)
     if teacher_is_better and distiller.teacher is not None:
         _check_teacher(facts)
     _log(distiller, facts)
@@ -112,6 +115,19 @@ def _check_pixels(role: str, hidden: Tensor, permuted: Tensor) -> None:
             f"permuting the pictures changes nothing that the {role} computes: its pixels never reach the language model. "
             "Check its processor and image token; to train all the same set guards.pixels_matter=false"
         )
+
+
+@torch.no_grad()
+def _check_projection(role: str, tower: Tower, inputs: TowerInputs) -> None:
+    """Features that go through the projector must give the tower's own visual tokens, in their order."""
+    seen = tower.see(inputs)
+    for image, (own, again) in enumerate(zip(seen.tokens, tower.project(seen.features), strict=True)):
+        if own.shape != again.shape or not torch.allclose(own, again, rtol=1e-2, atol=1e-3 * float(own.abs().max())):
+            raise GuardError(
+                f"the {role}'s projector does not turn its vision features into its visual tokens (image {image}: {list(own.shape)} "
+                f"against {list(again.shape)}): {tower.model.config.model_type!r} reorders or adds tokens around it, so the visual "
+                "switch and feature_match would compare other places; take these terms out or use another pair"
+            )
 
 
 def _check_teacher(facts: dict[str, float]) -> None:

@@ -58,7 +58,7 @@ def build_student(recipe: Recipe, teacher: Tower | None, texts: list[str]) -> To
         return _to_device(tower)
     parts = spec.assemble
     if parts.import_module:
-        import_module(parts.import_module)
+        _import(parts.import_module)
     size = parts.vision.image_size
     vision = {k: v for k, v in parts.vision.model_dump(exclude={"image_size"}).items() if v is not None}
     tower = assemble(
@@ -71,6 +71,15 @@ def build_student(recipe: Recipe, teacher: Tower | None, texts: list[str]) -> To
         dtype=torch.float32 if spec.dtype == "auto" else _dtype(spec.dtype),
     )
     return _to_device(tower)
+
+
+def _import(module: str) -> None:
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise TowerError(
+            f"student.assemble.import_module {module!r} cannot be imported: {error}; install it or put its folder on PYTHONPATH"
+        ) from error
 
 
 def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> Any:
@@ -177,6 +186,8 @@ def _train_stage(
     trainer.train(resume_from_checkpoint=resume)
     if dataset.skipped:
         logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))
+    if dataset.truncated:
+        logger.warning("stage %s cut the ends of %d answers at max_length %d", name, len(dataset.truncated), student.max_length)
     if is_main_process():
         _save_whole(student, folder / "model")
         for checkpoint in folder.glob("checkpoint-*"):

@@ -202,6 +202,33 @@ class Tower:
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
+    @cached_property
+    def logit_rule(self) -> tuple[float, float | None]:
+        """(scale, soft cap) between the head and this model's logits: `cap * tanh(scale * head(h) / cap)`.
+
+        A text configuration names them (Granite, Cohere, Gemma), but not every class around it applies them, so they are found
+        by comparing with the model's own forward pass. Raises TowerError when none explains its logits.
+        """
+        config = self.model.config.get_text_config()
+        divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+        scale = 1.0 / divisor if divisor else factor or 1.0
+        cap = getattr(config, "final_logit_softcapping", None)
+        candidates = list(dict.fromkeys([(1.0, None), (scale, cap), (scale, None), (1.0, cap)]))
+        if len(candidates) == 1:
+            return candidates[0]
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            ids = torch.tensor([self.tokenizer("a b c", add_special_tokens=False)["input_ids"]], device=self.device)
+            own = self.model(input_ids=ids, use_cache=False).logits.float()  # [1, L, V]
+            raw = self.head(self.base(input_ids=ids, use_cache=False).last_hidden_state).float()
+        self.model.train(was_training)
+        for scale, cap in candidates:
+            logits = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+            if (logits - own).abs().max() <= 1e-2 * own.abs().max():
+                return scale, cap
+        raise TowerError(f"the logits of {type(self.model).__name__} are not its head's, scaled or soft-capped; it cannot be distilled")
+
     def freeze(self) -> Tower:
         """The tower as a teacher: evaluation mode, no gradient to its parameters."""
         self.model.requires_grad_(False)
@@ -249,7 +276,7 @@ class Tower:
                 pictures = pictures[images:]
                 pixels.append(new_pixels)
             ids += piece
-            supervised += [is_answer] * len(piece)
+            supervised += self._supervised(piece) if is_answer else [False] * len(piece)
         return self._fit(sample, ids, supervised, _concatenate(pixels), with_answer)
 
     def _segments(self, sample: Sample, with_answer: bool) -> list[tuple[str, bool, int]]:
@@ -300,6 +327,11 @@ class Tower:
         if not stops.intersection(ids):  # the template writes no end: without one a student never learns to stop
             return [*ids, self.tokenizer.eos_token_id]
         return ids
+
+    def _supervised(self, answer: list[int]) -> list[bool]:
+        """An answer is learned up to and with its first end token; what a template writes behind it is never generated."""
+        end = next(i for i, token in enumerate(answer) if token in self.stop_ids)
+        return [i <= end for i in range(len(answer))]
 
     @property
     def stop_ids(self) -> set[int]:

@@ -71,9 +71,9 @@ def test_row_terms_equal_a_plain_computation(tmp_path):
     }
     for name, value in expected.items():
         total, count = log[name]
-        assert float(total.detach() / count) == pytest.approx(float(value), rel=1e-5), name
+        assert (total / count).item() == pytest.approx(value.item(), rel=1e-5), name
     weights = [1.0, 2.0, 0.5, 1.0]
-    assert loss.item() == pytest.approx(sum(w * float(v) for w, v in zip(weights, expected.values(), strict=True)), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(w * v.item() for w, v in zip(weights, expected.values(), strict=True)), rel=1e-5)
 
 
 def test_gradients_equal_autograd_on_whole_logits(tmp_path):
