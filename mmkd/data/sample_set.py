@@ -60,7 +60,7 @@ from mmkd.data.scenes import (
     picture_bytes,
 )
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 ANNOTATORS = 10
 DEFAULT_SIZES = {"train": 3000, "val": 200, "test": 400}  # scenes of each of the two sets
 SPLIT_SHARES = {"train": 8, "val": 1, "test": 1}  # tenths of the space of scenes
@@ -78,12 +78,10 @@ SIMILAR_COLORS = {
     "pink": ("red", "white"),
 }
 SIMILAR_SHAPES = {
-    "circle": ("diamond", "square"),
-    "square": ("diamond", "circle"),
-    "diamond": ("square", "circle"),
-    "triangle": ("star", "diamond"),
-    "star": ("cross", "triangle"),
-    "cross": ("star", "square"),
+    "circle": ("square",),
+    "square": ("circle",),
+    "triangle": ("cross",),
+    "cross": ("triangle",),
 }
 
 

@@ -131,6 +131,8 @@ class Distiller(nn.Module):
             return signals.relation()
         if term.kind == "contrastive":
             return signals.contrastive(self.extras[term.name])
+        if term.kind == "tags":
+            return signals.tags(self.extras[term.name])
         return signals.feature_match(self.extras[term.name], dict(term.options))
 
 
@@ -303,6 +305,23 @@ class Signals:
         return both.sum() / 2
 
 
+    def tags(self, head: nn.Module) -> Tensor:
+        """Sum over pictured samples of the loss of telling the answer's words from the picture alone.
+
+        Each word is looked for at every place of the picture; the best place counts. It teaches the vision encoder only.
+        """
+        inputs = self.batch.student
+        pictured = [b for b, n in enumerate(inputs.images) if n]
+        if not pictured:
+            return self.zero
+        first = [sum(inputs.images[:b]) for b in pictured]
+        features = torch.stack([self.student_seen.features[i] for i in first])  # [n, N, Dv]
+        answers, given = _packed(inputs.targets[pictured])  # [n, T]
+        present = torch.zeros(len(first), head.out_features, dtype=torch.bool, device=answers.device)  # [n, V]
+        present[torch.arange(len(first), device=answers.device)[:, None].expand_as(answers)[given], answers[given]] = True
+        return losses.tags(head(features).amax(1), present).sum()
+
+
 def _packed(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Answer tokens moved to the front, 0 behind them, and which places hold one. [n, L] -> [n, T], [n, T] bool"""
     rows = [row[row >= 0] for row in targets]
@@ -337,6 +356,10 @@ class Bridge(nn.Module):
 def _extra(term: Term, student: Tower, teacher: Tower | None) -> nn.Module | None:
     if term.kind == "contrastive":
         return Temperature()
+    if term.kind == "tags":
+        head = nn.Linear(student.feature_width, student.vocabulary)
+        nn.init.constant_(head.bias, -3.0)  # most words are absent
+        return head
     if (term.kind == "feature_match" or term.bridge) and teacher is not None:
         return Bridge(student.feature_width, teacher.feature_width)
     return None

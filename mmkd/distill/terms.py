@@ -38,6 +38,7 @@ KINDS: dict[str, TermKind] = {
     "relation": TermKind(losses.relation_from_hidden, rows=False),
     "feature_match": TermKind(losses.feature_match, rows=False),
     "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
+    "tags": TermKind(losses.tags, teacher=False, rows=False),
 }
 
 POSITIONS = ("response", "visual")
@@ -87,7 +88,7 @@ class Term:
     def count(self) -> str:
         """Which global count divides the term's sum."""
         if not self.is_row_term:
-            return "pictured" if self.kind == "contrastive" else "image"
+            return "pictured" if self.kind in ("contrastive", "tags") else "image"
         return "switch" if self.path == "switch" else self.positions
 
     def row_loss(self) -> Callable[..., Any]:

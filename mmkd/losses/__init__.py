@@ -12,7 +12,7 @@ from mmkd.losses.divergence import (
     jsd,
     reverse_kl,
 )
-from mmkd.losses.features import feature_match
+from mmkd.losses.features import feature_match, tags
 from mmkd.losses.preference import dpo, kto_pair
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
@@ -40,5 +40,6 @@ __all__ = [
     "relation",
     "relation_from_hidden",
     "reverse_kl",
+    "tags",
     "valid_negatives",
 ]

@@ -40,3 +40,13 @@ def _wide(x: Tensor) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [N, 1]
     return x / size.where(size > 0, torch.ones_like(size))
+
+
+def tags(logits: Tensor, present: Tensor) -> Tensor:
+    """Multi-label cross-entropy: which words does a picture's text contain? logits, present (bool) `[n, V]`; returns `[n]`.
+
+    Sum over the vocabulary of the binary cross-entropies. Source of the idea: Joulin et al., arXiv 1511.02251 (visual features
+    from the words of captions); the binary form is our choice.
+    """
+    wide = _wide(logits)
+    return torch.nn.functional.binary_cross_entropy_with_logits(wide, present.to(wide.dtype), reduction="none").sum(-1)

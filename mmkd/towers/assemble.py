@@ -276,6 +276,8 @@ def _feature_layout(encoder: nn.Module, spec: VisionSpec) -> tuple[int, int, str
             f"{type(encoder).__name__} gives hidden states of shape {list(hidden.shape)}, not [n, N, Dv]; "
             "wrap it as an encoder of your own (docs/encoders.md)"
         )
+    # Hierarchical encoders (Swin, FocalNet) name no width of their last stage; LLaVA's projector reads it from `hidden_size`.
+    encoder.config.hidden_size = hidden.shape[-1]
     total = hidden.shape[1]
     grid = _grid(encoder, size, total)
     if total == grid + 1:

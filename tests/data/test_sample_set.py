@@ -74,9 +74,9 @@ def test_the_sample_of_this_generator_version_stays_what_it_is(tmp_path):
     for name in sorted(files):
         if name.endswith("png"):
             pixels.update(Image.open(tmp_path / "set" / name).tobytes())
-    assert sample_set.GENERATOR_VERSION == 1
-    assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == "bec0992d9ac91702"
-    assert pixels.hexdigest()[:16] == "bc9ff1f46605d611"
+    assert sample_set.GENERATOR_VERSION == 2
+    assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == "9e08201ec8ef2fdc"
+    assert pixels.hexdigest()[:16] == "abb3ca06ec404a49"
 
 
 def test_a_smaller_split_is_the_head_of_a_larger_one(tmp_path, problems, entries):
@@ -192,7 +192,7 @@ def test_letters_and_answers_are_balanced(problems, entries):
     asked = [p for p in of_split(problems, "train") if p["image"]]
     for count in (2, 3, 4):
         assert_uniform([true_index(p) for p in asked if len(p["choices"]) == count], count)
-    assert_uniform([truth(row) for row in entries["train"] if row["category"] == "shape"], 6)
+    assert_uniform([truth(row) for row in entries["train"] if row["category"] == "shape"], len(scenes.SHAPES))
     assert_uniform([truth(row) for row in entries["train"] if row["category"] == "color"], 7)
     assert_uniform([truth(row) for row in entries["train"] if row["category"] == "sign color"], 8)
     assert_uniform([truth(row) for row in entries["train"] if row["category"] == "letter color"], 8)
@@ -369,6 +369,6 @@ def test_things_and_sign_do_not_overlap():
 
 def test_every_word_and_number_looks_different():
     texts = scenes.WORDS + scenes.NUMBERS
-    assert len(scenes.WORDS) == len(set(scenes.WORDS)) >= 30
+    assert len(scenes.WORDS) == len(set(scenes.WORDS)) >= 12
     assert len({scenes._text_mask(text).tobytes() for text in texts}) == len(texts)
     assert scenes._text_mask("bull").height >= 9

@@ -248,10 +248,11 @@ def test_text_only_batch_reaches_every_trained_parameter(tmp_path):
     assert torch.isfinite(loss)
 
 
-def test_contrastive_learns_which_caption_is_whose(tmp_path):
+@pytest.mark.parametrize("kind", ["contrastive", "tags"])
+def test_pretraining_terms_learn_which_words_belong_to_a_picture(tmp_path, kind):
     student, _ = towers()
     samples = tiny_samples(tmp_path, 6)
-    terms = [term("contrastive")]
+    terms = [term(kind)]
     distiller = Distiller(student, None, terms)
     batch = batch_of(student, None, samples, terms)
     optimiser = torch.optim.Adam(distiller.parameters(), lr=1e-2)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmkd import losses
 from mmkd.losses import feature_match
 
 F64 = torch.float64
@@ -44,3 +45,15 @@ def test_errors():
         feature_match(s, t, "l3")
     with pytest.raises(ValueError, match="project"):
         feature_match(s, t[:, :4])
+
+
+def test_tags_is_the_sum_of_binary_cross_entropies():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 40, generator=generator, dtype=torch.float64).mul_(4).requires_grad_()
+    present = torch.rand(5, 40, generator=generator) < 0.2
+    p = torch.sigmoid(logits)
+    expected = -(torch.where(present, p.log(), (1 - p).log())).sum(-1)
+    torch.testing.assert_close(losses.tags(logits, present), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.tags(logits.float(), present).double(), expected, rtol=2e-6, atol=0)
+    (gradient,) = torch.autograd.grad(losses.tags(logits, present).sum(), logits)
+    torch.testing.assert_close(gradient, p - present.double(), rtol=1e-10, atol=1e-12)
