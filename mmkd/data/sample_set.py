@@ -3,8 +3,8 @@
 It lets a whole run (train, distil, evaluate, compare) happen offline in minutes, through the same readers
 as the benchmarks themselves. It says nothing about scores on the benchmarks.
 
-**Scenes.** A 64 x 64 RGB picture with 1-4 coloured shapes on a grid and a printed sign (a word of `WORDS`
-or a number 0-99), see `mmkd.data.scenes`. The two sets draw from one distribution, except that a quarter
+**Scenes.** A 64 x 64 RGB picture with one to three things of one shape and colour on a grid and a printed sign (a
+word of `WORDS` or a number of `NUMBERS`), see `mmkd.data.scenes`. The two sets draw from one distribution, except that a quarter
 of the ScienceQA scenes carry no sign. Which set and split a scene belongs to is decided by a hash of what
 it shows, whatever the seed: no scene of a test split is in any training split, also between two seeds.
 Within one split a scene may recur with other sizes, offsets and tints. Each scene has a random stream of
@@ -47,6 +47,7 @@ from typing import Any
 from mmkd.data.samples import DataError
 from mmkd.data.scenes import (
     BRIGHT_COLORS,
+    COLUMN_NAMES,
     DARK_COLORS,
     IMAGE_SIZE,
     NUMBERS,
@@ -54,13 +55,15 @@ from mmkd.data.scenes import (
     SHAPES,
     WORDS,
     Scene,
-    Thing,
     caption,
     draw_scene,
     picture_bytes,
+    place_of,
+    plural_of,
+    row_names,
 )
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 ANNOTATORS = 10
 DEFAULT_SIZES = {"train": 3000, "val": 200, "test": 400}  # scenes of each of the two sets
 SPLIT_SHARES = {"train": 8, "val": 1, "test": 1}  # tenths of the space of scenes
@@ -197,10 +200,8 @@ _KINDS = {
     "shape": ("natural science", "physics", "Name the shape of an object", 1, "Objects differ in shape."),
     "count": ("natural science", "science-and-engineering-practices", "Count objects", 2,
               "To count objects, look at each of them once."),
-    "extreme": ("social science", "geography", "Read positions in a picture", 4,
-             "Left and right, top and bottom tell where an object is in a picture."),
-    "beside": ("social science", "geography", "Compare the positions of two objects", 6,
-               "Left and right, top and bottom tell where an object is in a picture."),
+    "place": ("social science", "geography", "Read a position in a picture", 4,
+              "Upper and lower, left and right tell where something is."),
     "legend": ("social science", "geography", "Use the legend of a map", 8,
                "A legend tells what the symbols of a map mean."),
     "sign": ("language science", "word-study", "Read a word on a sign", 2, "Signs give names and numbers."),
@@ -230,99 +231,39 @@ def _make_item(
     return _Item(kind, question, tuple(choices), choices.index(truth), hint)
 
 
-def _ask_color(rng: random.Random, scene: Scene) -> _Item | None:
-    candidates = scene.unique_shapes()
-    if not candidates:
-        return None
-    thing = rng.choice(candidates)
-    question = rng.choice(("Which color is the {}?", "What is the color of the {}?")).format(thing.shape)
-    return _make_item(rng, "color", question, thing.color, [t.color for t in scene.things], OBJECT_COLORS)
+def _ask_color(rng: random.Random, scene: Scene) -> _Item:
+    plural = len(scene.things) > 1
+    template = rng.choice(("Which color are the {}?", "What is the color of the {}?")) if plural else rng.choice(
+        ("Which color is the {}?", "What is the color of the {}?")
+    )
+    question = template.format(plural_of(scene.thing.shape) if plural else scene.thing.shape)
+    return _make_item(rng, "color", question, scene.thing.color, (), OBJECT_COLORS)
 
 
 def _ask_shape(rng: random.Random, scene: Scene) -> _Item:
-    thing = rng.choice(scene.things)
-    question = rng.choice(("Which shape is {}?", "What is the shape of the {} object?")).format(thing.color)
-    near = sorted({t.shape for t in scene.things})
-    return _make_item(rng, "shape", question, thing.shape, near, SHAPES)
+    question = rng.choice(("Which shape is {}?", "What is the shape of the {} objects?")).format(scene.thing.color)
+    return _make_item(rng, "shape", question, scene.thing.shape, (), SHAPES)
 
 
 def _ask_count(rng: random.Random, scene: Scene) -> _Item:
-    """Counts are uniform over all that occur, and so over any subset of them that is offered."""
-    if scene.counted:
-        shape, count = scene.counted
-        plural = "crosses" if shape == "cross" else f"{shape}s"
-        question = rng.choice(("How many {} are there?", "How many {} are in the picture?")).format(plural)
-        return _make_item(rng, "count", question, str(count), (), ("0", "1", "2", "3"))
     question = rng.choice(("How many objects are there?", "How many shapes are in the picture?"))
-    return _make_item(rng, "count", question, str(len(scene.things)), (), ("1", "2", "3", "4"))
+    return _make_item(rng, "count", question, str(len(scene.things)), (), ("1", "2", "3"))
 
 
-def _extreme(scene: Scene, axis: str, largest: bool) -> Thing | None:
-    """The thing that alone has the smallest (or largest) row or column."""
-    values = [getattr(t, axis) for t in scene.things]
-    best = max(values) if largest else min(values)
-    return scene.things[values.index(best)] if values.count(best) == 1 else None
-
-
-_EXTREMES = (
-    ("farthest to the left", "column", False),
-    ("farthest to the right", "column", True),
-    ("highest", "row", False),
-    ("lowest", "row", True),
-)
-
-
-def _ask_extreme(rng: random.Random, scene: Scene) -> _Item | None:
-    if len(scene.things) < 2:
+def _ask_place(rng: random.Random, scene: Scene) -> _Item | None:
+    if len(scene.things) > 1:
         return None
-    for words, axis, largest in rng.sample(_EXTREMES, len(_EXTREMES)):
-        thing = _extreme(scene, axis, largest)
-        if thing:
-            names = [t.name for t in scene.things]
-            return _make_item(rng, "extreme", f"Which object is {words}?", thing.name, names, ())
-    return None
-
-
-_DIRECTIONS = (
-    ("to the left of", "column", -1),
-    ("to the right of", "column", 1),
-    ("above", "row", -1),
-    ("below", "row", 1),
-)
-
-
-def _neighbour(scene: Scene, thing: Thing, axis: str, sign: int) -> Thing | None:
-    """The only thing on that side of `thing`."""
-    found = [t for t in scene.things if (getattr(t, axis) - getattr(thing, axis)) * sign > 0]
-    return found[0] if len(found) == 1 else None
-
-
-def _neighbours(scene: Scene, anchors: Sequence[Thing]) -> list[tuple[Thing, str, Thing]]:
-    """All (anchor, direction in words, the only thing there)."""
-    found = []
-    for anchor in anchors:
-        for words, axis, sign in _DIRECTIONS:
-            other = _neighbour(scene, anchor, axis, sign)
-            if other:
-                found.append((anchor, words, other))
-    return found
-
-
-def _ask_beside(rng: random.Random, scene: Scene) -> _Item | None:
-    candidates = _neighbours(scene, scene.things) if len(scene.things) >= 3 else []
-    if not candidates:
-        return None
-    anchor, words, other = rng.choice(candidates)
-    names = [t.name for t in scene.things if t is not anchor]
-    return _make_item(rng, "beside", f"Which object is {words} the {anchor.name}?", other.name, names, ())
+    pool = [f"{row} {column}" for row in row_names(scene.rows) for column in COLUMN_NAMES]
+    question = rng.choice(("Where is the {}?", "In which part of the picture is the {}?")).format(scene.thing.shape)
+    return _make_item(rng, "place", question, place_of(scene.thing, scene.rows), (), pool)
 
 
 _SYMBOLS = ("a lake", "a school", "a bridge", "a forest", "a station", "a museum", "a harbor", "a market")
 
 
 def _ask_legend(rng: random.Random, scene: Scene) -> _Item:
-    """Needs the picture (which shape has that colour) and the hint (what that shape means)."""
-    thing = rng.choice(scene.things)
+    """Needs the picture (which shape there is) and the hint (what that shape means)."""
+    thing = scene.thing
     shapes = [thing.shape, *rng.sample([s for s in SHAPES if s != thing.shape], 3)]
     rng.shuffle(shapes)
     meanings = rng.sample(_SYMBOLS, len(shapes))
@@ -343,21 +284,10 @@ def _ask_sign(rng: random.Random, scene: Scene) -> _Item | None:
 
 
 def _picture_items(rng: random.Random, scene: Scene) -> list[_Item]:
-    """Up to three questions.
-
-    Whether to ask for a count is decided first, without a look at the scene: how many kinds of question fit
-    depends on how many things there are, and chosen among these a count would lean to small numbers.
-    """
-    items = [_ask_count(rng, scene)] if rng.random() < 0.5 else []
-    kinds = [_ask_color, _ask_shape, _ask_extreme, _ask_beside, _ask_sign, _ask_legend]
-    for ask in sorted(kinds, key=lambda _: rng.random()):
-        if len(items) == 3:
-            break
-        item = ask(rng, scene)
-        if item:
-            items.append(item)
-    rng.shuffle(items)
-    return items
+    """Up to three questions, of different kinds."""
+    kinds = [_ask_color, _ask_shape, _ask_count, _ask_place, _ask_sign, _ask_legend]
+    items = [item for ask in rng.sample(kinds, len(kinds)) if (item := ask(rng, scene))]
+    return items[:3]
 
 
 _THINGS = tuple(
@@ -466,43 +396,29 @@ def _open_letter_color(rng: random.Random, scene: Scene) -> _OpenItem:
     return _OpenItem("letter color", question, scene.sign.letters, DARK_COLORS + BRIGHT_COLORS)
 
 
-def _open_color(rng: random.Random, scene: Scene) -> _OpenItem | None:
-    candidates = scene.unique_shapes()
-    if not candidates:
-        return None
-    thing = rng.choice(candidates)
-    question = rng.choice(("What color is the {}?", "What is the color of the {}?")).format(thing.shape)
-    return _OpenItem("color", question, thing.color, OBJECT_COLORS)
+def _open_color(rng: random.Random, scene: Scene) -> _OpenItem:
+    shape = scene.thing.shape
+    template = rng.choice(("What color is the {}?", "What is the color of the {}?"))
+    if len(scene.things) > 1:
+        template, shape = template.replace("What color is", "What color are"), plural_of(shape)
+    return _OpenItem("color", template.format(shape), scene.thing.color, OBJECT_COLORS)
 
 
 def _open_shape(rng: random.Random, scene: Scene) -> _OpenItem:
-    thing = rng.choice(scene.things)
-    question = rng.choice(("What shape is {}?", "What shape is the {} object?")).format(thing.color)
-    return _OpenItem("shape", question, thing.shape, SHAPES)
+    question = rng.choice(("What shape is {}?", "What shape are the {} objects?")).format(scene.thing.color)
+    return _OpenItem("shape", question, scene.thing.shape, SHAPES)
 
 
-def _open_beside(rng: random.Random, scene: Scene) -> _OpenItem | None:
-    """The colour of a neighbour. The anchor goes by its shape: a named colour could not be the answer."""
-    candidates = _neighbours(scene, scene.unique_shapes())
-    if not candidates:
-        return None
-    anchor, words, other = rng.choice(candidates)
-    return _OpenItem(
-        "beside", f"What color is the shape {words} the {anchor.shape}?", other.color, OBJECT_COLORS
-    )
+def _open_count(rng: random.Random, scene: Scene) -> _OpenItem:
+    question = rng.choice(("How many objects are there?", "How many shapes are in the picture?"))
+    return _OpenItem("count", question, str(len(scene.things)), ("1", "2", "3"))
 
 
 def _open_items(rng: random.Random, scene: Scene) -> list[_OpenItem]:
     """What the sign says, and one or two other questions."""
-    items, count = [_open_sign_text(rng, scene)], rng.randint(2, 3)
-    kinds = [_open_sign_color, _open_letter_color, _open_color, _open_shape, _open_beside]
-    for ask in sorted(kinds, key=lambda _: rng.random()):
-        if len(items) == count:
-            break
-        item = ask(rng, scene)
-        if item:
-            items.append(item)
-    return items
+    kinds = [_open_sign_color, _open_letter_color, _open_color, _open_shape, _open_count]
+    chosen = rng.sample(kinds, rng.randint(1, 2))
+    return [_open_sign_text(rng, scene), *(ask(rng, scene) for ask in chosen)]
 
 
 def _entry(

@@ -1,0 +1,49 @@
+"""The catalogue folders: every card and recipe loads, every README is current, the shipped towers are what they claim."""
+
+from pathlib import Path
+
+import pytest
+
+from mmkd.cards import list_cards
+from mmkd.evaluation.benchmarks import load_benchmark, readme
+from mmkd.recipe import load_recipe
+from mmkd.towers.tower import Tower
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+
+
+def test_there_are_recipes_and_all_load():
+    assert len(RECIPES) >= 10
+    for path in RECIPES:
+        recipe = load_recipe(path)
+        assert recipe.title and recipe.output.startswith("runs/"), path
+        assert "mmkd distill" in path.read_text(encoding="utf-8"), f"{path} does not say how it is run"
+
+
+def test_every_benchmark_a_recipe_names_exists():
+    names = {name for path in RECIPES for name in load_recipe(path).evaluation.benchmarks}
+    assert names <= set(list_cards("evaluation"))
+    assert {load_benchmark(name).name for name in names} == names
+
+
+def test_the_benchmark_readme_is_current():
+    assert (ROOT / "evaluation" / "README.md").read_text(encoding="utf-8") == readme()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return {name: Tower.load(ROOT / "models" / name, dtype="float32") for name in ("sample-teacher", "sample-student")}
+
+
+def test_the_shipped_student_is_a_tenth_of_its_teacher(shipped):
+    sizes = {name: tower.parameter_count()["total"] for name, tower in shipped.items()}
+    assert sizes["sample-student"] <= sizes["sample-teacher"] / 10
+    for name in shipped:
+        assert (ROOT / "models" / name / "model.safetensors").stat().st_size <= 8_000_000
+
+
+def test_the_shipped_towers_share_a_tokenizer(shipped):
+    teacher, student = shipped["sample-teacher"], shipped["sample-student"]
+    assert teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab()
+    assert teacher.processor_fingerprint() == student.processor_fingerprint()
