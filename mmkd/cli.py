@@ -15,6 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
+    # It warns at import of a kernel that only 4-bit models on a CPU would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from mmkd.data.samples import DataError
 
     try:
@@ -22,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
     except ValueError as error:
         # Tower errors and the losses' refusals; anything else is a fault of ours and keeps its traceback.
         from mmkd.towers.tower import TowerError

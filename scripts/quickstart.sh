@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh ""
-.venv/bin/mmkd sample runs/sample --sizes train=1000,val=200,test=400
+.venv/bin/mmkd sample runs/sample --sizes train=4000,val=200,test=400
 exec .venv/bin/mmkd distill scripts/recipes/quickstart.yaml "$@"
