@@ -26,7 +26,7 @@ MAX_POINTS = 240  # of one curve
 SMOOTHING = 0.05  # share of the points under the moving mean
 MAX_ANSWER = 500  # characters shown of one prediction
 MAX_BARS = 12  # values of one category
-NO_CURVE = {"step", "epoch", "stage", "learning_rate"}
+NO_CURVE = {"step", "epoch", "stage", "learning_rate", "grad_norm"}
 
 log = logging.getLogger(__name__)
 
