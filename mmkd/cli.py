@@ -121,16 +121,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     benchmarks = [load_benchmark(name.strip()) for name in arguments.benchmarks.split(",") if name.strip()]
     for benchmark in benchmarks:
         benchmark.read(arguments.data_root, arguments.limit)
-    from mmkd.distill.stages import _dtype, _to_device
+    from mmkd.distill.stages import dtype_of, to_device
     from mmkd.towers.tower import Tower
 
     tower = Tower.load(
         arguments.model,
-        dtype=_dtype(arguments.dtype),
+        dtype=dtype_of(arguments.dtype),
         quantise=arguments.quantise,
         trust_remote_code=arguments.trust_remote_code,
     )
-    tower = _to_device(tower, arguments.quantise)
+    tower = to_device(tower, arguments.quantise)
     folder = Path(arguments.output or Path("runs/evaluation") / Path(arguments.model).name)
     for benchmark in benchmarks:
         results = evaluate(

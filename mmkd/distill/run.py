@@ -84,10 +84,7 @@ def claim(run: Path, recipe: Recipe) -> None:
     if not is_main_process():
         return
     run.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(wanted, sort_keys=False)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, yaml.safe_dump(wanted, sort_keys=False))
     facts = {"title": recipe.title, "seed": recipe.seed, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     (run / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -141,11 +138,15 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         benchmarks[name] = entry
     previous = _read(run / "summary.json").get("seconds", 0.0)
     summary = {"title": recipe.title, "seed": recipe.seed, "seconds": round(max(seconds, previous), 1), "benchmarks": benchmarks}
-    path = run / "summary.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears complete or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _read(path: Path) -> dict[str, Any]:

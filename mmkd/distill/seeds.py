@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
-from mmkd.distill.run import distill
+from mmkd.distill.run import distill, write_whole
 from mmkd.recipe import Recipe
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table the normal one is close enough.
@@ -28,10 +27,7 @@ def distill_seeds(recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
         one = recipe.model_copy(update={"seed": seed, "output": str(folder / f"seed_{seed}")})
         summaries[seed] = distill(one)
     result = over_seeds(summaries)
-    path = folder / "seeds.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(folder / "seeds.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

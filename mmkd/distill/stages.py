@@ -42,10 +42,10 @@ def load_teacher(recipe: Recipe) -> Tower | None:
         return None
     spec = recipe.teacher
     tower = Tower.load(
-        spec.model, dtype=_dtype(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
+        spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
     )
-    return _to_device(tower, spec.quantise).freeze()
+    return to_device(tower, spec.quantise).freeze()
 
 
 def build_student(recipe: Recipe, teacher: Tower | None, texts: list[str]) -> Tower:
@@ -53,9 +53,9 @@ def build_student(recipe: Recipe, teacher: Tower | None, texts: list[str]) -> To
     spec = recipe.student
     if spec.model is not None:
         tower = Tower.load(
-            spec.model, dtype=_dtype(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length
+            spec.model, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length
         )
-        return _to_device(tower)
+        return to_device(tower)
     parts = spec.assemble
     if parts.import_module:
         _import(parts.import_module)
@@ -68,9 +68,9 @@ def build_student(recipe: Recipe, teacher: Tower | None, texts: list[str]) -> To
         tokenizer=_tokenizer(parts, teacher, texts),
         max_length=recipe.max_length,
         seed=recipe.seed,
-        dtype=torch.float32 if spec.dtype == "auto" else _dtype(spec.dtype),
+        dtype=torch.float32 if spec.dtype == "auto" else dtype_of(spec.dtype),
     )
-    return _to_device(tower)
+    return to_device(tower)
 
 
 def _import(module: str) -> None:
@@ -91,11 +91,11 @@ def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> 
     return teacher.tokenizer if spec.source == "teacher" else load_tokenizer(spec.source)
 
 
-def _dtype(name: str) -> torch.dtype | str:
+def dtype_of(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _to_device(tower: Tower, quantise: str | None = None) -> Tower:
+def to_device(tower: Tower, quantise: str | None = None) -> Tower:
     if torch.cuda.is_available() and quantise is None:
         tower.model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
     return tower
@@ -141,12 +141,12 @@ def train(recipe: Recipe, role: str, student: Tower, teacher: Tower | None, run:
     """
     final = run / role
     if (final / "config.json").exists():
-        return _to_device(Tower.load(final, dtype=_dtype(recipe.student.dtype), max_length=recipe.max_length))
+        return to_device(Tower.load(final, dtype=dtype_of(recipe.student.dtype), max_length=recipe.max_length))
     for number, (name, stage) in enumerate(recipe.stages.items()):
         folder = run / "stages" / role / f"{number}_{name}"
         if not (folder / "model").exists():
             _train_stage(recipe, role, name, stage, student, teacher, run, folder)
-        student = _to_device(Tower.load(folder / "model", dtype=_dtype(recipe.student.dtype), max_length=recipe.max_length))
+        student = to_device(Tower.load(folder / "model", dtype=dtype_of(recipe.student.dtype), max_length=recipe.max_length))
     if is_main_process():
         _copy(folder / "model", final)
     _wait()

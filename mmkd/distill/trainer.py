@@ -127,7 +127,6 @@ def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, wor
     spec = stage.optimiser
     per_process = max(1, spec.batch_size // world_size)
     micro = min(spec.micro_batch_size or per_process, per_process)
-    schedules = {"constant": "constant", "constant_with_warmup": "constant_with_warmup"}
     return TrainingArguments(
         output_dir=str(folder),
         run_name=name,
@@ -136,7 +135,7 @@ def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, wor
         num_train_epochs=stage.epochs or 1.0,
         max_steps=stage.steps or -1,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type=schedules.get(spec.schedule, spec.schedule),
+        lr_scheduler_type=spec.schedule,
         warmup_steps=spec.warmup,
         max_grad_norm=spec.max_grad_norm,
         bf16=stage.precision == "bfloat16",
