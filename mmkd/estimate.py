@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 from mmkd.data.samples import Sample
@@ -71,9 +70,8 @@ def _stage(
 def _rows(student: Tower, encoded: list[Encoded], terms: list[Term], batch: int) -> int:
     """Rows of logits a step, from the probed samples."""
     positions = {t.positions for t in terms if t.is_row_term}
-    response = statistics.mean(int((e.targets >= 0).sum()) for e in encoded) if "response" in positions else 0
-    visual = statistics.mean(student.visual_count(e) for e in encoded) if "visual" in positions else 0
-    return round(batch * (response + visual))
+    inputs = student.collate(encoded)
+    return round(batch * sum(int(getattr(inputs, name).sum()) for name in positions) / len(encoded))
 
 
 def loss_memory(student: Tower, teacher: Tower | None, terms: list[Term], rows: int, budget: int) -> tuple[int, int]:

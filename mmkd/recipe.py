@@ -130,7 +130,7 @@ class TermSpec(Strict):
 
     kind: str
     weight: float | WeightSpec = 1.0
-    positions: Literal["response", "visual"] = "response"
+    positions: Literal["response", "prompt", "visual"] = "response"
     path: Literal["student", "switch"] = "student"
     bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
 
@@ -146,7 +146,7 @@ class TermSpec(Strict):
             wrong.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
         if self.bridge and self.path != "switch":
             raise ValueError("`bridge` belongs to terms with `path: switch`; feature_match builds its own")
-        if self.path == "switch" and self.positions == "visual":
+        if self.path == "switch" and self.positions != "response":
             wrong.append("the visual switch is compared on response positions only")
         if _is_number(self.weight) and self.weight < 0:
             wrong.append(f"weight is {self.weight}; it must not be negative")
@@ -192,7 +192,7 @@ class StageSpec(Strict):
     train: list[Literal[PARTS]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
     lora: LoraSpec | None = None  # on the language model
     terms: dict[str, TermSpec] = Field(min_length=1)
-    control_terms: dict[str, TermSpec] | None = None  # what the SFT control learns from; default: cross-entropy
+    control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
     optimiser: OptimiserSpec = OptimiserSpec()
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, gt=0)

@@ -17,7 +17,7 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("response", "visual", "switch", "image", "pictured")  # order of the count vector
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured")  # order of the count vector
 
 
 @dataclass
@@ -130,6 +130,8 @@ class PairDataset(Dataset):
                 f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
                 "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
             )
+        if any(t.positions == "prompt" and t.needs_teacher for t in self.terms):
+            self._check_prompts(student, teacher)
         if any(t.positions == "visual" or t.kind == "relation" for t in self.terms):
             n_s, n_t = self.student.visual_count(student), self.teacher.visual_count(teacher)
             if n_s != n_t:
@@ -137,6 +139,14 @@ class PairDataset(Dataset):
                     f"sample {student.id!r} has {n_s} visual tokens in the student and {n_t} in the teacher; terms on visual "
                     "positions (and relation) need equal counts"
                 )
+
+    def _check_prompts(self, student: Encoded, teacher: Encoded) -> None:
+        own, other = self.student.text_ids(student), self.teacher.text_ids(teacher)
+        if not torch.equal(own, other):
+            raise DataError(
+                f"sample {student.id!r} has {len(own)} text tokens in the student and {len(other)} in the teacher, or other ones; "
+                "terms on prompt positions that compare with the teacher need the same chat template"
+            )
 
     def _switch(self, student: Encoded, teacher: Encoded) -> Encoded | None:
         if not student.images or not any(t.path == "switch" for t in self.terms):
@@ -167,6 +177,7 @@ class Collator:
 def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
     counts = {
         "response": int(student.response.sum()),
+        "prompt": int(student.prompt.sum()),
         "visual": int(student.visual.sum()),
         "switch": int(switch.response.sum()) if switch is not None else 0,
         "image": sum(student.images),

@@ -8,7 +8,8 @@ Hidden states are gathered at the rows that the terms name before either head is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -155,18 +156,18 @@ def check_vocabularies(student: Tower, teacher: Tower) -> None:
 class Rows:
     """Hidden rows of both towers at the positions that some terms name, before any head."""
 
-    def __init__(self, student: Tensor, student_head: Head, teacher: Tensor | None, targets: Tensor, is_response: Tensor):
+    def __init__(
+        self, student: Tensor, student_head: Head, teacher: Tensor | None, targets: Tensor, masks: dict[str, Tensor]
+    ):
         self.student = student  # [R, Ds]
         self.student_head = student_head
         self.teacher = teacher  # [R, Dt]
         self.targets = targets  # [R]
-        self._is_response = is_response  # [R] bool; the others are visual
+        self._masks = masks  # by kind of position, each [R] bool; a row may be of two kinds
 
-    def mask(self, on: str) -> Tensor | None:
+    def mask(self, positions: str) -> Tensor | None:
         """Rows of a kind of position; None when all rows are."""
-        if on == "response":
-            return None if bool(self._is_response.all()) else self._is_response
-        return None if not bool(self._is_response.any()) else ~self._is_response
+        return None if len(self._masks) == 1 else self._masks[positions]
 
 
 class Signals:
@@ -223,12 +224,18 @@ class Signals:
 
     def student_rows(self, positions: set[str]) -> Rows:
         inputs = self.batch.student
-        where = _positions(inputs, positions)  # [B, L]
+        masks = {name: getattr(inputs, name) for name in sorted(positions)}  # each [B, L]
+        where = _any(masks.values())
+        targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)
         teacher = None
         if self.teacher is not None and any(t.needs_teacher and t.is_row_term for t in self.distiller.terms):
-            teacher = self.teacher_hidden[_positions(self.batch.teacher, positions)]  # [R, Dt]
+            teacher = self.teacher_hidden[_any(getattr(self.batch.teacher, name) for name in positions)]  # [R, Dt]
         return Rows(
-            self.student_hidden[where], head_of(self.student), teacher, inputs.targets[where].clamp(min=0), inputs.response[where]
+            self.student_hidden[where],
+            head_of(self.student),
+            teacher,
+            targets[where],
+            {name: mask[where] for name, mask in masks.items()},
         )
 
     def switch_rows(self) -> Rows | None:
@@ -244,7 +251,7 @@ class Signals:
             head_of(self.teacher),
             self.teacher_hidden[where],
             inputs.targets[response],
-            torch.ones_like(inputs.targets[response], dtype=torch.bool),
+            {"response": torch.ones_like(inputs.targets[response], dtype=torch.bool)},
         )
 
     # ---- pictures ----
@@ -377,13 +384,8 @@ def _resample(features: Tensor, count: int) -> Tensor:
     return F.interpolate(features.T[None], size=count, mode="linear", align_corners=False)[0].T
 
 
-def _positions(inputs: TowerInputs, names: set[str]) -> Tensor:
-    where = torch.zeros_like(inputs.visual)
-    if "response" in names:
-        where = where | inputs.response
-    if "visual" in names:
-        where = where | inputs.visual
-    return where
+def _any(masks: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.logical_or, masks)
 
 
 def _per_image_rows(hidden: Tensor, inputs: TowerInputs) -> list[Tensor]:

@@ -23,7 +23,7 @@ from mmkd.data.sources import folder_of, read_samples, resolve
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
-from mmkd.distill.terms import Schedule, Term
+from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
@@ -123,12 +123,19 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the SFT control: everything the same, no teacher, cross-entropy (or the stage's `control_terms`)."""
+    """The recipe of the SFT control: everything the same without the teacher.
+
+    Its terms are the stage's `control_terms`, else those of the student that need no teacher, else cross-entropy.
+    """
     stages = {
-        name: stage.model_copy(update={"terms": stage.control_terms or CONTROL_TERMS, "control_terms": None})
+        name: stage.model_copy(update={"terms": stage.control_terms or _without_teacher(stage), "control_terms": None})
         for name, stage in recipe.stages.items()
     }
     return recipe.model_copy(update={"stages": stages, "teacher": None})
+
+
+def _without_teacher(stage: StageSpec) -> dict[str, TermSpec]:
+    return {name: spec for name, spec in stage.terms.items() if not KINDS[spec.kind].teacher} or CONTROL_TERMS
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

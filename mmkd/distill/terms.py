@@ -41,7 +41,7 @@ KINDS: dict[str, TermKind] = {
     "tags": TermKind(losses.tags, teacher=False, rows=False),
 }
 
-POSITIONS = ("response", "visual")
+POSITIONS = ("response", "prompt", "visual")
 PATHS = ("student", "switch")
 
 

@@ -48,8 +48,10 @@ _CONTENT = (
 )
 # Chat templates for language models, most of whose own templates know nothing of images.
 CHAT_TEMPLATES = {
+    # The space before an answer is the answer's: its first word is then the same token as within a sentence.
     "simple": _CONTENT
-    + "{% for m in messages %}<|{{ m.role }}|>{{ content(m) }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    + "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %} {{ content(m) }}<|end|>{% else %}{{ content(m) }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "chatml": _CONTENT
     + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ content(m) }}<|im_end|>\n{% endfor %}"

@@ -79,6 +79,17 @@ class TowerInputs:
         """Rows that predict a supervised token. [B, L] bool"""
         return self.targets != IGNORE
 
+    @property
+    def prompt(self) -> Tensor:
+        """Rows that predict a text token of the prompt. [B, L] bool"""
+        text = self.attention_mask.bool() & ~self.visual
+        return self.attention_mask.bool() & F.pad(text[:, 1:], (0, 1)) & ~self.response
+
+    @property
+    def next_ids(self) -> Tensor:
+        """The token after each position; 0 at the end. [B, L]"""
+        return F.pad(self.input_ids[:, 1:], (0, 1))
+
 
 @dataclass
 class Seen:
@@ -383,6 +394,10 @@ class Tower:
     def visual_count(self, encoded: Encoded) -> int:
         """Visual tokens of one prepared sample, all its images together."""
         return int((encoded.input_ids == self._image_token_id).sum())
+
+    def text_ids(self, encoded: Encoded) -> Tensor:
+        """Tokens of one prepared sample without its visual positions."""
+        return encoded.input_ids[encoded.input_ids != self._image_token_id]
 
     def with_visual_count(self, encoded: Encoded, count: int) -> Encoded:
         """The sample with `count` visual positions in place of its own: how this tower reads another encoder's tokens."""

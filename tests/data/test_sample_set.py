@@ -74,9 +74,9 @@ def test_the_sample_of_this_generator_version_stays_what_it_is(tmp_path):
     for name in sorted(files):
         if name.endswith("png"):
             pixels.update(Image.open(tmp_path / "set" / name).tobytes())
-    assert sample_set.GENERATOR_VERSION == 3
-    assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == "f04aaa6389732465"
-    assert pixels.hexdigest()[:16] == "eceaad82c06489d2"
+    assert sample_set.GENERATOR_VERSION == 4
+    assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == "950ff16b4d4a34d6"
+    assert pixels.hexdigest()[:16] == "4df766492525a777"
 
 
 def test_a_smaller_split_is_the_head_of_a_larger_one(tmp_path, problems, entries):
@@ -165,7 +165,7 @@ def test_the_readers_find_every_picture(root, split):
     assert check_images([*science, *text, *captions]) == 0
     assert len(captions) == 2 * SIZES[split]
     assert all(q.images[0].load().size == (64, 64) for q in text[:5])
-    assert 0.25 < sum(not q.images for q in science) / len(science) < 0.35
+    assert 0.15 < sum(not q.images for q in science) / len(science) < 0.25
 
 
 # ---- disjoint splits
@@ -267,7 +267,7 @@ def solve(caption, problem):
         return re.search(r"letters: (\w+)\.", caption)[1]
     if kind == "legend":
         return re.search(rf"a {shape} means ([\w ]+)\.", problem["hint"])[1]
-    return {"color": color, "shape": shape, "count": count, "place": places}[kind]
+    return {"color": color, "shape": shape, "count": count, "place": places.split()[1]}[kind]
 
 
 # ---- annotators

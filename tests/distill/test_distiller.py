@@ -9,7 +9,7 @@ from mmkd.data.samples import DataError, ImageError
 from mmkd.distill.collate import COUNTS, Collator, PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.terms import Schedule, Term
-from mmkd.towers.assemble import train_tokenizer
+from mmkd.towers.assemble import CHAT_TEMPLATES, train_tokenizer
 from mmkd.towers.tower import TowerError
 
 TOKENIZER = tiny_tokenizer()
@@ -74,6 +74,38 @@ def test_row_terms_equal_a_plain_computation(tmp_path):
         assert (total / count).item() == pytest.approx(value.item(), rel=1e-5), name
     weights = [1.0, 2.0, 0.5, 1.0]
     assert loss.item() == pytest.approx(sum(w * v.item() for w, v in zip(weights, expected.values(), strict=True)), rel=1e-5)
+
+
+def test_prompt_rows_predict_the_text_of_the_prompt(tmp_path):
+    """Every text token that the template writes before an answer is predicted once; no picture, answer or padding."""
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3, text_only=1)
+    terms = [term("cross_entropy"), term("cross_entropy", "prompt", weight=0.5), term("forward_kl", "prompt")]
+    loss, log, batch, _ = loss_of(student, teacher, samples, terms)
+    inputs = batch.student
+    zs, zt = plain(student, inputs), plain(teacher, batch.teacher)
+    own, other, wanted = [], [], []
+    for b in range(len(samples)):
+        for place in range(1, int(inputs.attention_mask[b].sum())):
+            if not inputs.visual[b, place] and inputs.targets[b, place - 1] < 0:
+                own.append(zs[b, place - 1]), other.append(zt[b, place - 1]), wanted.append(inputs.input_ids[b, place])
+    text = TOKENIZER.decode([int(i) for i in wanted])
+    assert all(s.turns[0].text in text for s in samples)
+    assert int(inputs.prompt.sum()) == len(wanted)
+    prompt = F.cross_entropy(torch.stack(own), torch.stack(wanted))
+    divergence = kl(torch.stack(other), torch.stack(own)).mean()
+    answer = F.cross_entropy(zs[inputs.response], inputs.targets[inputs.response])
+    total, count = log["cross_entropy_prompt_student"]
+    assert (total / count).item() == pytest.approx(prompt.item(), rel=1e-5)
+    assert loss.item() == pytest.approx((answer + 0.5 * prompt + divergence).item(), rel=1e-5)
+
+
+def test_prompts_compared_with_a_teacher_must_be_the_same_tokens(tmp_path):
+    student, teacher = towers(chat_template="<|system|>" + CHAT_TEMPLATES["simple"])
+    samples = tiny_samples(tmp_path, 2)
+    batch_of(student, teacher, samples, [term("forward_kl"), term("cross_entropy", "prompt")])
+    with pytest.raises(DataError, match="need the same chat template"):
+        batch_of(student, teacher, samples, [term("forward_kl", "prompt")])
 
 
 def test_gradients_equal_autograd_on_whole_logits(tmp_path):

@@ -148,7 +148,7 @@ def test_several_turns_are_all_targets(tmp_path):
     tower = tiny_tower()
     inputs = tower.prepare([Sample("talk", (first, second), turns)])
     targets = inputs.targets[0]
-    assert tower.tokenizer.decode(targets[targets != IGNORE]) == "red<|end|>round<|end|>"
+    assert tower.tokenizer.decode(targets[targets != IGNORE]) == " red<|end|> round<|end|>"
     assert torch.equal(inputs.input_ids[0, 1:][targets[:-1] != IGNORE], targets[targets != IGNORE])
     assert inputs.images == [2] and int(inputs.visual.sum()) == 8
 
