@@ -198,6 +198,7 @@ class StageSpec(Strict):
     steps: int | None = Field(None, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    group_by_length: bool = False  # batches of samples of similar length: less padding
     save_every: int = Field(200, gt=0)
     log_every: int = Field(20, gt=0)
 

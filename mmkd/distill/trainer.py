@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from mmkd.data.sampler import LengthGroupedSampler, lengths_of
 from mmkd.distill.collate import COUNTS, Batch, Collator, PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.recipe import OptimiserSpec, StageSpec
@@ -74,6 +76,13 @@ class DistillTrainer(Trainer):
                 logs[name] = total / max(1.0, count)
             self._sums.clear()
         super().log(logs, start_time)
+
+    # ---- order ----
+
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sampler | None:
+        if not self.stage.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(lengths_of(self.train_dataset.samples), self.stage.optimiser.batch_size, self.args.seed)
 
     # ---- optimiser ----
 

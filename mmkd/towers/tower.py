@@ -521,7 +521,8 @@ class Tower:
             )  # [B, L + new]
         finally:
             self.model.train(was_training)
-        return self.tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        answers = self.tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]  # templates may leave a space before the answer
 
     def _visual_tokens(self, samples: Sequence[Sample], encoded: list[Encoded], cache: dict[tuple, list[Tensor]]) -> list:
         """Visual tokens of the batch in order; the encoder runs once for each distinct set of images."""

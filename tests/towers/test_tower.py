@@ -287,7 +287,7 @@ for folder, questions in json.load(open(sys.argv[1], encoding="utf-8")).items():
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         ids = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
-        out[folder].append(processor.decode(ids, skip_special_tokens=True))
+        out[folder].append(processor.decode(ids, skip_special_tokens=True).strip())
 if any(name.split(".")[0] in ("mmkd", "peft") for name in sys.modules):
     sys.exit("mmkd was imported")
 print(json.dumps(out))
