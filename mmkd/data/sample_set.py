@@ -40,7 +40,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ from mmkd.data.scenes import (
     WORDS,
     Scene,
     caption,
+    captions_of_parts,
     draw_scene,
     picture_bytes,
     plural_of,
@@ -475,11 +476,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _write_science_split(
-    plan: _Plan, split: str, size: int, tick: Callable[[], None]
-) -> tuple[dict, list[dict]]:
-    """The problems of one split and the captions of its scenes. Writes a picture for each question."""
+    plan: _Plan, split: str, size: int, captions: _Captions, tick: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """The problems of one split; adds the captions of its scenes. Writes a picture for each question."""
     problems: dict[str, dict[str, Any]] = {}
-    captions: list[dict[str, str]] = []
     seen: set[tuple[str, str]] = set()
     text_share = 0.0
     for index in range(size):
@@ -494,7 +494,7 @@ def _write_science_split(
             (plan.folder / name).parent.mkdir(parents=True)
             (plan.folder / name).write_bytes(png)
             if place == 0:
-                captions.append(_caption_row(f"scienceqa-{pid}", name, scene))
+                captions.add(f"scienceqa-{pid}", name, scene)
         text_share += len(items) * TEXT_SHARE / (1 - TEXT_SHARE)
         while text_share >= 1:
             text_share -= 1
@@ -502,13 +502,12 @@ def _write_science_split(
             pid = str(_FIRST_ID[split] + len(problems))
             problems[pid] = _problem(rng, item, split, False, plan.accuracy)
         tick()
-    return problems, captions
+    return problems
 
 
-def _write_text_split(plan: _Plan, split: str, size: int, tick: Callable[[], None]) -> list[dict]:
-    """Writes the annotations and pictures of one split; returns the captions of its scenes."""
+def _write_text_split(plan: _Plan, split: str, size: int, captions: _Captions, tick: Callable[[], None]) -> None:
+    """Writes the annotations and pictures of one split; adds the captions of its scenes."""
     data: list[dict[str, Any]] = []
-    captions: list[dict[str, str]] = []
     folder = plan.folder / "textvqa" / "images" / split
     folder.mkdir(parents=True)
     for index in range(size):
@@ -519,18 +518,32 @@ def _write_text_split(plan: _Plan, split: str, size: int, tick: Callable[[], Non
         for item in _open_items(rng, scene):
             question_id = _FIRST_ID[split] + len(data)
             data.append(_entry(rng, item, scene, split, image_id, question_id, plan.accuracy))
-        captions.append(_caption_row(f"textvqa-{image_id}", f"textvqa/images/{split}/{image_id}.png", scene))
+        captions.add(f"textvqa-{image_id}", f"textvqa/images/{split}/{image_id}.png", scene)
         tick()
     document = {"dataset_type": split, "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data}
     _write_json(plan.folder / "textvqa" / f"TextVQA_0.5.1_{split}.json", document)
-    return captions
 
 
-def _caption_row(name: str, image: str, scene: Scene) -> dict[str, str]:
-    return {"id": name, "image": image, "question": "Describe the picture.", "answer": caption(scene)}
+@dataclass
+class _Captions:
+    """Rows of the two files of captions: of whole pictures and of their parts."""
+
+    whole: list[dict[str, str]] = field(default_factory=list)
+    parts: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, image: str, scene: Scene) -> None:
+        self.whole.append({"id": name, "image": image, "question": "Describe the picture.", "answer": caption(scene)})
+        self.parts += [
+            {"id": f"{name}-{part}", "image": image, "question": f"Describe the {part}.", "answer": text}
+            for part, text in captions_of_parts(scene)
+        ]
+
+    def write(self, folder: Path, split: str) -> None:
+        _write_rows(folder / "captions" / f"{split}.jsonl", self.whole)
+        _write_rows(folder / "captions" / f"{split}_parts.jsonl", self.parts)
 
 
-def _write_captions(path: Path, rows: list[dict[str, str]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
@@ -540,11 +553,12 @@ def _write_all(plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]) -> 
     problems: dict[str, dict[str, Any]] = {}
     pids: dict[str, list[str]] = {}
     for split, size in sizes.items():
-        split_problems, captions = _write_science_split(plan, split, size, tick)
-        captions += _write_text_split(plan, split, size, tick)
+        captions = _Captions()
+        split_problems = _write_science_split(plan, split, size, captions, tick)
+        _write_text_split(plan, split, size, captions, tick)
+        captions.write(plan.folder, split)
         problems |= split_problems
         pids[split] = list(split_problems)
-        _write_captions(plan.folder / "captions" / f"{split}.jsonl", captions)
     _write_json(plan.folder / "scienceqa" / "problems.json", problems)
     _write_json(plan.folder / "scienceqa" / "pid_splits.json", pids)
 
@@ -609,6 +623,7 @@ def write_sample_set(
         scienceqa/problems.json, pid_splits.json, images/<split>/<pid>/image.png
         textvqa/TextVQA_0.5.1_<split>.json, images/<split>/<image_id>.png
         captions/<split>.jsonl      {id, image (a path under root), question, answer}: all scenes of both sets
+        captions/<split>_parts.jsonl  the same of the objects, the sign and its letters, each by itself
         sample.json                 seed, sizes, annotator_accuracy, generator_version
 
     The folder appears complete or not at all. Raises DataError for wrong parameters and for a folder that

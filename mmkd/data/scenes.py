@@ -239,12 +239,23 @@ def plural_of(shape: str) -> str:
     return "crosses" if shape == "cross" else f"{shape}s"
 
 
+def _things_of(scene: Scene) -> str:
+    count, thing = len(scene.things), scene.thing
+    return f"{count} {thing.color} {thing.shape if count == 1 else plural_of(thing.shape)}"
+
+
 def caption(scene: Scene) -> str:
     """Everything in the picture in one fixed order: how many of what, where row by row from the left, then the sign."""
-    count, thing = len(scene.things), scene.thing
-    what = thing.shape if count == 1 else plural_of(thing.shape)
-    text = f"{count} {thing.color} {what}: " + ", ".join(place_of(t, scene.rows) for t in scene.things) + "."
+    text = f"{_things_of(scene)}: " + ", ".join(place_of(t, scene.rows) for t in scene.things) + "."
     if scene.sign:
         s = scene.sign
         text += f" {s.fill} sign at the {'top' if s.at_top else 'bottom'}, {s.letters} letters: {s.text}."
     return text
+
+
+def captions_of_parts(scene: Scene) -> list[tuple[str, str]]:
+    """(what to describe, description) of the parts of a picture: its objects, and the sign and its letters."""
+    parts = [("objects", f"{_things_of(scene)}.")]
+    if scene.sign:
+        parts += [("sign", f"{scene.sign.fill} sign."), ("letters", f"{scene.sign.letters} letters: {scene.sign.text}.")]
+    return parts
