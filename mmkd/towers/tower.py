@@ -197,7 +197,7 @@ class Tower:
         return parts
 
     def parameter_count(self) -> dict[str, int]:
-        total = sum(p.numel() for p in self.model.parameters())
+        total = self.model.num_parameters()  # counts packed 4-bit weights as what they stand for
         return {"total": total, "active": total}
 
     @property
@@ -587,10 +587,13 @@ def _image_token_id(model: nn.Module, processor: Any) -> int:
 
 
 def _quantisation(kind: str) -> Any:
+    """bitsandbytes for the language model alone: encoder and projector are small, and the row engine needs the head's weight."""
     from transformers import BitsAndBytesConfig
 
+    outside = rf"(?!.*\b({'|'.join(LANGUAGE_NAMES)})\.).*"
+    whole = {"llm_int8_skip_modules": [outside, "lm_head"]}
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **whole)
     if kind == "4bit":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, **whole)
     raise TowerError(f"quantise is {kind!r}; choose 8bit or 4bit")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,6 +327,24 @@ def test_students_answer_the_same_in_plain_transformers(tmp_path, samples):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.strip().splitlines()[-1]) == wanted
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_teacher_keeps_encoder_and_head_and_nearly_its_logits(samples, bits):
+    """The sample's teacher: its answers survive, its language model is packed, the rest is untouched."""
+    folder = Path(__file__).parents[2] / "models" / "sample-teacher"
+    whole, packed = (Tower.load(folder, dtype=torch.float32, quantise=q) for q in (None, bits))
+    assert packed.parameter_count() == whole.parameter_count()
+    assert all(p.dtype in (torch.int8, torch.uint8) for n, p in packed.language.named_parameters() if "proj" in n)
+    for part in ("vision", "projector"):
+        for own, other in zip(getattr(packed, part).parameters(), getattr(whole, part).parameters(), strict=True):
+            assert torch.equal(own, other)
+    assert torch.equal(packed.head.weight, whole.head.weight)
+    inputs = whole.prepare([s for s in samples if len(s.images) == 1])
+    with torch.no_grad():
+        own, other = (t.head(t.read(inputs, t.see(inputs))[inputs.response]).float() for t in (packed, whole))
+    error = (own - other).norm() / other.norm()
+    assert 0 < error < (0.05 if bits == "8bit" else 0.3)
 
 
 def test_lora_is_merged_into_what_is_saved(tmp_path, samples):
