@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmkd.data.samples import DataError
 
-FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava")
+FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference")
 PARTS = ("vision", "projector", "language")
 
 
