@@ -17,7 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mmkd.distill.collate import COUNTS, Batch, Collator, PairDataset
+from mmkd.distill.collate import COUNTS, Batch, PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.recipe import OptimiserSpec, StageSpec
 
@@ -37,7 +37,7 @@ class DistillTrainer(Trainer):
             model=distiller,
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(distiller.tower, distiller.teacher),
+            data_collator=dataset.collator,
             callbacks=[TermLog(log, arguments.run_name)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
