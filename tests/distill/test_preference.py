@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_picture, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, tiny_picture, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
 
 from mmkd.data.preference import REJECTED, rejected_of
@@ -67,9 +67,7 @@ def plain_log_prob(tower, sample):
     """Summed log-probability of the last answer's tokens, one sequence by itself, from all logits at once."""
     inputs = tower.prepare([sample])
     out = tower.model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels)
-    before = tower.prepare([dataclasses.replace(sample, turns=(*sample.prompt_turns, Turn("assistant", "A")))]).input_ids
-    same = min(len(before[0]), len(inputs.input_ids[0]))
-    start = int((before[0, :same] != inputs.input_ids[0, :same]).nonzero()[0])  # the answer's first token
+    start = len(tower.encode(sample, with_answer=False).input_ids)  # the answer's first token
     log_p = out.logits[0, :, : len(tower.tokenizer)].log_softmax(-1)
     chosen = [log_p[t, inputs.targets[0, t]] for t in range(start - 1, inputs.targets.shape[1]) if inputs.targets[0, t] >= 0]
     return torch.stack(chosen).sum()
@@ -134,7 +132,7 @@ def test_only_the_last_answer_of_a_conversation_counts(tmp_path):
     loss, _, batch, _ = loss_of(dataset, [term("dpo")])
     assert loss.item() == pytest.approx(plain_loss("dpo", student, teacher, samples, 0.1)[0].item(), rel=1e-9)
     answers = [TOKENIZER.decode(row[mask]) for row, mask in zip(batch.student.targets, last_answer(batch.student), strict=True)]
-    assert "A B" not in answers[0] and answers[0].startswith("C")
+    assert answers[0].removesuffix("<|end|>").strip() == "C"
     assert last_answer(batch.student).sum() < batch.student.response.sum()
 
 
@@ -184,7 +182,7 @@ def test_accuracy_rises_on_a_preference_that_can_be_learned(tmp_path):
 
 
 def test_answers_that_become_the_same_tokens_are_refused(tmp_path):
-    student, teacher = towers()
+    student, _ = towers()
     (sample,) = tiny_pairs(tmp_path, 1)
     sample = dataclasses.replace(sample, turns=(*sample.prompt_turns, Turn("assistant", "A B " * 40)))
     sample = dataclasses.replace(sample, meta={REJECTED: "A B " * 40 + "C"})
@@ -197,9 +195,10 @@ def test_answers_that_become_the_same_tokens_are_refused(tmp_path):
 
 
 def test_the_reference_is_the_teachers_own_tokens_and_pictures(tmp_path):
-    """Another tokenizer, template length and image size: only sums over whole answers are compared."""
+    """Another tokenizer and image size: only sums over whole answers are compared."""
     other = train_tokenizer(["red green", "blue round", "A B C"], 280)
-    student, teacher = towers(tokenizer=other, image_size=(24, 24))
+    finer = VISIONS["vit"] | {"image_size": 24}
+    student, teacher = towers(tokenizer=other, vision=finer, image_size=(24, 24))
     samples = tiny_pairs(tmp_path, 2)
     dataset = dataset_of(student, teacher, samples, [term("dpo")], tmp_path / "cache")
     expected = [[plain_log_prob(teacher, s).item() for s in (one, rejected_of(one))] for one in samples]
@@ -300,7 +299,7 @@ def data(tmp_path):
 
 def recipe(data, terms, output="out", micro=4, **changes):
     stage = {
-        "data": [{"format": "preference", "root": str(data / "data")}], "terms": terms, "steps": 4, "save_every": 2, "log_every": 1,
+        "data": [{"format": "preference", "root": str(data / "data")}], "terms": terms, "steps": 4, "log_every": 1,
         "optimiser": {"batch_size": 4, "micro_batch_size": micro, "learning_rate": 1e-3},
     }
     return Recipe.model_validate({
@@ -340,7 +339,7 @@ def test_micro_batches_give_the_same_weights(data, kind):
     from mmkd.distill.stages import build_student, load_teacher
 
     found = []
-    for micro in (4, 2, 1):
+    for micro in (4, 2):
         spec = recipe(data, {kind: 1.0}, f"micro{micro}", micro)
         teacher = load_teacher(spec)
         train(spec, "student", build_student(spec, teacher, []), teacher, data / f"micro{micro}")
@@ -348,7 +347,6 @@ def test_micro_batches_give_the_same_weights(data, kind):
     start = weights(data / "student")
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=2e-4, atol=2e-5, msg=name)
-        torch.testing.assert_close(found[2][name], tensor, rtol=2e-4, atol=2e-5, msg=name)
     assert any((found[0][name] - start[name]).abs().max() > 1e-3 for name in start)
 
 
