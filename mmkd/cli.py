@@ -59,10 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", default=None, help="folder for results (default: runs/evaluation/MODEL)")
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--limit", type=int, default=None, help="score a seeded subset of so many questions")
+    sub.add_argument("--split", default=None, help="another split than the benchmark's, for example train (see `mmkd pairs`)")
     sub.add_argument("--blind", action="store_true", help="take the pictures away: what the words alone give")
     sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     sub.add_argument("--quantise", default=None, choices=["8bit", "4bit"])
     sub.add_argument("--trust-remote-code", action="store_true")
+
+    sub = command("pairs", _pairs, "Make preference pairs: right answers of one model, wrong ones of others.")
+    sub.add_argument("right", help="results folder of `mmkd evaluate --split train` of the model with the right answers")
+    sub.add_argument("wrong", nargs="+", help="the same of models whose wrong answers are rejected")
+    sub.add_argument("--data-root", required=True, help="folder that holds the pictures; their names are written below it")
+    sub.add_argument("--output", required=True, help="the JSON lines file to write, for example DATA_ROOT/preference/train.jsonl")
+    sub.add_argument("--split", default="train", help="the split that the questions must be of (default: train)")
 
     sub = command("report", _report, "Write the HTML report of a run again.")
     sub.add_argument("folder", help="the run's folder")
@@ -119,6 +127,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from mmkd.evaluation.benchmarks import load_benchmark
 
     benchmarks = [load_benchmark(name.strip()) for name in arguments.benchmarks.split(",") if name.strip()]
+    if arguments.split is not None:
+        benchmarks = [benchmark.on_split(arguments.split) for benchmark in benchmarks]
     for benchmark in benchmarks:
         benchmark.read(arguments.data_root, arguments.limit)
     from mmkd.distill.stages import dtype_of, to_device
@@ -146,6 +156,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         low, high = results["ci95"]
         print(f"{benchmark.name}: {100 * results['score']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], {results['n']} questions")
     print(f"results: {folder}")
+    return 0
+
+
+def _pairs(arguments: argparse.Namespace) -> int:
+    from mmkd.evaluation.pairs import write_pairs
+
+    wrong = [Path(folder) for folder in arguments.wrong]
+    facts = write_pairs(
+        Path(arguments.right), wrong, Path(arguments.output), Path(arguments.data_root), split=arguments.split
+    )
+    for name, counts in facts.items():
+        print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    print(arguments.output)
     return 0
 
 

@@ -13,7 +13,7 @@ from mmkd.towers.tower import Encoded, Tower
 
 PROBE = 64  # samples prepared to learn lengths
 # float32 tensors [rows, V] alive at the peak of a naive loss, beside the logits themselves (measured for KL and JSD)
-NAIVE_TENSORS = {"jsd": 10, "cross_entropy": 2}
+NAIVE_TENSORS = {"jsd": 10, "cross_entropy": 2, "dpo": 2, "kto_pair": 2}
 
 
 def plan(recipe: Recipe) -> str:
@@ -69,14 +69,16 @@ def _stage(
 
 def _rows(student: Tower, encoded: list[Encoded], terms: list[Term], batch: int) -> int:
     """Rows of logits a step, from the probed samples."""
-    positions = {t.positions for t in terms if t.is_row_term}
+    positions = [*{t.positions for t in terms if t.is_row_term}]
+    if any(t.is_preference for t in terms):
+        positions += ["response", "response"]  # the rejected answers are about as long as the chosen ones
     inputs = student.collate(encoded)
     return round(batch * sum(int(getattr(inputs, name).sum()) for name in positions) / len(encoded))
 
 
 def loss_memory(student: Tower, teacher: Tower | None, terms: list[Term], rows: int, budget: int) -> tuple[int, int]:
     """(ours, naive) bytes at the peak of the row losses. Ours: one chunk, the stored hidden rows, the head's gradient."""
-    row_terms = [t for t in terms if t.is_row_term]
+    row_terms = [t for t in terms if t.is_row_term or t.is_preference]
     if not row_terms:
         return 0, 0
     size = 4

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmkd.data.samples import DataError
 
-FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava")
+FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference")
 PARTS = ("vision", "projector", "language")
 
 
@@ -164,7 +164,17 @@ class TermSpec(Strict):
                 wrong.append(f"{self.kind} has no option {name!r}{_suggest(name, keys)}")
             elif _is_number(parameters[name].default) and not _is_number(value):
                 wrong.append(f"{name} is {value!r}, not a number")
+            elif kind.preference and (problem := _wrong_preference(name, value)):
+                wrong.append(problem)
         return wrong
+
+
+def _wrong_preference(name: str, value: Any) -> str | None:
+    if name == "beta" and value <= 0:
+        return f"beta is {value}; it must be above 0"
+    if name == "label_smoothing" and not 0 <= value < 0.5:
+        return f"label_smoothing is {value}; it must be at least 0 and below 0.5"
+    return None
 
 
 class OptimiserSpec(Strict):

@@ -139,3 +139,13 @@ def test_check_prints_what_it_measured(capsys, tmp_path):
 def test_list_prints_the_cards(capsys):
     assert main(["list", "evaluation"]) == 0
     assert "scienceqa" in capsys.readouterr().out
+
+
+def test_pairs_of_test_answers_are_refused_in_one_line(tmp_path, capsys):
+    for name in ("right", "wrong"):
+        (tmp_path / name / "tiny").mkdir(parents=True)
+        (tmp_path / name / "tiny" / "predictions.jsonl").write_text("")
+        (tmp_path / name / "tiny" / "results.json").write_text('{"split": "test"}')
+    folders = [str(tmp_path / name) for name in ("right", "wrong")]
+    message = refused(capsys, "pairs", *folders, "--data-root", str(tmp_path), "--output", str(tmp_path / "pairs.jsonl"))
+    assert "run `mmkd evaluate --split train`" in message

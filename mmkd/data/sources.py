@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mmkd.cards import list_cards, load_card
 from mmkd.data.formats import read_conversations, read_questions
+from mmkd.data.preference import read_preferences
 from mmkd.data.prompts import render
 from mmkd.data.samples import DataError, Sample
 
@@ -21,7 +22,7 @@ class DataCard(BaseModel):
 
     name: str
     title: str
-    format: Literal["scienceqa", "textvqa", "jsonl", "easy_vqa", "llava"]
+    format: Literal["scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference"]
     root: str
     prompt: Literal["letter", "short", "plain"] = "plain"
     ocr: bool = False
@@ -52,7 +53,8 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
     found = next((folder for folder in candidates if folder.exists()), None)
     if found is None:
         raise DataError(
-            f"there is no data folder {' or '.join(map(str, candidates))}; get the data there, or set data_root or the entry's root"
+            f"there is no data folder {' or '.join(map(str, candidates))}; get the data there, or set data_root or the "
+            "entry's root"
         )
     return found
 
@@ -64,6 +66,8 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sam
     subset = {"limit": fields.get("limit"), "image_limit": fields.get("image_limit"), "seed": seed}
     if fields["format"] == "llava":
         samples = read_conversations(root, fields["split"], files=fields["files"], **subset)
+    elif fields["format"] == "preference":
+        samples = read_preferences(root, fields["split"], files=fields["files"], **subset)
     else:
         questions = read_questions(
             fields["format"], root, fields["split"], files=fields["files"], target=fields["target"], **subset

@@ -17,7 +17,7 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured")  # order of the count vector
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "pair")  # order of the count vector
 
 
 @dataclass
@@ -74,6 +74,10 @@ class PairDataset(Dataset):
         self._kept: dict[int, Pair] = {}
         self._pixels: dict[bytes, Tensor] = {}
         self._free = memory
+
+    @property
+    def collator(self) -> Collator:
+        return Collator(self.student, self.teacher)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -182,6 +186,7 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "switch": int(switch.response.sum()) if switch is not None else 0,
         "image": sum(student.images),
         "pictured": sum(n > 0 for n in student.images),  # samples with a picture
+        "pair": 0,  # a preference stage's collator counts them
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 

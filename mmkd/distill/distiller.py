@@ -67,7 +67,7 @@ class Distiller(nn.Module):
         """
         divisors = dict(zip(COUNTS, (batch.counts if counts is None else counts).clamp(min=1), strict=True))
         own = dict(zip(COUNTS, batch.counts, strict=True))
-        signals = Signals(self, batch)
+        signals = self.signals(batch)
         total = signals.zero
         log: dict[str, tuple[Tensor, Tensor]] = {}
         for group in self._row_groups():
@@ -82,7 +82,10 @@ class Distiller(nn.Module):
             log[term.name] = (value.detach(), own[term.count])
         if not batch.student.pixels:
             total = total + self._touch()
-        return total, log
+        return total, log | signals.observed
+
+    def signals(self, batch: Batch) -> Signals:
+        return Signals(self, batch)
 
     def _touch(self) -> Tensor:
         """0, attached to every trained parameter: a micro-batch without pictures reaches no vision parameter, and
@@ -177,6 +180,7 @@ class Signals:
         self.distiller = distiller
         self.batch = batch
         self.student, self.teacher = distiller.tower, distiller.teacher
+        self.observed: dict[str, tuple[Tensor, Tensor]] = {}  # what else goes into the log: name -> (sum, count)
 
     @property
     def zero(self) -> Tensor:

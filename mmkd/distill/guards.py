@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.samples import DataError
-from mmkd.distill.collate import Collator, PairDataset
+from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller, head_of
 from mmkd.distill.rows import RowTerm, row_losses
 from mmkd.losses import CrossEntropy
@@ -23,7 +23,7 @@ class GuardError(DataError):
 
 def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_matter: bool, teacher_is_better: bool) -> dict:
     """Runs the guards on some training samples; returns what was measured, raises GuardError when one fails."""
-    batch = Collator(distiller.tower, distiller.teacher)(_some(dataset, samples))["batch"].to(distiller.tower.device)
+    batch = dataset.collator(_some(dataset, samples))["batch"].to(distiller.tower.device)
     towers = {"student": (distiller.tower, batch.student)}
     if distiller.teacher is not None:
         towers["teacher"] = (distiller.teacher, batch.teacher)
@@ -52,7 +52,7 @@ def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
     A pooler that nobody reads, or encoder layers behind the feature layer, would otherwise only suffer weight decay, and
     data-parallel training would wait for their gradients for ever.
     """
-    batch = Collator(distiller.tower, distiller.teacher)(_some(dataset, 2))["batch"].to(distiller.tower.device)
+    batch = dataset.collator(_some(dataset, 2))["batch"].to(distiller.tower.device)
     distiller.train()
     loss, _ = distiller(batch)
     if not loss.requires_grad:
@@ -91,6 +91,12 @@ def answer_rows(tower: Tower, inputs: TowerInputs, *, permute: bool = False) -> 
     hidden = tower.read(inputs, _permuted(seen) if permute else seen)[inputs.response]
     tower.model.train(was_training)
     return hidden
+
+
+def check_pixels(role: str, tower: Tower, inputs: TowerInputs) -> None:
+    """Raises GuardError when permuting the pictures of a batch changes nothing; one picture cannot be permuted."""
+    if sum(inputs.images) > 1:
+        _check_pixels(role, answer_rows(tower, inputs), answer_rows(tower, inputs, permute=True))
 
 
 def _permuted(seen: Seen) -> list[Tensor]:

@@ -20,10 +20,12 @@ here waits for the device.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from mmkd.losses.divergence import CrossEntropy
 
 # [block, V] float32 tensors alive at once in the worst loss (JSD through autograd).
 _LIVE = 12
@@ -61,6 +63,7 @@ class RowTerm:
     needs_teacher: whether the loss reads the teacher's logits.
     rows: bool `[R]`, the rows on which the term counts; None for all. Masks on the CPU save the work on the
     other rows.
+    row_weights: `[R]`, a factor of each row's value and gradient; None for 1.
     """
 
     name: str
@@ -68,6 +71,7 @@ class RowTerm:
     loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]
     needs_teacher: bool
     rows: Tensor | None = None
+    row_weights: Tensor | None = None
 
 
 def row_losses(
@@ -104,6 +108,21 @@ def row_losses(
         work, torch.is_grad_enabled(), student_hidden, student_head.weight, student_head.bias
     )
     return total, {term.name: sums[i] for i, term in enumerate(work.terms)}
+
+
+def row_log_probs(
+    hidden: Tensor, head: Head, targets: Tensor, *, vocabulary: int | None = None, chunk_bytes: int = 256 * 2**20
+) -> Tensor:
+    """`log softmax(logits)[target]` of each row, `[R]`, differentiable: for losses of a sequence's sum of them.
+
+    hidden `[R, D]`, targets `[R]`. What weight a row's gradient gets is known only in backward, so the logits are made
+    twice, chunk by chunk, and kept neither time; what is kept is the hidden rows. vocabulary, chunk_bytes, dtypes and
+    errors are those of `row_losses`.
+    """
+    term = RowTerm("log_prob", 1.0, CrossEntropy(), needs_teacher=False)
+    work = _Work(head, targets, (term,), None, None, vocabulary, chunk_bytes)
+    _check(work, hidden)
+    return _RowLogProbs.apply(work, hidden, head.weight, head.bias)
 
 
 @dataclass(frozen=True)
@@ -160,10 +179,35 @@ class _RowLosses(torch.autograd.Function):
         return None, None, to_hidden, to_weight, to_bias
 
 
+class _RowLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, work, hidden, weight, bias):
+        ctx.work = work
+        ctx.save_for_backward(hidden, weight, bias)
+        return -_walked(work, hidden, [False, False, False]).values[0]  # [R]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, factors):
+        hidden, weight, bias = ctx.saved_tensors
+        term = replace(ctx.work.terms[0], row_weights=-factors)
+        walk = _walked(replace(ctx.work, terms=(term,)), hidden, ctx.needs_input_grad[1:])
+        found = (walk.to_hidden, walk.to_weight, walk.to_bias)
+        given = (hidden, weight, bias)
+        return None, *(None if g is None else g.to(x.dtype) for g, x in zip(found, given, strict=True))
+
+
+def _walked(work: _Work, hidden: Tensor, wanted: Sequence[bool]) -> "_Walk":
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        walk = _Walk(work, hidden.detach(), wanted)
+        walk.run()
+    return walk
+
+
 class _Walk:
     """One pass over the rows. After `run`: `values [T, R]` and the gradients that were wanted."""
 
-    def __init__(self, work: _Work, hidden: Tensor, wanted: list[bool]):
+    def __init__(self, work: _Work, hidden: Tensor, wanted: Sequence[bool]):
         self.work, self.hidden = work, hidden
         self.columns = work.columns
         self.student = _cut(work.head, self.columns)
@@ -177,7 +221,7 @@ class _Walk:
         self.to_hidden, self.to_weight, self.to_bias = self._stores(wanted)
         self.first = True
 
-    def _stores(self, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _stores(self, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         head, hidden = self.work.head, self.hidden
         narrow = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         to_hidden = torch.zeros_like(hidden, dtype=narrow) if wanted[0] else None  # [R, D]
@@ -239,12 +283,14 @@ class _Walk:
             theirs = torch.mm(teacher_hidden, self.teacher.weight.T, out=theirs[:size])  # [c, V]
         targets = work.targets[pick]  # [c]
         masks = self._masks(active, pick)
+        factors = {i: w[pick] for i in active if (w := work.terms[i].row_weights) is not None}  # each [c]
         for start in range(0, size, block):
             part = slice(start, min(start + block, size))
             x = _logits(mine[part], self.student, self.maths)  # [b, V]
             y = None if theirs is None else _logits(theirs[part], self.teacher, self.maths)  # [b, V]
             here = {i: mask[part] for i, mask in masks.items()}
-            gradient = self._block(x, y, targets[part], active, here, place + start)  # [b, V]
+            weights = {i: factor[part] for i, factor in factors.items()}
+            gradient = self._block(x, y, targets[part], active, here, weights, place + start)  # [b, V]
             if self.wants_gradient:
                 self._through_logits(gradient, x, mine[part])
         if self.wants_gradient:
@@ -258,13 +304,18 @@ class _Walk:
         device = self.hidden.device
         return {i: mask[pick].to(device, non_blocking=True) for i, mask in rows.items() if mask is not None}
 
-    def _block(self, x, y, targets, active: list[int], masks: dict[int, Tensor], start: int) -> Tensor | None:
+    def _block(
+        self, x, y, targets, active: list[int], masks: dict[int, Tensor], factors: dict[int, Tensor], start: int
+    ) -> Tensor | None:
         """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x."""
         gradient, shared = None, {}
         for i in active:
             term, mask = self.work.terms[i], masks.get(i)
             known = targets if mask is None else targets.masked_fill(~mask, 0)  # [b]
             values, part = _evaluate(term, x, y, known, shared, self.wants_gradient and term.weight != 0)
+            if i in factors:
+                values = values * factors[i]
+                part = None if part is None else part.mul_(factors[i].unsqueeze(-1))
             if mask is not None:
                 values = values.masked_fill(~mask, 0)
             self.values[i, start : start + values.shape[0]] = values
@@ -402,6 +453,10 @@ def _check_head(who: str, hidden: Tensor, head: Head, vocabulary: int | None) ->
 
 def _check_masks(terms: Sequence[RowTerm], rows: int) -> None:
     for term in terms:
+        if term.row_weights is not None and tuple(term.row_weights.shape) != (rows,):
+            raise ValueError(
+                f"term {term.name!r}: row_weights is {tuple(term.row_weights.shape)}; it must be ({rows},) or None"
+            )
         if term.rows is None:
             continue
         if term.rows.dtype != torch.bool or tuple(term.rows.shape) != (rows,):

@@ -18,11 +18,14 @@ import torch
 from transformers import set_seed
 
 import mmkd
+from mmkd.data.preference import rejected_of
 from mmkd.data.samples import DataError, Sample
 from mmkd.data.sources import folder_of, read_samples, resolve
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
+from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, PreferenceTrainer
+from mmkd.distill.reference import fill_reference
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
@@ -109,6 +112,9 @@ def stage_samples(recipe: Recipe, stage: StageSpec) -> list[Sample]:
     samples = [sample for spec in stage.data for sample in read_samples(spec, recipe.seed, recipe.data_root)]
     if not samples:
         raise DataError("a stage has no samples")
+    if any(KINDS[term.kind].preference for term in stage.terms.values()):
+        for sample in samples:
+            rejected_of(sample)
     return samples
 
 
@@ -166,22 +172,28 @@ def _train_stage(
     set_seed(recipe.seed)
     samples = stage_samples(recipe, stage)
     terms = terms_of(stage.terms)
-    needed = teacher if any(t.needs_teacher for t in terms) else None
+    needed = teacher if any(t.needs_teacher and not t.is_preference for t in terms) else None
     if stage.lora is not None:
         add_lora(student, stage.lora)
     set_trainable(student, stage)
-    dataset = PairDataset(
+    of_pairs = any(t.is_preference for t in terms)
+    dataset = (PreferenceDataset if of_pairs else PairDataset)(
         samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples))
     )
-    distiller = Distiller(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
+    distiller = (PreferenceDistiller if of_pairs else Distiller)(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     wrong = split_evenly(stage.optimiser, world_size)
     if wrong:
         raise DataError(f"stage {name}: {'; '.join(wrong)}")
     if len(samples) < stage.optimiser.batch_size:
         raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
-    freeze_unreached(distiller, dataset)
     arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
+    if of_pairs:
+        fill_reference(
+            dataset, teacher, run.parent / "references", batch_size=arguments.per_device_train_batch_size,
+            chunk_bytes=recipe.chunk_bytes, pixels_matter=recipe.guards.pixels_matter,
+        )
+    freeze_unreached(distiller, dataset)
     resume = last_checkpoint(folder)
     if resume is None:
         logger.info("%s, stage %s: %d samples, terms %s", role, name, len(samples), ", ".join(t.name for t in terms))
@@ -189,7 +201,8 @@ def _train_stage(
         guards = recipe.guards
         run_guards(distiller, dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
     set_seed(recipe.seed)
-    trainer = DistillTrainer(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
+    loop = PreferenceTrainer if of_pairs else DistillTrainer
+    trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
     trainer.train(resume_from_checkpoint=resume)
     if dataset.skipped:
         logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))

@@ -21,12 +21,14 @@ class TermKind:
     function: Callable[..., Any]  # a row-loss class for the row engine, else a function of one image's tensors
     teacher: bool = True  # compares with the teacher
     rows: bool = True  # a function of logit rows, computed by the row engine
+    preference: bool = False  # a function of the log-probabilities of a chosen and a rejected answer, [B] each
+    given: tuple[str, ...] = ()  # keyword arguments that the distiller gives, no options
 
     @property
     def options(self) -> tuple[str, ...]:
         """Keyword arguments that a recipe may set."""
         parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is not inspect.Parameter.empty)
+        return tuple(p.name for p in parameters if p.default is not inspect.Parameter.empty and p.name not in self.given)
 
 
 KINDS: dict[str, TermKind] = {
@@ -39,6 +41,8 @@ KINDS: dict[str, TermKind] = {
     "feature_match": TermKind(losses.feature_match, rows=False),
     "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
     "tags": TermKind(losses.tags, teacher=False, rows=False),
+    "dpo": TermKind(losses.dpo, rows=False, preference=True),
+    "kto_pair": TermKind(losses.kto_pair, rows=False, preference=True, given=("kl",)),
 }
 
 POSITIONS = ("response", "prompt", "visual")
@@ -85,8 +89,15 @@ class Term:
         return KINDS[self.kind].rows
 
     @property
+    def is_preference(self) -> bool:
+        """Whether it compares a chosen with a rejected answer; its teacher is a cached reference, not a live one."""
+        return KINDS[self.kind].preference
+
+    @property
     def count(self) -> str:
         """Which global count divides the term's sum."""
+        if self.is_preference:
+            return "pair"
         if not self.is_row_term:
             return "pictured" if self.kind in ("contrastive", "tags") else "image"
         return "switch" if self.path == "switch" else self.positions

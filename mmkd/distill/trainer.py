@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmkd.data.sampler import LengthGroupedSampler, lengths_of
-from mmkd.distill.collate import COUNTS, Batch, Collator, PairDataset
+from mmkd.distill.collate import COUNTS, Batch, PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.recipe import OptimiserSpec, StageSpec
 
@@ -39,7 +39,7 @@ class DistillTrainer(Trainer):
             model=distiller,
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(distiller.tower, distiller.teacher),
+            data_collator=dataset.collator,
             callbacks=[TermLog(log, arguments.run_name)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window

@@ -95,6 +95,11 @@ class Benchmark(BaseModel):
             return _subset(read_pope(folder, self.split, files=self.files), limit)
         return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
 
+    def on_split(self, split: str) -> Benchmark:
+        """The same questions' other split, under a name of its own: no published score is for it."""
+        changes = {"name": f"{self.name}_{split}", "split": split, "expected_rows": None, "reference_scores": ()}
+        return self.model_copy(update=changes)
+
     def render(self, question: Question) -> Sample:
         """The question as the model is asked it."""
         return render(question, self.prompt_style, with_answer=False, ocr=self.ocr)

@@ -8,15 +8,21 @@ student and teacher. `r(y) = log p_student(y) - log p_teacher(y)`. The teacher's
 import torch
 from torch import Tensor
 
+BETA = 0.1  # the default of LLaVA-MoD's code; the paper's value was not seen
+
 
 def dpo(
     chosen_student: Tensor,
     rejected_student: Tensor,
     chosen_teacher: Tensor,
     rejected_teacher: Tensor,
-    beta: float = 0.1,
+    beta: float = BETA,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """`-log sigmoid(beta (r(y+) - r(y-)))` of each pair; returns `[B]`.
+
+    label_smoothing: the share e of pairs that are taken to be the wrong way round, below 0.5: the loss is
+    `-(1 - e) log sigmoid(x) - e log sigmoid(-x)` (LLaVA-MoD's code has it at 0). Raises ValueError beyond.
 
     Source: DPO (arXiv 2305.18290, eq. 7), here with the teacher as reference as in LLaVA-MoD. Beta 0.1 is the
     default of LLaVA-MoD's code. Unlike DPO with a frozen copy of the student, it does not start at log 2.
@@ -24,7 +30,11 @@ def dpo(
     chosen, rejected = _rewards(
         chosen_student, rejected_student, chosen_teacher, rejected_teacher
     )  # [B] each
-    return torch.nn.functional.softplus(-beta * (chosen - rejected))
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 0.5")
+    margin = beta * (chosen - rejected)  # [B]
+    softplus = torch.nn.functional.softplus
+    return (1 - label_smoothing) * softplus(-margin) + label_smoothing * softplus(margin)
 
 
 def kto_pair(
@@ -32,7 +42,7 @@ def kto_pair(
     rejected_student: Tensor,
     chosen_teacher: Tensor,
     rejected_teacher: Tensor,
-    beta: float = 0.1,
+    beta: float = BETA,
     detach_kl: bool = True,
     kl: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:

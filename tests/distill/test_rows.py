@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmkd.distill import rows as engine
-from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.distill.rows import Head, RowTerm, row_log_probs, row_losses
 from mmkd.losses import JSD, CrossEntropy, DBiLD, ForwardKL, ReverseKL, forward_kl
 
 R, V, DS, DT = 23, 190, 12, 20
@@ -440,3 +440,81 @@ def test_errors():
             run(data, terms, **options)
     with pytest.raises(ValueError, match="targets have shape"):
         run({**data, "targets": data["targets"][1:]}, [ce])
+
+
+# ---- log-probabilities of rows
+
+
+def log_probs(data, **options):
+    return row_log_probs(data["hidden"], data["head"], data["targets"], **options)
+
+
+def exact_log_probs(data, vocabulary=None):
+    """The same through whole logits in float64, and the leaves that they hang on."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (data["hidden"], data["head"].weight))
+    bias = None if data["head"].bias is None else data["head"].bias.detach().double().requires_grad_()
+    x = logits(hidden, dataclasses.replace(data["head"], weight=weight, bias=bias), vocabulary)
+    values = x.log_softmax(-1).gather(-1, data["targets"][:, None])[:, 0]
+    return values, [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4000, 2**20])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"scale": 0.5, "softcap": 3.0}])
+def test_log_probs_equal_whole_logits_for_any_function_of_them(chunk_bytes, options):
+    data = make(trained=True, **options)
+    weights = torch.randn(R, generator=torch.Generator().manual_seed(1))
+    found = log_probs(data, chunk_bytes=chunk_bytes)
+    expected, leaves = exact_log_probs(data)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    given = [data["hidden"], data["head"].weight, data["head"].bias][: len(leaves)]
+    ours = torch.autograd.grad((found * weights).mean().sigmoid(), given)
+    theirs = torch.autograd.grad((expected * weights.double()).mean().sigmoid(), leaves)
+    for own, other in zip(ours, theirs, strict=True):
+        assert other.norm() > 1e-3 and (own.double() - other).norm() <= 1e-5 * other.norm()
+
+
+def test_log_probs_of_a_cut_vocabulary_a_frozen_head_and_no_rows():
+    data = make()
+    data["targets"] = data["targets"] % 100
+    torch.testing.assert_close(log_probs(data, vocabulary=100).double(), exact_log_probs(data, 100)[0], rtol=1e-5, atol=1e-5)
+    log_probs(data).sum().backward()
+    assert data["hidden"].grad is not None and data["head"].weight.grad is None
+    none = log_probs(data | {"hidden": data["hidden"][:0], "targets": data["targets"][:0]})
+    assert none.shape == (0,) and none.requires_grad
+
+
+def test_log_probs_gradcheck():
+    data = make(torch.float64, trained=True, bias=True)
+
+    def values(hidden, weight, bias):
+        return row_log_probs(hidden[:4], Head(weight, bias), data["targets"][:4], chunk_bytes=2000)
+
+    inputs = (data["hidden"], data["head"].weight, data["head"].bias)
+    assert torch.autograd.gradcheck(values, inputs, fast_mode=True)
+
+
+def test_log_probs_keep_nothing_as_wide_as_the_vocabulary_but_the_head():
+    data = make(trained=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        log_probs(data)
+    assert sorted(kept) == [(R, DS), (V, DS)]
+
+
+def test_row_weights_multiply_values_and_gradients():
+    data = make(trained=True)
+    weights = torch.rand(R, generator=torch.Generator().manual_seed(2))
+    rows = torch.arange(R) % 3 > 0
+    term = RowTerm("ce", 2.0, CrossEntropy(), False, rows, weights)
+    expected, leaves = exact_log_probs(data)
+    value = -(expected * weights * rows).sum()
+    exact_gradients = torch.autograd.grad(2 * value, leaves)
+    watched = RowTerm("kl", 0.0, ForwardKL(), True)
+    for terms in ([term], [term, watched]):
+        total, sums = run(data, terms, chunk_bytes=5000)
+        assert sums["ce"].item() == pytest.approx(value.item(), rel=1e-5)
+        found = torch.autograd.grad(total, [data["hidden"], data["head"].weight])
+        for own, other in zip(found, exact_gradients, strict=True):
+            assert (own.double() - other).norm() <= 1e-5 * other.norm()
+    with pytest.raises(ValueError, match="row_weights is"):
+        run(data, [dataclasses.replace(term, row_weights=weights[:3])])

@@ -35,12 +35,21 @@ def test_M6_kto_pair():
     close(kto_pair(*SECOND).mean(), 0.4813359097)
 
 
+def test_label_smoothing_mixes_in_the_pairs_the_wrong_way_round():
+    chosen, rejected, *teacher = FIRST
+    turned = dpo(rejected, chosen, teacher[1], teacher[0])
+    torch.testing.assert_close(dpo(*FIRST, label_smoothing=0.2), 0.8 * dpo(*FIRST) + 0.2 * turned)
+    assert dpo(*FIRST, label_smoothing=0.2)[0] > dpo(*FIRST)[0]
+    with pytest.raises(ValueError, match=r"label_smoothing is 0.5; it must be at least 0 and below 0.5"):
+        dpo(*FIRST, label_smoothing=0.5)
+
+
 def test_kl_from_outside():
     kl = (torch.tensor(1.5, dtype=F64), torch.tensor(0.75, dtype=F64))
     torch.testing.assert_close(kto_pair(*SECOND, kl=kl), kto_pair(*SECOND))
 
 
-@pytest.mark.parametrize("loss", [dpo, lambda *x: kto_pair(*x, detach_kl=False)])
+@pytest.mark.parametrize("loss", [dpo, lambda *x: dpo(*x, label_smoothing=0.1), lambda *x: kto_pair(*x, detach_kl=False)])
 def test_gradcheck(loss):
     chosen, rejected, *teacher = SECOND
     inputs = (chosen.clone().requires_grad_(), rejected.clone().requires_grad_())
