@@ -17,7 +17,7 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured")  # order of the count vector
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token")  # order of the count vector
 
 
 @dataclass
@@ -182,6 +182,7 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "switch": int(switch.response.sum()) if switch is not None else 0,
         "image": sum(student.images),
         "pictured": sum(n > 0 for n in student.images),  # samples with a picture
+        "token": int(student.attention_mask.sum()),  # all but padding
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 

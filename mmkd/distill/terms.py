@@ -39,6 +39,7 @@ KINDS: dict[str, TermKind] = {
     "feature_match": TermKind(losses.feature_match, rows=False),
     "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
     "tags": TermKind(losses.tags, teacher=False, rows=False),
+    "load_balance": TermKind(losses.balance_of_layers, teacher=False, rows=False),
 }
 
 POSITIONS = ("response", "prompt", "visual")
@@ -87,6 +88,8 @@ class Term:
     @property
     def count(self) -> str:
         """Which global count divides the term's sum."""
+        if self.kind == "load_balance":
+            return "token"
         if not self.is_row_term:
             return "pictured" if self.kind in ("contrastive", "tags") else "image"
         return "switch" if self.path == "switch" else self.positions

@@ -78,7 +78,8 @@ class Receipt:
         return [
             f"upcycled {self.source} to {self.target}: {self.experts} experts, {self.top_k} a token, in "
             f"layers {', '.join(map(str, self.layers))}",
-            f"parameters: {self.parameters_dense:,} dense, {self.parameters_total:,} sparse, {self.parameters_active:,} active a token",
+            f"parameters: {self.parameters_dense:,} dense, {self.parameters_total:,} sparse, "
+            f"{self.parameters_active:,} active a token",
             f"output difference before training: {self.relative_difference:.1e} (relative)",
             f"fresh routers give an expert {100 * min(shares):.0f} to {100 * max(shares):.0f} % of the places "
             f"(even: {100 / self.experts:.0f} %), on {PROBE[0] * PROBE[1]} random tokens",
@@ -94,10 +95,10 @@ def upcycle(
     layers: "every-other" (0, 2, 4, ..., as in LLaVA-MoD), "all", or their numbers.
     seed: of the routers, drawn as a fresh `nn.Linear` without bias draws its matrix (the released code's choice).
 
-    Weights, processor, dtype and device stay those of the dense tower. Router and experts get the task's gradient only once the experts
-    differ, which the routing of different tokens to them brings about; with top_k 1 the one weight is always 1 and the router
-    learns from the load balance alone. Raises TowerError for a language model without a sparse kin, for what that kin cannot
-    express, and when the outputs differ by more than rounding.
+    Weights, processor, dtype and device stay those of the dense tower. As long as the experts are equal, no term but the load
+    balance has a gradient to the routers; the experts part because each learns from other tokens. With top_k 1 the one weight is
+    always 1, and the routers learn from the balance alone. Raises TowerError for a language model without a sparse kin, for
+    what that kin cannot express, and when the outputs differ by more than rounding.
     """
     config = sparse_config(tower.model.config.get_text_config(), experts=experts, top_k=top_k, layers=layers)
     if top_k == 1:
@@ -143,8 +144,8 @@ def _check_expressible(text: PreTrainedConfig, target: _Target, chosen: list[int
     if not target.dense_layers and len(chosen) < text.num_hidden_layers:
         raise TowerError(
             f"{target.model_type}, the sparse kin of {text.model_type}, has experts in every layer, but only layers "
-            f"{', '.join(map(str, chosen))} of {text.num_hidden_layers} were asked for; set layers to all, or use a student with a "
-            "language model of type qwen2 or qwen3"
+            f"{', '.join(map(str, chosen))} of {text.num_hidden_layers} were asked for; set layers to all, or use a student "
+            "with a language model of type qwen2 or qwen3"
         )
     switched_on = [name for name in target.lacks if getattr(text, name)]
     if switched_on:
@@ -212,11 +213,12 @@ def _receipt(sparse: Tower, dense: Tower, text: PreTrainedConfig) -> Receipt:
     with recorded_routing(sparse) as routing:
         own = _probe(sparse)
     other = _probe(dense)
+    source = dense.model.config.get_text_config().model_type
     difference = float((own - other).norm() / other.norm())
     if not difference <= TOLERANCE[sparse.model.dtype]:
         raise TowerError(
-            f"the upcycled {text.model_type} gives other outputs than its {dense.model.config.get_text_config().model_type}: relative "
-            f"difference {difference:.1e}, more than rounding; its configuration says something that {text.model_type} cannot express"
+            f"the upcycled {text.model_type} gives other outputs than its {source}: relative difference {difference:.1e}, "
+            f"more than rounding; the dense configuration says something that {text.model_type} cannot express"
         )
     use = {}
     for layer, found in routing.items():
@@ -224,7 +226,7 @@ def _receipt(sparse: Tower, dense: Tower, text: PreTrainedConfig) -> Receipt:
         use[layer] = (places / places.sum()).tolist()
     counts = sparse.parameter_count()
     return Receipt(
-        source=dense.model.config.get_text_config().model_type,
+        source=source,
         target=text.model_type,
         layers=list(use),
         experts=text.num_experts,
