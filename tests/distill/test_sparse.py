@@ -203,11 +203,11 @@ def test_what_cannot_be_upcycled_is_refused_before_the_first_stage():
     balanced = {"terms": {"cross_entropy": 1, "load_balance": 0.01}}
     late = recipe_of(dense=STAGE, sparse=STAGE | {"upcycle": {}} | balanced)
     check_experts(late, dense_tower())
-    with pytest.raises(TowerError, match="stages.sparse.upcycle: mixtral, .* set layers to all"):
+    with pytest.raises(TowerError, match=r"stages\.sparse\.upcycle: mixtral, .* set layers to all"):
         check_experts(late, dense_tower("llama"))
-    with pytest.raises(TowerError, match="stages.dense.terms.load_balance balances experts"):
+    with pytest.raises(TowerError, match=r"stages\.dense\.terms\.load_balance balances experts"):
         check_experts(recipe_of(dense=STAGE | balanced, sparse=STAGE | {"upcycle": {}}), dense_tower())
-    with pytest.raises(TowerError, match="stages.twice.upcycle: the student has experts already"):
+    with pytest.raises(TowerError, match=r"stages\.twice\.upcycle: the student has experts already"):
         check_experts(recipe_of(once=STAGE | {"upcycle": {}}, twice=STAGE | {"upcycle": {}}), dense_tower())
 
 
