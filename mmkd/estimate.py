@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmkd.data.samples import Sample
 from mmkd.distill.run import check_answers, check_benchmarks
+from mmkd.distill.sparse import check_experts, upcycled
 from mmkd.distill.stages import build_student, load_teacher, set_trainable, stage_samples, terms_of
 from mmkd.distill.terms import Term
 from mmkd.recipe import Recipe, StageSpec
@@ -23,13 +24,15 @@ def plan(recipe: Recipe) -> str:
     check_answers(samples)
     teacher = load_teacher(recipe)
     student = build_student(recipe, teacher, [t.text for stage in samples.values() for s in stage for t in s.turns])
+    check_experts(recipe, student)
     lines = [recipe.title, f"output: {recipe.output}", ""]
     lines += [*_tower("teacher", teacher), *_tower("student", student)]
     if teacher is not None:
         ratio = student.parameter_count()["total"] / teacher.parameter_count()["total"]
         lines.append(f"the student has {100 * ratio:.1f} % of the teacher's parameters")
     for name, stage in recipe.stages.items():
-        lines += ["", *_stage(recipe, name, stage, samples[name], student, teacher)]
+        student, receipt = upcycled(stage, student, recipe.seed)
+        lines += ["", *(receipt.lines() if receipt else []), *_stage(recipe, name, stage, samples[name], student, teacher)]
     lines += ["", _disk(recipe, student)]
     return "\n".join(lines)
 

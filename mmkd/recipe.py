@@ -19,6 +19,7 @@ from mmkd.data.samples import DataError
 
 FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference")
 PARTS = ("vision", "projector", "language")
+TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
 
 class RecipeError(DataError):
@@ -197,9 +198,24 @@ class LoraSpec(Strict):
     dora: bool = False
 
 
+class UpcycleSpec(Strict):
+    """Makes the student sparse before its stage: experts copied from its feed-forward layers (LLaVA-MoD's values)."""
+
+    experts: int = Field(4, ge=2)
+    top_k: int = Field(2, ge=1)
+    layers: Literal["every-other", "all"] | list[int] = "every-other"
+
+    @model_validator(mode="after")
+    def enough_experts(self) -> UpcycleSpec:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts; lower it or raise experts")
+        return self
+
+
 class StageSpec(Strict):
     data: list[DataSpec] = Field(min_length=1)
-    train: list[Literal[PARTS]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
+    upcycle: UpcycleSpec | None = None
+    train: list[Literal[TRAINABLE]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
     lora: LoraSpec | None = None  # on the language model
     terms: dict[str, TermSpec] = Field(min_length=1)
     control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
@@ -228,6 +244,8 @@ class StageSpec(Strict):
     def consistent(self) -> StageSpec:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either `epochs` or `steps`")
+        if self.lora is not None and ("mlp" in self.train or self.upcycle is not None):
+            raise ValueError("LoRA's adapters do not reach experts; take `lora` out of a stage with `upcycle` or `train: [mlp]`")
         if any(t.path == "switch" for t in self.terms.values()) and "vision" not in self.train:
             raise ValueError(
                 "the visual switch teaches only the vision encoder, which this stage does not train, so its loss would be a "

@@ -17,7 +17,8 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "pair")  # order of the count vector
+# Order of the count vector.
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair")
 
 
 @dataclass
@@ -187,6 +188,7 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "image": sum(student.images),
         "pictured": sum(n > 0 for n in student.images),  # samples with a picture
         "pair": 0,  # a preference stage's collator counts them
+        "token": int(student.attention_mask.sum()),  # all but padding
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 

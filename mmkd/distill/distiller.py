@@ -20,6 +20,7 @@ from mmkd import losses
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
 from mmkd.distill.terms import Term
+from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
 from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
 
 
@@ -31,11 +32,14 @@ class Distiller(nn.Module):
 
     def __init__(self, student: Tower, teacher: Tower | None, terms: Sequence[Term], *, chunk_bytes: int = 256 * 2**20):
         super().__init__()
+        if any(t.kind == "load_balance" for t in terms) and not sparse_blocks(student):
+            raise TowerError("load_balance needs a student with experts; give this stage or an earlier one `upcycle:`")
         if teacher is not None and any(t.is_row_term and t.needs_teacher for t in terms):
             check_vocabularies(student, teacher)
         self.student = student.model
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
+        self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
         self._towers = (student, teacher.freeze() if teacher is not None else None)
         # What a term trains beside the student; it goes into checkpoints, not into the saved student.
         self.extras = nn.ModuleDict({t.name: m for t in self.terms if (m := _extra(t, student, teacher)) is not None})
@@ -80,6 +84,7 @@ class Distiller(nn.Module):
             value = self._image_loss(signals, term)
             total = total + term.weight.at(float(progress)) * value / float(divisors[term.count])
             log[term.name] = (value.detach(), own[term.count])
+        self.routed = signals.routed()
         if not batch.student.pixels:
             total = total + self._touch()
         return total, log | signals.observed
@@ -90,7 +95,7 @@ class Distiller(nn.Module):
     def _touch(self) -> Tensor:
         """0, attached to every trained parameter: a micro-batch without pictures reaches no vision parameter, and
         data-parallel wrappers wait for the gradient of each."""
-        return sum((p.flatten()[0] * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
+        return sum((p.flatten()[:1].sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
 
     def _row_groups(self) -> list[list[Term]]:
         """Row terms by path: those of one path share hidden rows, logits and chunks."""
@@ -133,6 +138,8 @@ class Distiller(nn.Module):
         """Sum over images of a term that compares pictures, not rows."""
         if term.kind == "relation":
             return signals.relation()
+        if term.kind == "load_balance":
+            return signals.load_balance()
         if term.kind == "contrastive":
             return signals.contrastive(self.extras[term.name])
         if term.kind == "tags":
@@ -201,8 +208,13 @@ class Signals:
         return self.student.see(self.batch.student)
 
     @cached_property
+    def student_read(self) -> tuple[Tensor, dict[int, Routing]]:
+        with recorded_routing(self.student) as routing:
+            return self.student.read(self.batch.student, self.student_seen), routing  # [B, L, Ds]
+
+    @property
     def student_hidden(self) -> Tensor:
-        return self.student.read(self.batch.student, self.student_seen)  # [B, L, Ds]
+        return self.student_read[0]
 
     @cached_property
     def teacher_seen(self) -> Seen:
@@ -257,6 +269,25 @@ class Signals:
             inputs.targets[response],
             {"response": torch.ones_like(inputs.targets[response], dtype=torch.bool)},
         )
+
+    # ---- experts ----
+
+    def load_balance(self) -> Tensor:
+        """Balance of the sparse layers over this micro-batch's tokens without padding, times their number.
+
+        The balance is a product of means, so it is one of this micro-batch (as in the published codes); the mean over
+        micro-batches and ranks, weighted by tokens, is our choice.
+        """
+        mask = self.batch.student.attention_mask.flatten().bool()  # [B * L]
+        layers = [routing.logits for routing in self.student_read[1].values()]
+        return losses.balance_of_layers(layers, mask) * float(self.batch.counts[COUNTS.index("token")])
+
+    def routed(self) -> dict[int, Tensor]:
+        """Places that each expert got, padding left out, by layer; empty when no term read through a sparse student."""
+        if "student_read" not in self.__dict__:
+            return {}
+        mask = self.batch.student.attention_mask.flatten().bool()
+        return {layer: routing.tokens(mask) for layer, routing in self.student_read[1].items()}
 
     # ---- pictures ----
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mmkd.data.samples import DataError, Sample
+from mmkd.distill.sparse import check_experts, experts_table
 from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, train, train_control
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
@@ -41,6 +42,7 @@ def distill(recipe: Recipe) -> dict[str, Any]:
     teacher = load_teacher(recipe)
     texts = [t.text for stage in samples.values() for s in stage for t in s.turns]
     student = build_student(recipe, teacher, texts)
+    check_experts(recipe, student)
     del samples
     towers: dict[str, Tower | None] = {"teacher": teacher}
     if recipe.control and teacher is not None:
@@ -135,9 +137,12 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
             entry["student_blind"] = by_role["student_blind"]["score"]
         entry["verdict"] = compared["verdict"]
         entry["parameters"] = {role: by_role[role]["parameters"]["total"] for role in roles}
+        entry["parameters_active"] = {role: by_role[role]["parameters"]["active"] for role in roles}
         benchmarks[name] = entry
     previous = _read(run / "summary.json").get("seconds", 0.0)
     summary = {"title": recipe.title, "seed": recipe.seed, "seconds": round(max(seconds, previous), 1), "benchmarks": benchmarks}
+    if experts := _read(run / "experts.json"):
+        summary["experts"] = experts
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -153,6 +158,12 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def _active(entry: dict[str, Any], role: str) -> str:
+    """What a sparse model uses of its parameters for one token; nothing for a dense one."""
+    active = entry["parameters_active"][role]
+    return f", {active:,} active" if active < entry["parameters"][role] else ""
+
+
 def table(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal."""
     lines = []
@@ -162,7 +173,7 @@ def table(summary: dict[str, Any]) -> str:
             low, high = entry[f"{role}_ci95"]
             lines.append(
                 f"  {role:<8} {100 * entry[role]:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]   "
-                f"{entry['parameters'][role]:>13,} parameters"
+                f"{entry['parameters'][role]:>13,} parameters{_active(entry, role)}"
             )
         if "student_blind" in entry:
             lines.append(f"  student without pictures {100 * entry['student_blind']:.1f} %")
@@ -171,5 +182,7 @@ def table(summary: dict[str, Any]) -> str:
             low, high = found["ci95"]
             lines.append(f"  student - control {100 * found['mean']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
             lines.append(f"  {verdict({'difference': found['mean'], 'ci95': found['ci95']})}")
+    if "experts" in summary:
+        lines.append(experts_table(summary["experts"]))
     lines.append(f"{summary['seconds']:.0f} seconds")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
 from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, PreferenceTrainer
 from mmkd.distill.reference import fill_reference
+from mmkd.distill.sparse import summarise_experts, upcycled, write_receipt
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
@@ -173,6 +174,9 @@ def _train_stage(
     samples = stage_samples(recipe, stage)
     terms = terms_of(stage.terms)
     needed = teacher if any(t.needs_teacher and not t.is_preference for t in terms) else None
+    student, receipt = upcycled(stage, student, recipe.seed)
+    if receipt is not None and is_main_process():
+        write_receipt(receipt, folder)
     if stage.lora is not None:
         add_lora(student, stage.lora)
     set_trainable(student, stage)
@@ -209,6 +213,7 @@ def _train_stage(
     if dataset.truncated:
         logger.warning("stage %s cut the ends of %d answers at max_length %d", name, len(dataset.truncated), student.max_length)
     if is_main_process():
+        summarise_experts(run)
         _save_whole(student, folder / "model")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -219,13 +224,19 @@ def number_of(recipe: Recipe, stage: str) -> int:
     return list(recipe.stages).index(stage)
 
 
+_MLP = ".mlp."  # in the parameter names of a language model's feed-forward layers, experts and routers
+
+
 def set_trainable(student: Tower, stage: StageSpec) -> None:
     """Only the parts that the stage names are trained; with LoRA, of the language model only the adapters."""
     for part, parameters in student.part_parameters().items():
         for name, parameter in parameters:
             adapter = "lora_" in name
             wanted = part in stage.train and (adapter or part != "language" or stage.lora is None)
+            wanted = wanted or ("mlp" in stage.train and part == "language" and _MLP in name)
             parameter.requires_grad_(wanted and parameter.is_floating_point())
+    if "mlp" in stage.train and not any(_MLP in name for name, _ in student.part_parameters()["language"]):
+        raise TowerError(f"train: [mlp], but {type(student.language).__name__} has no parameters below `mlp`; train language")
     if not any(p.requires_grad for p in student.model.parameters()):
         raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
     if stage.gradient_checkpointing:
@@ -289,6 +300,7 @@ def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
             _copy(shared / "control", run / "control")
         (run / "log").mkdir(parents=True, exist_ok=True)
         shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
+        summarise_experts(run)
     _wait()
     return control
 

@@ -43,6 +43,7 @@ KINDS: dict[str, TermKind] = {
     "tags": TermKind(losses.tags, teacher=False, rows=False),
     "dpo": TermKind(losses.dpo, rows=False, preference=True),
     "kto_pair": TermKind(losses.kto_pair, rows=False, preference=True, given=("kl",)),
+    "load_balance": TermKind(losses.balance_of_layers, teacher=False, rows=False),
 }
 
 POSITIONS = ("response", "prompt", "visual")
@@ -98,6 +99,8 @@ class Term:
         """Which global count divides the term's sum."""
         if self.is_preference:
             return "pair"
+        if self.kind == "load_balance":
+            return "token"
         if not self.is_row_term:
             return "pictured" if self.kind in ("contrastive", "tags") else "image"
         return "switch" if self.path == "switch" else self.positions

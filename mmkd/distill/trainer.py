@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mmkd.data.sampler import LengthGroupedSampler, lengths_of
 from mmkd.distill.collate import COUNTS, Batch, PairDataset
 from mmkd.distill.distiller import Distiller
+from mmkd.distill.sparse import LOGGED, ExpertUse
 from mmkd.recipe import OptimiserSpec, StageSpec
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class DistillTrainer(Trainer):
     def __init__(self, distiller: Distiller, dataset: PairDataset, stage: StageSpec, arguments: TrainingArguments, log: Path):
         self.stage = stage
         self._sums: dict[str, Tensor] = {}
+        self._experts = ExpertUse()
         super().__init__(
             model=distiller,
             args=arguments,
@@ -63,6 +65,8 @@ class DistillTrainer(Trainer):
     ) -> Any:
         progress = self.state.global_step / max(1, self.state.max_steps)
         loss, terms = model(inputs["batch"], num_items_in_batch, progress)
+        batch = inputs["batch"]
+        self._experts.add(self.accelerator.unwrap_model(model).routed, int(batch.counts[COUNTS.index("token")]))
         for name, (total, count) in terms.items():
             seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
             self._sums[name] = self._sums[name] + seen if name in self._sums else seen
@@ -75,6 +79,8 @@ class DistillTrainer(Trainer):
                 total, count = self.accelerator.reduce(self._sums[name], reduction="sum").tolist()
                 logs[name] = total / max(1.0, count)
             self._sums.clear()
+            if (use := self._experts.take(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))) is not None:
+                logs[LOGGED] = use
         super().log(logs, start_time)
 
     # ---- order ----
@@ -177,7 +183,7 @@ class TermLog(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            row = {"stage": self.stage, "step": state.global_step, **{k: float(v) for k, v in logs.items()}}
+            row = {"stage": self.stage, "step": state.global_step, **{k: v if k == LOGGED else float(v) for k, v in logs.items()}}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

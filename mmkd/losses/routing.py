@@ -1,5 +1,7 @@
 """Keep the experts of a sparse student evenly used."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,13 @@ def load_balance(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     gates = gates.where(counts.unsqueeze(-1) > 0, torch.zeros_like(gates))
     mean_gate, share = gates.sum(0) / number, (first * counts.unsqueeze(-1)).sum(0) / number  # [E] each
     return logits.shape[-1] * (mean_gate * share).sum()
+
+
+def balance_of_layers(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Sum over sparse layers of `load_balance`, as LLaVA-MoD adds it up; a scalar.
+
+    router_logits: one `[S, E]` a layer; mask `[S]` (bool): tokens that count, in all of them.
+    """
+    if not router_logits:
+        raise ValueError("there are no router logits: the model has no layer with experts")
+    return torch.stack([load_balance(logits, mask) for logits in router_logits]).sum()

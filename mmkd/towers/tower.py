@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmkd.data.samples import DataError, Sample, Turn
+from mmkd.towers.experts import idle_parameters
 from mmkd.towers.families import LANGUAGE_NAMES, NESTED, PROJECTORS, STACKED, TOKEN_TYPES, VISION_NAMES, child
 
 IGNORE = -100  # target of a position that predicts nothing that is supervised
@@ -197,8 +198,9 @@ class Tower:
         return parts
 
     def parameter_count(self) -> dict[str, int]:
+        """All parameters, and those that one token meets: fewer where a language model has experts."""
         total = self.model.num_parameters()  # counts packed 4-bit weights as what they stand for
-        return {"total": total, "active": total}
+        return {"total": total, "active": total - idle_parameters(self)}
 
     @property
     def device(self) -> torch.device:
@@ -418,6 +420,11 @@ class Tower:
         repeats = torch.where(is_visual, first.long() * (count // encoded.images), 1)
         targets = encoded.targets.repeat_interleave(repeats)
         return replace(encoded, input_ids=encoded.input_ids.repeat_interleave(repeats), targets=targets)
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder of a visual token."""
+        return self._image_token_id
 
     @property
     def pad_id(self) -> int:
