@@ -30,14 +30,16 @@ COMPLETE = "complete"  # written last: a checkpoint without it was interrupted
 class DistillTrainer(Trainer):
     """Trains a `Distiller`."""
 
-    def __init__(self, distiller: Distiller, dataset: PairDataset, stage: StageSpec, arguments: TrainingArguments, log: Path):
+    def __init__(
+        self, distiller: Distiller, dataset: PairDataset, stage: StageSpec, arguments: TrainingArguments, log: Path, collator: Any = None
+    ):
         self.stage = stage
         self._sums: dict[str, Tensor] = {}
         super().__init__(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(distiller.tower, distiller.teacher),
+            data_collator=collator or Collator(distiller.tower, distiller.teacher),
             callbacks=[TermLog(log, arguments.run_name)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
