@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
     sub.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
 
-    sub = command("rank", _rank, "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall with the control.")
+    sub = command("rank", _rank, "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall.")
     sub.add_argument("recipe", help="a YAML file with `kind: ranking` or `kind: matching`, see scripts/recipes/cprd_*.yaml")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example ranking.weight=0.5 seed=1")
     sub.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")

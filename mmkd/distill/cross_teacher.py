@@ -57,7 +57,7 @@ class CrossEncoder(ABC):
 
     @torch.no_grad()
     def scores(self, images: Sequence[ImageRef], texts: Sequence[str], pairs: Tensor, *, batch_size: int = 256) -> Tensor:
-        """Probability of a match of `pairs` [P, 2] (number of the picture, number of the text), float32 on the CPU. [P]
+        """Probability of a match, for `pairs` [P, 2] of a picture's and a text's number; float32 on the CPU. [P]
 
         Pairs with texts of like length are scored together, since the rest of a batch is padded.
         """
@@ -96,7 +96,8 @@ class ItmEncoder(CrossEncoder):
             config = AutoConfig.from_pretrained(folder)
             if config.model_type != "blip":
                 raise TowerError(
-                    f"{str(folder)!r} is a {config.model_type!r}, not a BLIP; set teacher.kind=prompted to ask a vision-language model"
+                    f"{str(folder)!r} is a {config.model_type!r}, not a BLIP; set teacher.kind=prompted to ask a "
+                    "vision-language model"
                 )
             model, report = BlipForImageTextRetrieval.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -196,10 +197,10 @@ class PromptedTower(CrossEncoder):
 
     def _log_probability(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str], answer: str) -> Tensor:
         """Log-probability of an answer with its end token. [P]"""
-        samples = [
-            Sample(f"{ref.key} {text}", (ref,), (Turn("user", self.question.replace("{text}", text), 1), Turn("assistant", answer)))
-            for ref, text in zip(images, texts, strict=True)
-        ]
+        samples = []
+        for ref, text in zip(images, texts, strict=True):
+            turns = (Turn("user", self.question.replace("{text}", text), 1), Turn("assistant", answer))
+            samples.append(Sample(f"{ref.key} {text}", (ref,), turns))
         inputs = self.tower.prepare(samples).to(self.tower.device)
         hidden = self.tower.read(inputs, list(seen))  # [P, L, D]
         rows = inputs.response  # [P, L]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mmkd.data.pairs import PairSet
 from mmkd.distill.cross_teacher import ItmEncoder
-from mmkd.distill.ranking import PairBatch
+from mmkd.distill.ranking import PairBatch, Sums
 from mmkd.losses import contrastive
 from mmkd.ranking_recipe import CrossSpec
 from mmkd.towers.dual import TEMPERATURE_RANGE, text_defaults, train_text_tokenizer
@@ -74,7 +74,7 @@ class MatchingModel(nn.Module):
         self.model = encoder.model
         self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
-    def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, Sums]:
         """Contrastive plus matching loss, means over the batch; and {term: (sum, count)} for the log."""
         size = len(batch.images)
         states = self.encoder.states(batch.pixels["pixels"])  # [B, N, Dv]
@@ -92,7 +92,11 @@ class MatchingModel(nn.Module):
         itm = F.binary_cross_entropy_with_logits(odds, truth, reduction="sum")
         pairs = torch.tensor(float(len(images)))
         right = ((odds > 0) == truth.bool()).float().sum()
-        log = {"contrastive": (itc.sum(), torch.tensor(2.0 * size)), "matching": (itm, pairs), "matching_accuracy": (right, pairs)}
+        log = {
+            "contrastive": (itc.sum(), torch.tensor(2.0 * size)),
+            "matching": (itm, pairs),
+            "matching_accuracy": (right, pairs),
+        }
         return itc.mean() / 2 + itm / len(images), log
 
     def _similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:

@@ -27,6 +27,8 @@ from mmkd.distill.trainer import DistillTrainer
 from mmkd.losses import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.towers.dual import DualEncoder, Inputs
 
+Sums = dict[str, tuple[Tensor, Tensor]]  # {term: (sum, count)}
+
 
 @dataclass
 class PairBatch:
@@ -73,7 +75,7 @@ class RankingModel(nn.Module):
         self.student = student
         self.pairs, self.spec, self.table = pairs, spec, scores
 
-    def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, Sums]:
         """The loss of this process's queries, divided by the number of all; and {term: (sum, count)} for the log.
 
         Summed over the processes it is the loss of the whole batch.
@@ -93,13 +95,13 @@ class RankingModel(nn.Module):
         log = {name: _join([found[name] for found in terms]) for name in names}
         return loss, log
 
-    def _weighted(self, found: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def _weighted(self, found: Sums) -> Tensor:
         total = found["contrastive"][0]
         return total + self.spec.weight * found["cprd"][0] if "cprd" in found else total
 
     def _direction(
         self, queries: Tensor, pool: Tensor, positives: Tensor, own: Tensor, others: Tensor, pictures_ask: bool
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    ) -> Sums:
         """{term: (sum over my queries, count)} of one direction. `own` [B] and `others` [M] are numbers in the pair set."""
         similarities = queries.float() @ pool.float().T  # [B, M]
         temperature = self.student.temperature

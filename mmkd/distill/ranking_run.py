@@ -311,7 +311,10 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
     final = run / "model"
     if not final.exists():
         spec = recipe.model
-        encoder = ItmEncoder.load(spec.model, "auto") if spec.config is None else build_cross_encoder(spec.config, pairs.texts, recipe.seed)
+        if spec.config is None:
+            encoder = ItmEncoder.load(spec.model, torch.float32)
+        else:
+            encoder = build_cross_encoder(spec.config, pairs.texts, recipe.seed)
         _to_device(encoder.model)
         set_seed(recipe.seed)
         model = MatchingModel(encoder, pairs, recipe.negatives)
@@ -322,4 +325,5 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
     _to_device(teacher.model)
     scores = ScoreTable(teacher.freeze(), test).all_scores()
     ranks = {"teacher": retrieval_ranks(scores, scores.T, test.relevance())}
-    return write_summary(recipe, run, ranks, test.relevance(), {"teacher": teacher.parameter_count()["total"]}, time.monotonic() - started)
+    parameters = {"teacher": teacher.parameter_count()["total"]}
+    return write_summary(recipe, run, ranks, test.relevance(), parameters, time.monotonic() - started)

@@ -31,7 +31,13 @@ class DistillTrainer(Trainer):
     """Trains a `Distiller`."""
 
     def __init__(
-        self, distiller: Distiller, dataset: PairDataset, stage: StageSpec, arguments: TrainingArguments, log: Path, collator: Any = None
+        self,
+        distiller: Distiller,
+        dataset: PairDataset,
+        stage: StageSpec,
+        arguments: TrainingArguments,
+        log: Path,
+        collator: Any = None,
     ):
         self.stage = stage
         self._sums: dict[str, Tensor] = {}

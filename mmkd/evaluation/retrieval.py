@@ -86,11 +86,11 @@ def compare_retrieval(ranks: Mapping[str, Mapping[str, Sequence[int]]], relevant
     belong to them; differences are paired.
     """
     groups = query_groups(relevant)
-    recalls = {
-        f"recall@{k}_{direction}": _compared({role: hits_at(found[direction], k) for role, found in ranks.items()}, groups[direction], n_boot)
-        for direction in DIRECTIONS
-        for k in CUTOFFS
-    }
+    recalls = {}
+    for direction in DIRECTIONS:
+        for k in CUTOFFS:
+            hits = {role: hits_at(found[direction], k) for role, found in ranks.items()}
+            recalls[f"recall@{k}_{direction}"] = _compared(hits, groups[direction], n_boot)
     medians = {d: {role: median_rank(found[d]) for role, found in ranks.items()} for d in DIRECTIONS}
     return {"recall": recalls, "median_rank": medians}
 

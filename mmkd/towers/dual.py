@@ -169,7 +169,9 @@ class OpenClipDual(DualEncoder):
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_dual(source: str | Path, *, dtype: torch.dtype | str = "auto", seed: int = 0, trust_remote_code: bool = False) -> DualEncoder:
+def load_dual(
+    source: str | Path, *, dtype: torch.dtype | str = "auto", seed: int = 0, trust_remote_code: bool = False
+) -> DualEncoder:
     """A dual encoder by folder, hub id, or "open_clip:NAME[/TAG]" (without a tag: random weights, drawn from `seed`).
 
     A folder of either library is told by its configuration file. Raises TowerError.
@@ -191,8 +193,8 @@ def load_dual(source: str | Path, *, dtype: torch.dtype | str = "auto", seed: in
     missing = [name for name in parts if getattr(model, name, None) is None]
     if missing:
         raise TowerError(
-            f"{type(model).__name__} in {str(source)!r} is no dual encoder (it has no {', '.join(missing)}); give a CLIP, a SigLIP, "
-            f"a VisionTextDualEncoderModel or {OPEN_CLIP}NAME/TAG"
+            f"{type(model).__name__} in {str(source)!r} is no dual encoder (it has no {', '.join(missing)}); give a CLIP, "
+            f"a SigLIP, a VisionTextDualEncoderModel or {OPEN_CLIP}NAME/TAG"
         )
     return TransformersDual(model, processor)
 

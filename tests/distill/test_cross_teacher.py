@@ -62,8 +62,8 @@ def test_a_prompted_tower_compares_its_two_answers(pairs):
         turns = (Turn("user", QUESTION.replace("{text}", text), 1), Turn("assistant", answer))
         inputs = tower.prepare([Sample("s", (image,), turns)])
         with torch.no_grad():
-            logits = tower.model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels).logits.double()
-        known = logits[inputs.response][:, : tower.vocabulary].log_softmax(-1)
+            output = tower.model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels)
+        known = output.logits.double()[inputs.response][:, : tower.vocabulary].log_softmax(-1)
         return known.gather(-1, inputs.targets[inputs.response][:, None]).sum()
 
     for i, image in enumerate(pairs.images):
@@ -78,13 +78,14 @@ def test_batches_and_order_change_nothing(make, pairs):
     teacher, every = make(), everything(pairs)
     whole = teacher.scores(pairs.images, pairs.texts, every)
     order = torch.tensor([4, 8, 0, 3])
-    torch.testing.assert_close(teacher.scores(pairs.images, pairs.texts, every[order], batch_size=2), whole[order], rtol=1e-4, atol=1e-6)
+    some = teacher.scores(pairs.images, pairs.texts, every[order], batch_size=2)
+    torch.testing.assert_close(some, whole[order], rtol=1e-4, atol=1e-6)
 
 
 def test_fingerprints_tell_what_scores_depend_on():
     tower = tiny_tower(3)
-    prints = {PromptedTower(tower).fingerprint(), PromptedTower(tower, "Is it {text}?").fingerprint(), PromptedTower(tower, yes="Yes").fingerprint()}
-    assert len(prints) == 3
+    prompts = ({}, {"question": "Is it {text}?"}, {"yes": "Yes"})
+    assert len({PromptedTower(tower, **prompt).fingerprint() for prompt in prompts}) == 3
     assert blip(0).fingerprint() == blip(0).fingerprint() != blip(1).fingerprint()
 
 

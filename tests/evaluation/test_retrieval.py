@@ -73,7 +73,8 @@ def test_both_directions():
 def test_comparison_is_paired_and_by_picture():
     similarities, relevant = random_case(seed=2)
     better = similarities + 0.4 * relevant
-    ranks = {"control": retrieval_ranks(similarities, similarities.T, relevant), "student": retrieval_ranks(better, better.T, relevant)}
+    matrices = {"control": similarities, "student": better}
+    ranks = {role: retrieval_ranks(s, s.T, relevant) for role, s in matrices.items()}
     found = compare_retrieval(ranks, relevant, n_boot=500)
     entry = found["recall"]["recall@1_both"]
     lead = entry["student_minus_control"]
