@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
     sub.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
 
+    sub = command("rank", _rank, "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall.")
+    sub.add_argument("recipe", help="a YAML file with `kind: ranking` or `kind: matching`, see scripts/recipes/cprd_*.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example ranking.weight=0.5 seed=1")
+    sub.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
+
     sub = command("evaluate", _evaluate, "Score a model on benchmarks.")
     sub.add_argument("model", help="folder or hub id of an image-text model")
     sub.add_argument("--benchmarks", required=True, help="names or card files, separated by commas")
@@ -110,15 +115,31 @@ def _distill(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _distill_seeds(recipe, text: str) -> int:
+def _rank(arguments: argparse.Namespace) -> int:
+    from mmkd.ranking_recipe import MatchingRecipe, load_ranking_recipe
+
+    recipe = load_ranking_recipe(arguments.recipe, arguments.overrides)
+    from mmkd.distill.ranking_run import rank, ranking_table, train_matching
+
+    run = train_matching if isinstance(recipe, MatchingRecipe) else rank
+    if arguments.seeds is not None:
+        return _distill_seeds(recipe, arguments.seeds, run)
+    summary = run(recipe)
+    if summary:
+        print(ranking_table(summary))
+    return 0
+
+
+def _distill_seeds(recipe, text: str, run: Callable | None = None) -> int:
     from mmkd.data.samples import DataError
+    from mmkd.distill.run import distill
     from mmkd.distill.seeds import distill_seeds, seeds_table
 
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise DataError(f"--seeds {text!r} is not of the form 0,1,2") from error
-    print(seeds_table(distill_seeds(recipe, seeds)))
+    print(seeds_table(distill_seeds(recipe, seeds, run or distill)))
     return 0
 
 

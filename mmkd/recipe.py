@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,8 @@ from mmkd.data.samples import DataError
 FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference")
 PARTS = ("vision", "projector", "language")
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class RecipeError(DataError):
@@ -306,6 +308,14 @@ class Recipe(Strict):
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe at `path` with `key=value` overrides. Raises RecipeError with every error at once."""
+    raw = read_raw(path, overrides)
+    if "kind" in raw:
+        raise RecipeError(f"{path} is a recipe of kind {raw['kind']!r}, for dual encoders; run it with: mmkd rank {path}")
+    return validate(raw, str(path), Recipe)
+
+
+def read_raw(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The keys and values of a recipe with what it extends, overrides and environment variables. Raises RecipeError."""
     raw = _read_yaml(Path(path))
     if "extends" in raw:
         parent = Path(path).parent / str(raw.pop("extends"))
@@ -315,7 +325,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raw = _merge(base, raw)
     for override in overrides or []:
         _apply(raw, override)
-    return _validate(_expand(raw, str(path)), str(path))
+    return _expand(raw, str(path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -430,19 +440,20 @@ def _errors(count: int) -> str:
     return f"{count} error{'s' * (count > 1)}"
 
 
-def _validate(raw: dict[str, Any], where: str) -> Recipe:
+def validate(raw: dict[str, Any], where: str, model: type[Model]) -> Model:
+    """`raw` as an instance of a recipe's model. Raises RecipeError that lists every error."""
     try:
-        return Recipe.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(e, raw) for e in error.errors()]
+        lines = [_explain(e, model) for e in error.errors()]
         raise RecipeError(f"{where} has {_errors(len(lines))}:\n" + "\n".join(lines)) from error
 
 
-def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
     path = ".".join(str(p) for p in error["loc"])
     kind = error["type"]
     if kind == "extra_forbidden":
-        return f"  {path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+        return f"  {path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1], model))}"
     if kind == "missing":
         return f"  {path}: missing"
     if kind == "invalid_key":
@@ -455,9 +466,8 @@ def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
     return f"  {path or 'recipe'}: {message}{given}"
 
 
-def _fields_at(loc: tuple) -> list[str]:
+def _fields_at(loc: tuple, model: Any) -> list[str]:
     """Names that are allowed at a place of the recipe, for suggestions."""
-    model: Any = Recipe
     for step in loc:
         field = model.model_fields.get(str(step))
         if field is not None:

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.cards import list_cards
+from mmkd.cards import list_cards, read_yaml
 from mmkd.evaluation.benchmarks import load_benchmark, readme
+from mmkd.ranking_recipe import load_ranking_recipe
 from mmkd.recipe import load_recipe
 from mmkd.towers.tower import Tower
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+EVERY = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+RANKING = [path for path in EVERY if "kind" in read_yaml(path)]
+RECIPES = [path for path in EVERY if path not in RANKING]
 
 
 def test_there_are_recipes_and_all_load():
@@ -19,6 +22,12 @@ def test_there_are_recipes_and_all_load():
         recipe = load_recipe(path)
         assert recipe.title and recipe.output.startswith("runs/"), path
         assert "mmkd distill" in path.read_text(encoding="utf-8"), f"{path} does not say how it is run"
+
+
+def test_there_are_ranking_recipes_and_all_load():
+    assert {load_ranking_recipe(path).kind for path in RANKING} == {"ranking", "matching"} and len(RANKING) >= 4
+    for path in RANKING:
+        assert "mmkd rank" in path.read_text(encoding="utf-8"), f"{path} does not say how it is run"
 
 
 def test_every_benchmark_a_recipe_names_exists():

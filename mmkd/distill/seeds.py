@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mmkd.distill.run import distill, write_whole
-from mmkd.recipe import Recipe
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table the normal one is close enough.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def distill_seeds(recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
-    """Runs the recipe once a seed, under OUTPUT/seed_N, and writes OUTPUT/seeds.json.
+def distill_seeds(recipe: Any, seeds: list[int], run: Callable[[Any], dict[str, Any]] = distill) -> dict[str, Any]:
+    """Runs the recipe once a seed, under OUTPUT/seed_N, and writes OUTPUT/seeds.json. `run` makes a recipe its summary.
 
     Every benchmark gets the mean over seeds of each model's score and of the paired lead of student over control, with the
     95 % interval of Student's t over seeds (the spread of training, not of questions).
@@ -25,7 +25,7 @@ def distill_seeds(recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
     summaries = {}
     for seed in seeds:
         one = recipe.model_copy(update={"seed": seed, "output": str(folder / f"seed_{seed}")})
-        summaries[seed] = distill(one)
+        summaries[seed] = run(one)
     result = over_seeds(summaries)
     write_whole(folder / "seeds.json", json.dumps(result, indent=1) + "\n")
     return result

@@ -33,7 +33,15 @@ COMPLETE = "complete"  # written last: a checkpoint without it was interrupted
 class DistillTrainer(Trainer):
     """Trains a `Distiller`."""
 
-    def __init__(self, distiller: Distiller, dataset: PairDataset, stage: StageSpec, arguments: TrainingArguments, log: Path):
+    def __init__(
+        self,
+        distiller: Distiller,
+        dataset: PairDataset,
+        stage: StageSpec,
+        arguments: TrainingArguments,
+        log: Path,
+        collator: Any = None,
+    ):
         self.stage = stage
         self._sums: dict[str, Tensor] = {}
         self._experts = ExpertUse()
@@ -41,7 +49,7 @@ class DistillTrainer(Trainer):
             model=distiller,
             args=arguments,
             train_dataset=dataset,
-            data_collator=dataset.collator,
+            data_collator=collator or dataset.collator,
             callbacks=[TermLog(log, arguments.run_name)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window

@@ -117,7 +117,7 @@ def assemble(
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = _build_encoder(vision)
+        encoder = build_encoder(vision)
         language_model = _build_language_model(language, tokenizer)
         _plain_head(language_model)
         features, prefix, strategy = _feature_layout(encoder, vision)
@@ -148,7 +148,7 @@ def assemble(
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _build_encoder(spec: VisionSpec) -> nn.Module:
+def build_encoder(spec: VisionSpec) -> nn.Module:
     if (spec.source is None) == (spec.config is None):
         raise TowerError("a vision encoder needs either `source` (pretrained) or `config` (random weights)")
     if spec.source is None:
@@ -179,7 +179,7 @@ def _encoder_from_config(config: dict[str, Any], spec: VisionSpec) -> nn.Module:
     if kind == EncoderConfig.model_type:
         _check_keys(EncoderConfig, config, "vision")
         return _with_width(WrappedEncoder(EncoderConfig(image_size=image_size(spec), **config)))
-    encoder = _from_config(AutoModel, kind, config, "vision")
+    encoder = model_from_config(AutoModel, kind, config, "vision")
     if encoder.main_input_name != "pixel_values":
         half = getattr(getattr(encoder.config, "vision_config", None), "model_type", None)
         hint = f"its vision half is {half!r}" if half else "write the model_type of a vision model"
@@ -187,7 +187,7 @@ def _encoder_from_config(config: dict[str, Any], spec: VisionSpec) -> nn.Module:
     return encoder
 
 
-def _from_config(auto: Any, kind: str, config: dict[str, Any], what: str) -> nn.Module:
+def model_from_config(auto: Any, kind: str, config: dict[str, Any], what: str) -> nn.Module:
     """A model with random weights from the keys of a recipe."""
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=3)
@@ -247,7 +247,7 @@ def _build_language_model(spec: LanguageSpec, tokenizer: Any) -> nn.Module:
             f"the language model has {config['vocab_size']} embeddings, its tokenizer {len(tokenizer)} tokens; "
             "raise vocab_size or leave it out"
         )
-    return _from_config(AutoModelForCausalLM, kind, config, "language")
+    return model_from_config(AutoModelForCausalLM, kind, config, "language")
 
 
 def _load_tokenizer(spec: LanguageSpec) -> Any:
@@ -302,7 +302,7 @@ def _processor(
     spec: VisionSpec, encoder: nn.Module, tokenizer: Any, features: int, prefix: int, strategy: str, template: str
 ) -> LlavaProcessor:
     height, width = image_size(spec, encoder)
-    mean, std = _pixel_statistics(spec, encoder)
+    mean, std = pixel_statistics(spec, encoder)
     # LlavaProcessor counts (H // patch) * (W // patch) + extra placeholders. When the grid does not say it, a patch
     # larger than the picture makes the product 0 and `extra` carries the whole count.
     patch = getattr(encoder.config, "patch_size", None)
@@ -320,7 +320,7 @@ def _processor(
     )
 
 
-def _pixel_statistics(spec: VisionSpec, encoder: nn.Module) -> tuple[list[float], list[float]]:
+def pixel_statistics(spec: VisionSpec, encoder: nn.Module) -> tuple[list[float], list[float]]:
     """(mean, standard deviation) by colour: the spec's, else what the pretrained weights expect, else CLIP's."""
     known = None
     if spec.source is not None:

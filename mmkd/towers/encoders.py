@@ -128,9 +128,9 @@ class WrappedEncoder(PreTrainedModel):
         """The backbone has initialised itself by its own rules."""
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """pixels [n, 3, H, W] -> features [n, N, Dv], as `last_hidden_state` and as the only hidden state."""
+        """pixels [n, 3, H, W] -> features [n, N, Dv], as `last_hidden_state` and as the only hidden state; pooled: their mean."""
         features = tokens_of(self.backbone(pixel_values))  # [n, N, Dv]
-        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,), pooler_output=features.mean(1))
 
 
 def _save_all_buffers(backbone: nn.Module) -> None:

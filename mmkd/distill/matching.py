@@ -1,0 +1,119 @@
+"""Trains a cross-encoder to match pictures with texts: the teacher of a ranking run where none exists.
+
+ALBEF's recipe (arXiv 2107.07651), which BLIP follows: an image-text contrastive loss on the unimodal embeddings, and a matching
+loss on true pairs and on hard negatives that are drawn by the contrastive similarities. No momentum model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmkd.data.pairs import PairSet
+from mmkd.distill.cross_teacher import ItmEncoder
+from mmkd.distill.ranking import PairBatch, Sums
+from mmkd.losses import contrastive
+from mmkd.ranking_recipe import CrossSpec
+from mmkd.towers.dual import TEMPERATURE_RANGE, text_defaults, train_text_tokenizer
+from mmkd.towers.tower import TowerError
+
+
+def build_cross_encoder(spec: CrossSpec, texts: Sequence[str], seed: int) -> ItmEncoder:
+    """A BLIP with random weights drawn from `seed`, its tokenizer trained on `texts`. Raises TowerError."""
+    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
+
+    tokenizer = train_text_tokenizer(texts, spec.vocab_size)
+    # BLIP's own range for vision weights, 1e-10, is meant for weights that are loaded over it.
+    vision = {"initializer_range": 0.02} | spec.vision
+    try:
+        config = BlipConfig(
+            vision_config=vision,
+            text_config=text_defaults(tokenizer) | {"sep_token_id": tokenizer.eos_token_id} | spec.text,
+            image_text_hidden_size=spec.embedding,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = BlipForImageTextRetrieval(config)
+    except (TypeError, ValueError) as error:
+        raise TowerError(f"model.config makes no BLIP: {error}") from error
+    side = config.vision_config.image_size
+    pictures = BlipImageProcessor(size={"height": side, "width": side})
+    return ItmEncoder(model, BlipProcessor(pictures, tokenizer))
+
+
+class MatchingDataset(torch.utils.data.Dataset):
+    """The pairs of a set by number; `collate` loads and prepares them for the cross-encoder."""
+
+    def __init__(self, pairs: PairSet, encoder: ItmEncoder):
+        self.pairs, self.encoder = pairs, encoder
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        image, text = self.pairs.pairs[index].tolist()
+        return image, text
+
+    def collate(self, numbers: Sequence[tuple[int, int]]) -> dict[str, PairBatch]:
+        images, texts = ([n[i] for n in numbers] for i in (0, 1))
+        pixels = {"pixels": self.encoder.pixels([self.pairs.images[i] for i in images])}
+        tokens = self.encoder.tokens([self.pairs.texts[t] for t in texts])
+        return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), pixels, tokens)}
+
+
+class MatchingModel(nn.Module):
+    """The cross-encoder with its two losses."""
+
+    def __init__(self, encoder: ItmEncoder, pairs: PairSet, negatives: int = 1, temperature: float = 0.07):
+        super().__init__()
+        self.encoder, self.pairs, self.negatives = encoder, pairs, negatives
+        self.model = encoder.model
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+
+    def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, Sums]:
+        """Contrastive plus matching loss, means over the batch; and {term: (sum, count)} for the log."""
+        size = len(batch.images)
+        states = self.encoder.states(batch.pixels["pixels"])  # [B, N, Dv]
+        positives = self.pairs.match(batch.images, batch.texts)  # [B, B]
+        similarities = self._similarities(states, batch.tokens)  # [B, B]
+        temperature = (-self.log_scale).exp().clamp(*TEMPERATURE_RANGE)
+        itc = contrastive(similarities, positives, temperature) + contrastive(similarities.T, positives.T, temperature)  # [B]
+        logits = (similarities / temperature).detach()
+        own = torch.arange(size, device=states.device)
+        repeated = own.repeat_interleave(self.negatives)
+        images = torch.cat([own, repeated, draw_negatives(logits.T, positives.T, self.negatives)])  # [P]
+        texts = torch.cat([own, draw_negatives(logits, positives, self.negatives), repeated])  # [P]
+        truth = positives[images, texts].float()  # a query without any negative in the batch draws a positive
+        odds = self.encoder.match(states[images], {name: ids[texts] for name, ids in batch.tokens.items()})  # [P]
+        itm = F.binary_cross_entropy_with_logits(odds, truth, reduction="sum")
+        pairs = torch.tensor(float(len(images)))
+        right = ((odds > 0) == truth.bool()).float().sum()
+        log = {
+            "contrastive": (itc.sum(), torch.tensor(2.0 * size)),
+            "matching": (itm, pairs),
+            "matching_accuracy": (right, pairs),
+        }
+        return itc.mean() / 2 + itm / len(images), log
+
+    def _similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """Cosines of the unimodal embeddings, pictures by texts. [B, B]"""
+        hidden = self.model.text_encoder(**tokens).last_hidden_state
+        images = F.normalize(self.model.vision_proj(states[:, 0]), dim=-1)
+        texts = F.normalize(self.model.text_proj(hidden[:, 0]), dim=-1)
+        return images @ texts.T
+
+
+def draw_negatives(logits: Tensor, positives: Tensor, count: int) -> Tensor:
+    """Columns drawn for each row by its softmax without the positives. [B, M] -> [B * count]
+
+    A row whose columns are all positives draws among these.
+    """
+    weights = logits.masked_fill(positives, -torch.inf)
+    weights = torch.where(positives.all(-1, keepdim=True), 0.0, weights).softmax(-1)
+    # A little of everything, so that a row can be drawn from `count` times however peaked it is.
+    allowed = (~positives | positives.all(-1, keepdim=True)).float()
+    return torch.multinomial(weights + 1e-4 * allowed, count, replacement=True).flatten()

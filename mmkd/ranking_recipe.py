@@ -1,0 +1,185 @@
+"""Recipes for dual encoders, run by `mmkd rank`: `kind: ranking` distils one, `kind: matching` trains a cross-encoder to teach.
+
+Read and checked as `mmkd.recipe` does it: all errors at once, each with the key's path and what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from mmkd.recipe import DataSpec, RecipeError, Strict, VisionConfig, read_raw, validate
+
+KINDS = ("ranking", "matching")
+
+
+class TextConfig(Strict):
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    vocab_size: int | None = Field(None, gt=0)  # of the tokenizer trained on the captions; goes with `config`
+
+    @model_validator(mode="after")
+    def one_origin(self) -> TextConfig:
+        if (self.source is None) == (self.config is None):
+            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
+        if (self.config is None) != (self.vocab_size is None):
+            raise ValueError("`vocab_size` (of a tokenizer trained on the captions) goes with `config`, and only with it")
+        return self
+
+
+class DualSpec(Strict):
+    vision: VisionConfig
+    text: TextConfig
+    embedding: int = Field(256, gt=0)
+
+
+class DualStudentSpec(Strict):
+    model: str | None = None
+    assemble: DualSpec | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def one_origin(self) -> DualStudentSpec:
+        if (self.model is None) == (self.assemble is None):
+            raise ValueError("give either `model` (a folder, hub id or open_clip:NAME/TAG) or `assemble` (parts)")
+        return self
+
+
+class CrossTeacherSpec(Strict):
+    """The cross-encoder: BLIP's image-text-matching head ("itm"), or a vision-language model that is asked ("prompted")."""
+
+    model: str
+    kind: Literal["itm", "prompted"] = "itm"
+    question: str | None = None  # prompted: holds {text}; None: cross_teacher.QUESTION
+    yes: str | None = None
+    no: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    batch_size: int = Field(256, gt=0)  # pairs scored at once
+
+    @model_validator(mode="after")
+    def question_is_asked(self) -> CrossTeacherSpec:
+        given = [name for name in ("question", "yes", "no") if getattr(self, name) is not None]
+        if self.kind == "itm" and given:
+            raise ValueError(f"{', '.join(given)}: a matching head is asked nothing; take it out or set kind: prompted")
+        if self.question is not None and "{text}" not in self.question:
+            raise ValueError(f"the question {self.question!r} has no place for the text; write {{text}} in it")
+        return self
+
+    def prompt(self) -> dict[str, str]:
+        """What the recipe says of the question, for PromptedTower."""
+        return {name: getattr(self, name) for name in ("question", "yes", "no") if getattr(self, name) is not None}
+
+
+class RankingSpec(Strict):
+    """CPRD's options. The paper's text was not to be had; every default here is our choice (docs/methods/cprd.md)."""
+
+    weight: float = Field(1.0, ge=0)  # of CPRD beside the contrastive loss
+    candidates: int = Field(16, gt=1)  # K, hard negatives of a query
+    threshold: float = Field(0.1, ge=0, le=1)  # teacher score from which a hard negative is valid
+    top_m: int | None = Field(None, gt=0)  # instead of the threshold: so many are valid
+    margin: float | None = Field(None, gt=0)  # end the list where neighbouring scores differ by less
+    rank_reduction: Literal["sum", "mean_valid"] = "sum"
+    query_reduction: Literal["all", "with_valid"] = "all"
+    detach_temperature: bool = False
+    include_easy: bool = False  # the rest of the pool stands in every denominator
+
+
+class StepSpec(Strict):
+    """The optimiser. A contrastive pool is the batch, so a batch is never cut into micro-batches."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
+    max_grad_norm: float = Field(1.0, ge=0)
+    batch_size: int = Field(128, gt=1)  # pairs a step, over all processes
+    micro_batch_size: ClassVar[None] = None
+
+
+class TrainingSpec(Strict):
+    optimiser: StepSpec = StepSpec()
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    save_every: int = Field(200, gt=0)
+    log_every: int = Field(20, gt=0)
+
+    @model_validator(mode="after")
+    def one_length(self) -> TrainingSpec:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either `epochs` or `steps`")
+        return self
+
+
+class RetrievalSpec(Strict):
+    data: list[DataSpec] = Field(min_length=1)
+    batch_size: int = Field(128, gt=0)
+    # The teacher orders so many of the student's best candidates of each query; None: it scores every pair of the test set.
+    rerank: int | None = Field(None, gt=0)
+
+
+class RankingRecipe(Strict):
+    kind: Literal["ranking"]
+    title: str
+    output: str
+    data_root: str | None = None
+    seed: int = 0
+    teacher: CrossTeacherSpec
+    student: DualStudentSpec
+    data: list[DataSpec] = Field(min_length=1)
+    ranking: RankingSpec = RankingSpec()
+    training: TrainingSpec
+    control: bool = True
+    evaluation: RetrievalSpec
+
+
+class CrossSpec(Strict):
+    """A BLIP with random weights: keys of its vision and text configurations."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    vocab_size: int = Field(gt=0)
+    embedding: int = Field(128, gt=0)
+
+
+class MatchingSpec(Strict):
+    model: str | None = None
+    config: CrossSpec | None = None
+
+    @model_validator(mode="after")
+    def one_origin(self) -> MatchingSpec:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give either `model` (a BLIP to fine-tune) or `config` (random weights)")
+        return self
+
+
+class MatchingRecipe(Strict):
+    """Trains a cross-encoder by image-text contrast and matching, with negatives drawn by its own contrast (ALBEF, BLIP)."""
+
+    kind: Literal["matching"]
+    title: str
+    output: str
+    data_root: str | None = None
+    seed: int = 0
+    model: MatchingSpec
+    data: list[DataSpec] = Field(min_length=1)
+    negatives: int = Field(1, gt=0)  # drawn for each picture and for each caption
+    training: TrainingSpec
+    evaluation: RetrievalSpec
+
+
+MODELS = {"ranking": RankingRecipe, "matching": MatchingRecipe}
+
+
+def load_ranking_recipe(path: str | Path, overrides: list[str] | None = None) -> RankingRecipe | MatchingRecipe:
+    """The recipe at `path`, of the kind that it names. Raises RecipeError with every error at once."""
+    raw = read_raw(path, overrides)
+    kind = raw.get("kind")
+    if kind not in KINDS:
+        stated = "says no `kind`" if kind is None else f"is of kind {kind!r}"
+        raise RecipeError(f"{path} {stated}; `mmkd rank` runs kind: {' or '.join(KINDS)}, `mmkd distill` recipes without one")
+    return validate(raw, str(path), MODELS[kind])
