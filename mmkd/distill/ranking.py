@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainingArguments
 
 from mmkd.data.pairs import PairSet
 from mmkd.distill.cross_teacher import ScoreTable
@@ -193,6 +193,12 @@ class RankingTrainer(DistillTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         return None
+
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sampler | None:
+        return Trainer._get_train_sampler(self, train_dataset)
+
+    def _count_experts(self, model: nn.Module, batch: Any) -> None:
+        """A dual encoder has none."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -73,13 +73,15 @@ class DistillTrainer(Trainer):
     ) -> Any:
         progress = self.state.global_step / max(1, self.state.max_steps)
         loss, terms = model(inputs["batch"], num_items_in_batch, progress)
-        batch = inputs["batch"]
-        self._experts.add(self.accelerator.unwrap_model(model).routed, int(batch.counts[COUNTS.index("token")]))
+        self._count_experts(model, inputs["batch"])
         for name, (total, count) in terms.items():
             seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
             self._sums[name] = self._sums[name] + seen if name in self._sums else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients; our counts are global already
         return (loss, terms) if return_outputs else loss
+
+    def _count_experts(self, model: nn.Module, batch: Batch) -> None:
+        self._experts.add(self.accelerator.unwrap_model(model).routed, int(batch.counts[COUNTS.index("token")]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._sums and "loss" in logs:
