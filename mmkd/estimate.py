@@ -61,13 +61,17 @@ def _stage(
     lines = [
         f"stage {name}: {len(samples):,} samples, {steps:,} steps of {batch}, trains {', '.join(stage.train)} "
         f"({trained:,} parameters)",
-        "  terms: " + ", ".join(f"{t.name} ({t.kind} on {t.positions}{', switched' if t.path == 'switch' else ''})" for t in terms),
+        "  terms: " + ", ".join(_term(t) for t in terms),
         f"  a step: about {rows:,} rows of {student.vocabulary:,} logits",
         f"  memory: gradients and optimiser {_size(optimiser)}, losses {_size(ours)} (a naive computation: {_size(naive)})",
     ]
     if any(t.path == "switch" for t in terms):
         lines.append("  the visual switch needs the live teacher: a third pass, with gradients through its language model")
     return lines
+
+
+def _term(term: Term) -> str:
+    return f"{term.name} ({term.kind} on {term.positions}{', switched' if term.path == 'switch' else ''})"
 
 
 def _rows(student: Tower, encoded: list[Encoded], terms: list[Term], batch: int) -> int:

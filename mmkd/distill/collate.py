@@ -149,8 +149,8 @@ class PairDataset(Dataset):
         own, other = self.student.text_ids(student), self.teacher.text_ids(teacher)
         if not torch.equal(own, other):
             raise DataError(
-                f"sample {student.id!r} has {len(own)} text tokens in the student and {len(other)} in the teacher, or other ones; "
-                "terms on prompt positions that compare with the teacher need the same chat template"
+                f"sample {student.id!r} has {len(own)} text tokens in the student and {len(other)} in the teacher, or other "
+                "ones; terms on prompt positions that compare with the teacher need the same chat template"
             )
 
     def _switch(self, student: Encoded, teacher: Encoded) -> Encoded | None:

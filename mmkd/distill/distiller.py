@@ -157,8 +157,8 @@ def check_vocabularies(student: Tower, teacher: Tower) -> None:
     differing = [t for t in {*own, *other} if own.get(t) != other.get(t) and (t not in added or (t in own and t in other))]
     if differing:
         raise TowerError(
-            f"{len(differing):,} tokens of the student's {len(own):,} and the teacher's {len(other):,} have another id or none in "
-            f"the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be compared; build the "
+            f"{len(differing):,} tokens of the student's {len(own):,} and the teacher's {len(other):,} have another id or none "
+            f"in the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be compared; build the "
             "student on a language model with the teacher's tokenizer"
         )
 

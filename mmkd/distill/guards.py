@@ -57,7 +57,8 @@ def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
     loss, _ = distiller(batch)
     if not loss.requires_grad:
         raise GuardError(
-            "the terms reach no trained parameter: " + ", ".join(t.name for t in distiller.terms) + "; train the part that they act on"
+            f"the terms reach no trained parameter: {', '.join(t.name for t in distiller.terms)}; "
+            "train the part that they act on"
         )
     loss.backward()
     unreached = [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
@@ -130,9 +131,9 @@ def _check_projection(role: str, tower: Tower, inputs: TowerInputs) -> None:
     for image, (own, again) in enumerate(zip(seen.tokens, tower.project(seen.features), strict=True)):
         if own.shape != again.shape or not torch.allclose(own, again, rtol=1e-2, atol=1e-3 * float(own.abs().max())):
             raise GuardError(
-                f"the {role}'s projector does not turn its vision features into its visual tokens (image {image}: {list(own.shape)} "
-                f"against {list(again.shape)}): {tower.model.config.model_type!r} reorders or adds tokens around it, so the visual "
-                "switch and feature_match would compare other places; take these terms out or use another pair"
+                f"the {role}'s projector does not turn its vision features into its visual tokens (image {image}: "
+                f"{list(own.shape)} against {list(again.shape)}): {tower.model.config.model_type!r} reorders or adds tokens "
+                "around it, so the visual switch and feature_match would compare other places; take these terms out or use another pair"
             )
 
 
@@ -140,8 +141,8 @@ def _check_teacher(facts: dict[str, float]) -> None:
     if facts["teacher_loss"] >= facts["student_loss"]:
         raise GuardError(
             f"the teacher's loss on the training answers ({facts['teacher_loss']:.3f}) is not below the untrained student's "
-            f"({facts['student_loss']:.3f}): it was not loaded, does not know this task, or is asked in another template. Fine-tune "
-            "it first; to train all the same set guards.teacher_is_better=false"
+            f"({facts['student_loss']:.3f}): it was not loaded, does not know this task, or is asked in another template. "
+            "Fine-tune it first; to train all the same set guards.teacher_is_better=false"
         )
 
 

@@ -65,7 +65,8 @@ def seeds_table(result: dict[str, Any]) -> str:
     lines = [f"{len(result['seeds'])} seeds: {', '.join(map(str, result['seeds']))}"]
     for name, found in result["benchmarks"].items():
         lines.append(f"{name} ({found['n']} questions)")
-        lines += [f"  {role:<14} {_percent(found[role])}" for role in ("teacher", "control", "student", "student_blind") if role in found]
+        roles = [role for role in ("teacher", "control", "student", "student_blind") if role in found]
+        lines += [f"  {role:<14} {_percent(found[role])}" for role in roles]
         if "student_minus_control" in found:
             lines.append(f"  {'lead':<14} {_percent(found['student_minus_control'], sign='+')}")
     if "student_minus_control" in result:

@@ -240,7 +240,7 @@ class Tower:
             logits = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
             if (logits - own).abs().max() <= 1e-2 * own.abs().max():
                 return scale, cap
-        raise TowerError(f"the logits of {type(self.model).__name__} are not its head's, scaled or soft-capped; it cannot be distilled")
+        raise TowerError(f"the logits of {type(self.model).__name__} are not its head's, scaled or soft-capped; it cannot distil")
 
     def freeze(self) -> Tower:
         """The tower as a teacher: evaluation mode, no gradient to its parameters."""

@@ -166,7 +166,8 @@ def test_two_processes_are_one(recipe, undisturbed, tmp_path):
 
 
 def test_micro_batches_give_the_same_weights(recipe, undisturbed, tmp_path):
-    done = run(recipe, tmp_path / "out", "stages.second.optimiser.micro_batch_size=4", "stages.first.optimiser.micro_batch_size=1", "control=false")
+    smaller = [f"stages.{stage}.optimiser.micro_batch_size={size}" for stage, size in (("second", 4), ("first", 1))]
+    done = run(recipe, tmp_path / "out", *smaller, "control=false")
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = weights(undisturbed[0]), weights(tmp_path / "out")
     for name, tensor in expected.items():
