@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mmkd.ranking_recipe import load_ranking_recipe
 from mmkd.recipe import RecipeError, load_recipe
 
 BASE = """
@@ -204,7 +206,8 @@ def test_a_key_that_is_given_twice_is_refused(load):
 
 def test_every_recipe_of_the_project_loads():
     paths = sorted(RECIPES.rglob("*.yaml"))
-    assert len(paths) >= 1
-    for path in paths:
-        recipe = load_recipe(path)
-        assert recipe.stages and recipe.title
+    kinds = [yaml.safe_load(path.read_text(encoding="utf-8")).get("kind", "distillation") for path in paths]
+    assert len(paths) >= 19 and {*kinds} == {"distillation", "ranking", "matching"}
+    for path, kind in zip(paths, kinds, strict=True):
+        recipe = load_recipe(path) if kind == "distillation" else load_ranking_recipe(path)
+        assert recipe.title
