@@ -26,6 +26,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def one_line(error: Exception) -> str:
+    """An error's own words on one line, at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
 class Row:
     """An annotation with its place; its fields are checked when they are asked for.
 
@@ -111,7 +116,7 @@ def parse(text: str, where: str) -> Any:
         place = f"line {error.lineno} column {error.colno}"
         raise DataError(f"{where} is no valid JSON: {error.msg} at {place}{end}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no valid JSON: {error}") from error
+        raise DataError(f"{where} is no valid JSON: {one_line(error)}") from error
 
 
 def read_text(path: Path) -> str:
@@ -121,7 +126,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not in UTF-8 (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def load(path: Path) -> Any:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmkd.data.annotations import shown
+from mmkd.data.annotations import one_line, shown
 from mmkd.data.prompts import letter_of
 from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
 from mmkd.evaluation.benchmarks import Benchmark
@@ -109,10 +109,11 @@ def evaluate(
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
     if choices not in ANSWERED_BY:
         raise DataError(f"choices are answered by {choices!r}; there are {', '.join(ANSWERED_BY)}")
+    questions = benchmark.read(data_root, limit)
+    refuse_unscored(benchmark, questions, submission)
+    items = _prepare(benchmark, questions, blind)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    items = _prepare(benchmark, benchmark.read(data_root, limit), blind)
-    _refuse_unscored(benchmark, items, submission)
     header = {
         "benchmark": benchmark.name,
         "model_fingerprint": tower.fingerprint(),
@@ -139,21 +140,21 @@ def evaluate(
         path = write_submission(benchmark.submission, out, predictions, [item.question for item in items])
         results["submission"] = path.name
     _write_atomically(out / PREDICTIONS, _lines(rows))
-    _write_atomically(out / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    write_object(out / RESULTS, results)
     store.close()
     return results
 
 
-def _refuse_unscored(benchmark: Benchmark, items: Sequence[_Item], submission: bool) -> None:
+def refuse_unscored(benchmark: Benchmark, questions: Sequence[Question], submission: bool) -> None:
     """Every question has an answer, or none has and the test server's file is wanted. Raises DataError."""
-    open_items = [item for item in items if not item.references]
+    hidden = [question for question in questions if not references_of(question, benchmark.by_letter(question))]
     if submission and benchmark.submission is None:
         raise DataError(f"benchmark {benchmark.name!r} has no test server's format; leave --submission out")
-    if open_items and (len(open_items) < len(items) or not submission):
+    if hidden and (len(hidden) < len(questions) or not submission):
         way = "use --submission for the test server's file" if benchmark.submission else "use a split with answers"
         raise DataError(
-            f"benchmark {benchmark.name!r}: {len(open_items)} of {len(items)} questions have no answer to score against "
-            f"(first: {open_items[0].question.id!r}); {way}"
+            f"benchmark {benchmark.name!r}: {len(hidden)} of {len(questions)} questions have no answer to score against "
+            f"(first: {shown(hidden[0].id)}); {way}"
         )
 
 
@@ -351,7 +352,7 @@ class _Store:
             difference = _difference(dict(header["header"]), self.header)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{self.path} is damaged ({shown(str(error))}); delete it or start anew with resume=False"
+                f"{self.path} is damaged ({one_line(error) or type(error).__name__}); delete it or start anew with resume=False"
             ) from error
         if difference:
             raise DataError(
@@ -398,6 +399,11 @@ def _finished_answers(out: Path, header: dict[str, Any]) -> dict[str, dict]:
 
 def _lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    _write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:

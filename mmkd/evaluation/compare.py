@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.data.annotations import Row, kind, shown
+from mmkd.data.annotations import Row, kind, one_line, shown
 from mmkd.data.samples import DataError
 
 LEVEL = 0.95
@@ -111,7 +111,7 @@ def read_object(path: Path | str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {shown(str(error))}; write it again or delete it") from error
+        raise DataError(f"{path} cannot be read: {one_line(error)}; write it again or delete it") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds {kind(content)}, an object is expected; write it again or delete it")
     return content
@@ -124,7 +124,7 @@ def read_predictions(path: Path | str) -> dict[str, dict]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"predictions {path} cannot be read: {error}") from error
+        raise DataError(f"predictions {path} cannot be read: {one_line(error)}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -144,7 +144,7 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = Row(json.loads(line), where)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a row of predictions ({shown(str(error))}); evaluate again") from error
+        raise DataError(f"{where}: not a row of predictions ({one_line(error)}); evaluate again") from error
     row.text("id")
     for key in filter(row.has, _TEXTS):
         row.text(key)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from string import ascii_uppercase
 from typing import Any
 
-from mmkd.data.annotations import Row, as_list, load, load_object, read_text, rows, shown
+from mmkd.data.annotations import Row, as_list, load, load_object, one_line, read_text, rows, shown
 from mmkd.data.formats import refuse_duplicates
 from mmkd.data.samples import DataError, ImageRef, Question
 from mmkd.data.tables import parquet_rows, tsv_rows
@@ -325,7 +325,7 @@ def _table(path: Path) -> tuple[dict[str, Any], ...]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not in UTF-8 (byte {error.start}); convert it to UTF-8") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; is the download complete?") from error
+        raise DataError(f"{path} cannot be read: {one_line(error)}; is the download complete?") from error
 
 
 def _picture_rows(table: tuple[dict[str, str], ...], path: Path) -> list[int]:

@@ -223,7 +223,12 @@ def anls(prediction: str, references: Sequence[str], threshold: float = 0.5) -> 
     answer = prediction.lower().strip()
     if not answer:
         return 0.0
-    best = max(_similarity(answer, reference.lower().strip()) for reference in references)
+    wanted = [reference.lower().strip() for reference in references]
+    if answer in wanted:
+        return 1.0
+    # The similarity is at most shorter / longer: what cannot reach the threshold by its length is not compared.
+    near = [text for text in wanted if min(len(text), len(answer)) >= threshold * max(len(text), len(answer))]
+    best = max((_similarity(answer, text) for text in near), default=0.0)
     return best if best >= threshold else 0.0
 
 
