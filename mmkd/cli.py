@@ -59,13 +59,20 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", _evaluate, "Score a model on benchmarks.")
     sub.add_argument("model", help="folder or hub id of an image-text model")
-    sub.add_argument("--benchmarks", required=True, help="names or card files, separated by commas")
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--benchmarks", help="names or card files, separated by commas")
+    which.add_argument("--suite", help="name or card file of a suite: its benchmarks and their average")
+    sub.add_argument("--server-scores", default="", metavar="vqav2=77.7,...", help="what test servers gave to a suite")
     sub.add_argument("--data-root", help="folder that holds the benchmarks' downloaded files")
     sub.add_argument("--output", default=None, help="folder for results (default: runs/evaluation/MODEL)")
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--limit", type=int, default=None, help="score a seeded subset of so many questions")
     sub.add_argument("--split", default=None, help="another split than the benchmark's, for example train (see `mmkd pairs`)")
     sub.add_argument("--blind", action="store_true", help="take the pictures away: what the words alone give")
+    sub.add_argument("--importance", action="store_true", help="ask with and without pictures: which questions need them")
+    sub.add_argument("--choices", default="generation", choices=["generation", "likelihood"], help="of multiple choice")
+    sub.add_argument("--submission", action="store_true", help="write the test servers' files")
+    sub.add_argument("--cache-mb", type=int, default=1024, help="room for visual tokens of pictures with open questions")
     sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     sub.add_argument("--quantise", default=None, choices=["8bit", "4bit"])
     sub.add_argument("--trust-remote-code", action="store_true")
@@ -144,40 +151,9 @@ def _distill_seeds(recipe, text: str, run: Callable | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from mmkd.evaluation.answer import evaluate
-    from mmkd.evaluation.benchmarks import load_benchmark
+    from mmkd.evaluation.command import evaluate_command
 
-    benchmarks = [load_benchmark(name.strip()) for name in arguments.benchmarks.split(",") if name.strip()]
-    if arguments.split is not None:
-        benchmarks = [benchmark.on_split(arguments.split) for benchmark in benchmarks]
-    for benchmark in benchmarks:
-        benchmark.read(arguments.data_root, arguments.limit)
-    from mmkd.distill.stages import dtype_of, to_device
-    from mmkd.towers.tower import Tower
-
-    tower = Tower.load(
-        arguments.model,
-        dtype=dtype_of(arguments.dtype),
-        quantise=arguments.quantise,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    tower = to_device(tower, arguments.quantise)
-    folder = Path(arguments.output or Path("runs/evaluation") / Path(arguments.model).name)
-    for benchmark in benchmarks:
-        results = evaluate(
-            tower,
-            benchmark,
-            folder / (benchmark.name + ("_blind" if arguments.blind else "")),
-            data_root=arguments.data_root,
-            batch_size=arguments.batch_size,
-            limit=arguments.limit,
-            blind=arguments.blind,
-            model_name=arguments.model,
-        )
-        low, high = results["ci95"]
-        print(f"{benchmark.name}: {100 * results['score']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], {results['n']} questions")
-    print(f"results: {folder}")
-    return 0
+    return evaluate_command(arguments)
 
 
 def _pairs(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,6 @@ leave the folder or archive that stands in front of the pattern's first field of
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import zipfile
@@ -34,6 +33,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmkd.data.annotations import Row as _Row
+from mmkd.data.annotations import as_list as _list
+from mmkd.data.annotations import kind as _kind
+from mmkd.data.annotations import load as _load
+from mmkd.data.annotations import load_object as _load_object
+from mmkd.data.annotations import rows as _rows
+from mmkd.data.annotations import shown
 from mmkd.data.samples import IMAGE_MARKER, DataError, ImageRef, Question, Sample, Turn
 
 TARGETS = ("first", "majority", "sampled")
@@ -78,8 +84,8 @@ def read_questions(
     questions = reader(source, _chooser(target, seed))
     if not questions:
         raise DataError(f"split {split!r} of {root} holds no questions")
-    _refuse_duplicates(questions, f"split {split!r} of {root}")
-    return _subset(questions, limit, image_limit, seed)
+    refuse_duplicates(questions, f"split {split!r} of {root}")
+    return subset(questions, limit, image_limit, seed)
 
 
 def read_conversations(
@@ -115,7 +121,7 @@ def read_conversations(
         unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
         refs = tuple(images.ref(row.where, name=image) for image in _image_names(row))
         samples.append(Sample(unique, refs, _conversation(row, len(refs))))
-    return _subset(samples, limit, image_limit, seed)
+    return subset(samples, limit, image_limit, seed)
 
 
 def check_images(items: Iterable[Question | Sample], *, allowed_missing: int = 0) -> int:
@@ -151,7 +157,8 @@ def _chooser(target: str, seed: int) -> _Choose:
     raise DataError(f"unknown target {target!r}; there are {', '.join(TARGETS)}")
 
 
-def _subset(items: list[T], limit: int | None, image_limit: int | None, seed: int) -> list[T]:
+def subset(items: list[T], limit: int | None, image_limit: int | None = None, seed: int = 0) -> list[T]:
+    """A random part in the order of the file; arguments and errors as in `read_questions`."""
     for name, value in (("limit", limit), ("image_limit", image_limit)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise DataError(
@@ -169,158 +176,16 @@ def _subset(items: list[T], limit: int | None, image_limit: int | None, seed: in
     return items
 
 
-def _refuse_duplicates(questions: list[Question], where: str) -> None:
+def refuse_duplicates(questions: list[Question], where: str) -> None:
+    """Raises DataError for two questions with one id; `where` they are from leads the message."""
     places: dict[str, int] = {}
     for place, question in enumerate(questions):
         first = places.setdefault(question.id, place)
         if first != place:
             raise DataError(
-                f"{where}: questions {first} and {place} (counted from 0) have the same id {question.id!r}; "
+                f"{where}: questions {first} and {place} (counted from 0) have the same id {shown(question.id)}; "
                 "ids must be unique"
             )
-
-
-# ------------------------------------------------------------------------------------------------------- rows
-
-
-def _kind(value: Any) -> str:
-    """A value's JSON type in words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-class _Row:
-    """An annotation with its place; its fields are checked when they are asked for.
-
-    `names` says under which key the file has a field, where that is not the field's own name.
-    """
-
-    def __init__(self, value: Any, where: str, names: Mapping[str, str] | None = None) -> None:
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: {_kind(value)} where an object is expected")
-        self.value, self.where, self.names = value, where, names or {}
-
-    def has(self, key: str) -> bool:
-        return self.value.get(self.names.get(key, key)) is not None
-
-    def get(self, key: str) -> Any:
-        key = self.names.get(key, key)
-        if key not in self.value:
-            there = ", ".join(map(repr, list(self.value)[:12])) or "none"
-            raise DataError(f"{self.where}: key {key!r} is missing; keys there: {there}")
-        return self.value[key]
-
-    def wrong(self, key: str, wanted: str) -> DataError:
-        key = self.names.get(key, key)
-        value = self.value[key]
-        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-        return DataError(f"{self.where}: key {key!r} is {_kind(value)} ({shown}), {wanted} is expected")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        if default is not None and not self.has(key):
-            return default
-        value = self.get(key)
-        if not isinstance(value, str):
-            raise self.wrong(key, "a string")
-        return value
-
-    def identifier(self, key: str, default: str | None = None) -> str:
-        """A string or a whole number, as a string."""
-        if default is not None and not self.has(key):
-            return default
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise self.wrong(key, "a string or a whole number")
-        return str(value)
-
-    def integer(self, key: str) -> int:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(key, "a whole number")
-        return value
-
-    def list_of(self, key: str, kind: type, words: str) -> list[Any]:
-        value = self.get(key)
-        if not isinstance(value, list):
-            raise self.wrong(key, f"a list of {words}")
-        for place, entry in enumerate(value):
-            if not isinstance(entry, kind) or isinstance(entry, bool):
-                raise DataError(
-                    f"{self.where}: entry {place} of {key!r} is {_kind(entry)} in a list of {words}"
-                )
-        return value
-
-    def texts(self, key: str) -> list[str]:
-        return self.list_of(key, str, "strings")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {repeated!r} is there twice in one object")
-    return value
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
-    except json.JSONDecodeError as error:
-        end = " (the end: is the file complete?)" if error.pos >= len(text.rstrip()) else ""
-        place = f"line {error.lineno} column {error.colno}"
-        raise DataError(f"{where} is no valid JSON: {error.msg} at {place}{end}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no valid JSON: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    """The text of a file, in UTF-8 with or without a byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8 (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _load(path: Path) -> Any:
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty; is the download complete?")
-    return _parse(text, str(path))
-
-
-def _load_object(path: Path) -> dict[str, Any]:
-    value = _load(path)
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds {_kind(value)}, an object is expected")
-    return value
-
-
-def _list(path: Path, value: Any, what: str = "") -> list[Any]:
-    if not isinstance(value, list):
-        raise DataError(f"{path} holds {_kind(value)}{what}, a list is expected")
-    return value
-
-
-def _rows(path: Path, names: Mapping[str, str] | None = None) -> Iterator[_Row]:
-    """The rows of a JSON list or of JSON lines, whatever the file is called; `names` as in `_Row`."""
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty; is the download complete?")
-    if text.lstrip().startswith("["):
-        for number, value in enumerate(_list(path, _parse(text, str(path)))):
-            yield _Row(value, f"{path} entry {number}", names)
-        return
-    # Not splitlines(): it also splits at characters that JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path} line {number}"
-            yield _Row(_parse(line, where), where, names)
 
 
 # ------------------------------------------------------------------------------------------------------ files

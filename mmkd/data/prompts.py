@@ -18,12 +18,15 @@ LETTER_INSTRUCTION = "Answer with the option's letter from the given choices dir
 SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
 
 
-def render(question: Question, style: str, *, with_answer: bool, ocr: bool = False) -> Sample:
+def render(
+    question: Question, style: str, *, with_answer: bool, ocr: bool = False, instruction: str | None = None
+) -> Sample:
     """The sample that asks `question` in a style of `STYLES`; `Sample.meta["question"]` is the question.
 
     `with_answer`: append the answer as the assistant's turn (training). `ocr`: name the reference OCR
     tokens, style "short" only; without tokens the line stands there empty, as in LLaVA's evaluation files.
-    A hint leads the prompt as context in the styles "letter" and "short".
+    A hint leads the prompt as context in the styles "letter" and "short". `instruction` takes the place of the style's
+    last line, for prompts in another language.
 
     Raises DataError, with the question's id, for an empty question or (where wanted) an empty answer, for
     "letter" without choices, and for an image marker within the text.
@@ -34,7 +37,7 @@ def render(question: Question, style: str, *, with_answer: bool, ocr: bool = Fal
         raise DataError(f"OCR tokens go with the prompt style 'short', not {style!r}")
     if not question.question.strip():
         raise DataError(f"question {question.id!r} has no text")
-    turns = [Turn("user", _prompt(question, style, ocr), images=len(question.images))]
+    turns = [Turn("user", _prompt(question, style, ocr, instruction), images=len(question.images))]
     if with_answer:
         turns.append(Turn("assistant", _answer(question, style)))
     return Sample(question.id, question.images, tuple(turns), {"question": question})
@@ -47,7 +50,7 @@ def letter_of(index: int) -> str:
     return ascii_uppercase[index]
 
 
-def _prompt(question: Question, style: str, ocr: bool) -> str:
+def _prompt(question: Question, style: str, ocr: bool, instruction: str | None) -> str:
     lines = [question.question]
     if question.hint and style != "plain":
         lines.insert(0, f"Context: {question.hint}")
@@ -55,11 +58,11 @@ def _prompt(question: Question, style: str, ocr: bool) -> str:
         if not question.choices:
             raise DataError(f"question {question.id!r} has no choices; the prompt style 'letter' needs them")
         lines += [f"{letter_of(i)}. {choice}" for i, choice in enumerate(question.choices)]
-        lines.append(LETTER_INSTRUCTION)
+        lines.append(instruction or LETTER_INSTRUCTION)
     if ocr:
         lines.append(f"Reference OCR token: {', '.join(question.ocr_tokens)}")
     if style == "short":
-        lines.append(SHORT_INSTRUCTION)
+        lines.append(instruction or SHORT_INSTRUCTION)
     text = "\n".join(lines)
     if IMAGE_MARKER in text:
         raise DataError(

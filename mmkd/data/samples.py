@@ -18,11 +18,17 @@ from typing import Any
 
 from PIL import Image
 
+from mmkd.data.tables import picture_of_cell
+
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000
 
 # Where LLaVA's data files and prompts place an image. Turns carry a count instead, so no text may hold it.
 IMAGE_MARKER = "<image>"
+
+
+# Files whose cells hold pictures; an ImageRef with such a root names row and column.
+TABLES = (".tsv", ".parquet")
 
 
 class DataError(ValueError):
@@ -46,7 +52,8 @@ def _resolved(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture that has not been read yet: a file under `root`, or a member of the zip archive `root`.
+    """A picture that has not been read yet: a file under `root`, a member of the zip archive `root`, or a cell of
+    the table `root` (see `mmkd.data.tables`).
 
     Resolving the path inside its root happens when the reference is made (see `ImageRef.inside`).
     """
@@ -83,6 +90,8 @@ class ImageRef:
         try:
             if self.root.suffix == ".zip":
                 return _open_zip(str(self.root), os.getpid()).read(self.name)
+            if self.root.suffix in TABLES:
+                return picture_of_cell(self.root, self.name)
             return (self.root / self.name).read_bytes()
         except (
             OSError,

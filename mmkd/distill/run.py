@@ -16,8 +16,9 @@ import yaml
 from mmkd.data.samples import DataError, Sample
 from mmkd.distill.sparse import check_experts, experts_table
 from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, train, train_control
-from mmkd.evaluation.answer import evaluate
+from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
+from mmkd.evaluation.command import add_importance
 from mmkd.evaluation.compare import compare_runs, verdict
 from mmkd.evaluation.report import build_report
 from mmkd.recipe import Recipe
@@ -61,7 +62,8 @@ def distill(recipe: Recipe) -> dict[str, Any]:
 def check_benchmarks(recipe: Recipe) -> None:
     """Every benchmark and its data is looked for before hours of training."""
     for name in recipe.evaluation.benchmarks:
-        load_benchmark(name).read(recipe.data_root, recipe.evaluation.limit)
+        benchmark = load_benchmark(name)
+        refuse_unscored(benchmark, benchmark.read(recipe.data_root, recipe.evaluation.limit), submission=False)
 
 
 def check_answers(stages: dict[str, list[Sample]]) -> None:
@@ -115,6 +117,8 @@ def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[st
         if spec.blind:
             out = run / "evaluation_blind" / "student" / benchmark.name
             results[benchmark.name]["student_blind"] = evaluate(towers["student"], benchmark, out, blind=True, **options)
+            seen = run / "evaluation" / "student" / benchmark.name
+            results[benchmark.name]["student"] = add_importance(seen, results[benchmark.name]["student"], out)
     return results
 
 

@@ -10,20 +10,26 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmkd.data.annotations import one_line, shown
+from mmkd.data.prompts import letter_of
 from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
 from mmkd.evaluation.benchmarks import Benchmark
-from mmkd.evaluation.compare import group_of, interval, read_predictions
+from mmkd.evaluation.compare import group_of, interval, read_object, read_predictions
 from mmkd.evaluation.parsers import PARSERS, scienceqa_parse_lenient
-from mmkd.evaluation.scorers import METRICS, mme, pope, references_of, scienceqa
+from mmkd.evaluation.particulars import LENIENT, particulars
+from mmkd.evaluation.scorers import METRICS, references_of
+from mmkd.evaluation.submission import write_submission
+from mmkd.towers.answering import DEFAULT_CACHE_BYTES, VisionCache
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
+ANSWERED_BY = ("generation", "likelihood")
 PARTIAL = "answers.partial.jsonl"
 
 # Half a surrogate pair, which annotation files do hold, cannot be UTF-8; as "\\udXXX" it is JSON again.
@@ -36,9 +42,14 @@ class Answerer(Protocol):
     """What evaluation needs of a tower."""
 
     def answer(
-        self, samples: list[Sample], *, max_new_tokens: int, vision_cache: dict | None
+        self, samples: list[Sample], *, max_new_tokens: int, vision_cache: VisionCache | None
     ) -> list[str]: ...
+    def choose(
+        self, samples: list[Sample], options: list[list[str]], *, vision_cache: VisionCache | None
+    ) -> list[int]: ...
     def parameter_count(self) -> dict[str, int]: ...
+    def token_count(self, texts: list[str]) -> int: ...
+    def footprint(self) -> dict[str, Any]: ...
     def fingerprint(self) -> str: ...
 
 
@@ -71,6 +82,9 @@ def evaluate(
     resume: bool = True,
     progress: bool = True,
     model_name: str = "",
+    choices: str = "generation",
+    submission: bool = False,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> dict[str, Any]:
     """Answers and scores a benchmark; writes `predictions.jsonl` and `results.json` to the folder `out`.
 
@@ -78,6 +92,11 @@ def evaluate(
     on after its last whole batch, and a finished one is only scored again.  A partial file of another
     model, data, prompt or setting is refused.  `blind` takes the pictures away and leaves the words: how
     far the text alone goes.
+
+    `choices="likelihood"` answers multiple choice with the likeliest letter, in one forward pass; other questions are
+    answered by generation all the same.  `submission` writes the test server's file, which a split without
+    answers needs: its score is None.  Every picture is seen once; visual tokens of pictures with open questions are
+    kept in up to `cache_bytes`.
 
     A question whose picture cannot be read is left out of the score, and counted with its reason in
     `n_skipped` and `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content)
@@ -88,31 +107,55 @@ def evaluate(
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
+    if choices not in ANSWERED_BY:
+        raise DataError(f"choices are answered by {choices!r}; there are {', '.join(ANSWERED_BY)}")
+    questions = benchmark.read(data_root, limit)
+    refuse_unscored(benchmark, questions, submission)
+    items = _prepare(benchmark, questions, blind)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    items = _prepare(benchmark, benchmark.read(data_root, limit), blind)
     header = {
         "benchmark": benchmark.name,
         "model_fingerprint": tower.fingerprint(),
         "data_fingerprint": _data_fingerprint(items),
         "max_new_tokens": benchmark.max_new_tokens,
         "blind": blind,
+        "choices_by": choices,
     }
     store = _Store(out, header, resume)
-    _answer_all(tower, benchmark, items, store, batch_size, progress)
+    _answer_all(_asker(tower, benchmark, choices), benchmark.name, items, store, batch_size, cache_bytes, progress)
     rows = [_row(benchmark, item, store.answers.get(item.question.id)) for item in items]
     results = _results(benchmark, items, rows, header, limit)
+    seconds = math.fsum(answer["seconds"] for answer in store.answers.values())
     results |= {
         "model": model_name,
         "parameters": tower.parameter_count(),
-        "seconds": round(math.fsum(answer["seconds"] for answer in store.answers.values()), 3),
+        "seconds": round(seconds, 3),
         "batch_size": batch_size,
+        "efficiency": _efficiency(tower, rows, seconds),
         "versions": _versions(),
     }
+    if submission:
+        predictions = {row["id"]: row["prediction"] for row in rows if not row["skipped"]}
+        path = write_submission(benchmark.submission, out, predictions, [item.question for item in items])
+        results["submission"] = path.name
     _write_atomically(out / PREDICTIONS, _lines(rows))
-    _write_atomically(out / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    write_object(out / RESULTS, results)
     store.close()
     return results
+
+
+def refuse_unscored(benchmark: Benchmark, questions: Sequence[Question], submission: bool) -> None:
+    """Every question has an answer, or none has and the test server's file is wanted. Raises DataError."""
+    hidden = [question for question in questions if not references_of(question, benchmark.by_letter(question))]
+    if submission and benchmark.submission is None:
+        raise DataError(f"benchmark {benchmark.name!r} has no test server's format; leave --submission out")
+    if hidden and (len(hidden) < len(questions) or not submission):
+        way = "use --submission for the test server's file" if benchmark.submission else "use a split with answers"
+        raise DataError(
+            f"benchmark {benchmark.name!r}: {len(hidden)} of {len(questions)} questions have no answer to score against "
+            f"(first: {shown(hidden[0].id)}); {way}"
+        )
 
 
 # ---- questions -> items
@@ -121,13 +164,12 @@ def evaluate(
 
 def _prepare(benchmark: Benchmark, questions: Sequence[Question], blind: bool) -> list[_Item]:
     digests: dict[str, tuple[str, str | None]] = {}
-    by_letter = benchmark.prompt_style == "letter"
     items = []
     for question in questions:
         sample = benchmark.render(question)
         group, problem = _picture_group(question, digests)
         asked = sample.without_images() if blind else sample
-        references = references_of(question, by_letter)
+        references = references_of(question, benchmark.by_letter(question))
         items.append(
             _Item(question, asked, _prompt_text(sample), references, group, None if blind else problem)
         )
@@ -183,12 +225,40 @@ def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
     return [line[i : i + size] for i in range(0, len(line), size)]
 
 
+_Ask = Callable[[list[_Item], VisionCache], list[str]]
+
+
+def _asker(tower: Answerer, benchmark: Benchmark, choices: str) -> _Ask:
+    """How a batch is asked: all by generation, or those with choices by likelihood."""
+
+    def generate(batch: list[_Item], cache: VisionCache) -> list[str]:
+        samples = [item.sample for item in batch]
+        return tower.answer(samples, max_new_tokens=benchmark.max_new_tokens, vision_cache=cache)
+
+    def choose(batch: list[_Item], cache: VisionCache) -> list[str]:
+        options = [[letter_of(i) for i in range(len(item.question.choices))] for item in batch]
+        best = tower.choose([item.sample for item in batch], options, vision_cache=cache)
+        return [letters[i] for letters, i in zip(options, best, strict=True)]
+
+    def ask(batch: list[_Item], cache: VisionCache) -> list[str]:
+        lettered = [item for item in batch if benchmark.by_letter(item.question)]
+        free = [item for item in batch if not benchmark.by_letter(item.question)]
+        texts: dict[str, str] = {}
+        for part, way in ((lettered, choose), (free, generate)):
+            if part:
+                texts |= zip((item.question.id for item in part), way(part, cache), strict=True)
+        return [texts[item.question.id] for item in batch]
+
+    return ask if choices == "likelihood" else generate
+
+
 def _answer_all(
-    tower: Answerer,
-    benchmark: Benchmark,
+    ask: _Ask,
+    name: str,
     items: Sequence[_Item],
     store: _Store,
     batch_size: int,
+    cache_bytes: int,
     progress: bool,
 ) -> None:
     from tqdm import tqdm
@@ -199,12 +269,12 @@ def _answer_all(
     batches = _batches([item for item in items if item.skipped is None], batch_size)
     todo = [batch for batch in batches if any(item.question.id not in store.answers for item in batch)]
     open_questions = Counter(item.image_keys for batch in todo for item in batch)
-    cache: dict = {}
-    bar = tqdm(total=sum(map(len, todo)), desc=benchmark.name, unit="question", disable=not progress)
+    cache = VisionCache(cache_bytes)
+    bar = tqdm(total=sum(map(len, todo)), desc=name, unit="question", disable=not progress)
     with bar:
         for batch in todo:
             start = time.perf_counter()
-            answers = _answer_batch(tower, [item.sample for item in batch], benchmark.max_new_tokens, cache)
+            answers = _answer_batch(ask, batch, cache)
             store.add(answers, time.perf_counter() - start)
             open_questions.subtract(item.image_keys for item in batch)
             for key in [key for key in cache if open_questions[key] <= 0]:
@@ -212,25 +282,21 @@ def _answer_all(
             bar.update(len(batch))
 
 
-def _answer_batch(
-    tower: Answerer, samples: list[Sample], max_new_tokens: int, cache: dict
-) -> dict[str, dict]:
+def _answer_batch(ask: _Ask, batch: list[_Item], cache: VisionCache) -> dict[str, dict]:
     """Answers by id; a picture that does not decode gives a reason, and the others are asked again."""
     try:
-        texts = tower.answer(samples, max_new_tokens=max_new_tokens, vision_cache=cache)
+        texts = ask(batch, cache)
     except ImageError:
-        unreadable = {sample.id: reason for sample in samples if (reason := _why_unreadable(sample))}
+        unreadable = {item.question.id: reason for item in batch if (reason := _why_unreadable(item.sample))}
         if not unreadable:
             raise
         skipped = {name: {"prediction": None, "skipped": reason} for name, reason in unreadable.items()}
-        rest = [sample for sample in samples if sample.id not in unreadable]
-        return skipped | (_answer_batch(tower, rest, max_new_tokens, cache) if rest else {})
-    if len(texts) != len(samples):
-        raise RuntimeError(
-            f"the tower gave {len(texts)} answers to {len(samples)} questions; `answer` owes one each"
-        )
+        rest = [item for item in batch if item.question.id not in unreadable]
+        return skipped | (_answer_batch(ask, rest, cache) if rest else {})
+    if len(texts) != len(batch):
+        raise RuntimeError(f"the tower gave {len(texts)} answers to {len(batch)} questions; `answer` owes one each")
     return {
-        sample.id: {"prediction": text, "skipped": None} for sample, text in zip(samples, texts, strict=True)
+        item.question.id: {"prediction": text, "skipped": None} for item, text in zip(batch, texts, strict=True)
     }
 
 
@@ -281,12 +347,12 @@ class _Store:
             self.path.unlink()
             return {}
         try:
-            header, *rows = [json.loads(line) for line in whole.splitlines()]
-            answers = {row["id"]: row for row in rows}
-            difference = _difference(header["header"], self.header)
-        except (ValueError, KeyError, TypeError) as error:
+            header, *rows = [json.loads(line) for line in whole.split(b"\n") if line]
+            answers = {row["id"]: row for row in map(_checked_answer, rows)}
+            difference = _difference(dict(header["header"]), self.header)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{self.path} is damaged ({error!r}); delete it or start anew with resume=False"
+                f"{self.path} is damaged ({one_line(error) or type(error).__name__}); delete it or start anew with resume=False"
             ) from error
         if difference:
             raise DataError(
@@ -299,31 +365,45 @@ class _Store:
         return answers
 
 
+def _checked_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """One kept answer. Raises KeyError, TypeError or ValueError for anything else."""
+    texts = [row["id"], *(row[key] for key in ("prediction", "skipped") if row[key] is not None)]
+    if not all(isinstance(text, str) for text in texts) or (row["prediction"] is None) == (row["skipped"] is None):
+        raise TypeError("an answer has an id and either a prediction or a reason to skip it")
+    if not math.isfinite(row["seconds"]):
+        raise ValueError(f"{row['seconds']} seconds")
+    return row
+
+
 def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
     keys = [key for key in now if there.get(key) != now[key]]
-    return "; ".join(f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in keys)
+    return "; ".join(f"{key}: {shown(there.get(key))} there, {shown(now[key])} now" for key in keys)
 
 
 def _finished_answers(out: Path, header: dict[str, Any]) -> dict[str, dict]:
     """The answers of a finished evaluation of the same things, without the questions that were skipped."""
     try:
-        results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+        results = read_object(out / RESULTS)
         rows = read_predictions(out / PREDICTIONS)
-    except (OSError, ValueError):
+        difference = _difference(results, header)
+        if difference:
+            log.warning("%s is of another evaluation (%s) and will be replaced", out / RESULTS, difference)
+            return {}
+        answered = [row for row in rows.values() if not row["skipped"]]
+        share = float(results["seconds"]) / max(1, len(answered))
+        found = [{"id": row["id"], "prediction": row["prediction"], "skipped": None, "seconds": share} for row in answered]
+        return {row["id"]: row for row in map(_checked_answer, found)}
+    except (ValueError, KeyError, TypeError):
         return {}  # none there, or not whole: it is answered again and written anew
-    difference = _difference(results, header)
-    if difference:
-        log.warning("%s is of another evaluation (%s) and will be replaced", out / RESULTS, difference)
-        return {}
-    answered = [row for row in rows.values() if not row["skipped"]]
-    share = results["seconds"] / max(1, len(answered))
-    return {
-        row["id"]: {"prediction": row["prediction"], "skipped": None, "seconds": share} for row in answered
-    }
 
 
 def _lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    _write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -360,18 +440,28 @@ def _row(benchmark: Benchmark, item: _Item, answer: dict | None) -> dict[str, An
     row |= {
         "prediction": text,
         "parsed": parsed,
-        "score": _score(benchmark.metric, parsed, row["references"]),
+        "score": _score(_metric(benchmark, question), parsed, row["references"]),
     }
+    if row["score"] is None:
+        return row
     if benchmark.also:
         row["also"] = {metric: _score(metric, parsed, row["references"]) for metric in benchmark.also}
-    if benchmark.parser == "scienceqa":
+    if benchmark.parser in LENIENT:
         lenient = scienceqa_parse_lenient(text, len(question.choices), question.choices)
         row |= {"score_strict": row["score"], "parsed_lenient": lenient}
         row["score_lenient"] = _score(benchmark.metric, lenient, row["references"])
     return row
 
 
-def _score(metric: str, parsed: str | None, references: Sequence[str]) -> float:
+def _metric(benchmark: Benchmark, question: Question) -> str:
+    """A benchmark with open questions among others names the metric of those."""
+    return "accuracy" if benchmark.prompt_style == "mmmu" and question.choices else benchmark.metric
+
+
+def _score(metric: str, parsed: str | None, references: Sequence[str]) -> float | None:
+    """None where there is nothing to compare with."""
+    if not references:
+        return None
     return 0.0 if parsed is None else METRICS[metric](parsed, references)
 
 
@@ -391,7 +481,7 @@ def _results(
     results = header | {
         "title": benchmark.title,
         "metric": benchmark.metric,
-        **_score_of(scored, "score"),
+        **_headline(scored),
         "n_skipped": len(rows) - len(scored),
         "skipped": dict(reasons),
         "unparsed_share": sum(row["parsed"] is None for row in scored) / len(scored),
@@ -404,11 +494,23 @@ def _results(
         "prompt_style": benchmark.prompt_style,
         "parser": benchmark.parser,
         "ocr_tokens": benchmark.ocr,
-        "by": {category: _by(scored, category) for category in benchmark.categories},
+        "generation": {"do_sample": False, "num_beams": 1, "max_new_tokens": benchmark.max_new_tokens},
+        "reference_scores": [score.model_dump() for score in benchmark.reference_scores],
+        "by": {},
     }
+    if results["score"] is None:
+        return results
+    results["by"] = {category: _by(scored, category) for category in benchmark.categories}
     if benchmark.also:
         results["also"] = {metric: _score_of(scored, "also", metric) for metric in benchmark.also}
-    return results | _particulars(benchmark, scored)
+    return results | particulars(benchmark, scored)
+
+
+def _headline(rows: Sequence[dict]) -> dict[str, Any]:
+    """Score and interval; None in a split whose answers a test server keeps."""
+    if rows[0]["score"] is None:
+        return {"n": len(rows), "score": None, "ci95": None}
+    return _score_of(rows, "score")
 
 
 def _score_of(rows: Sequence[dict], key: str, metric: str | None = None) -> dict[str, Any]:
@@ -422,27 +524,6 @@ def _by(rows: Sequence[dict], category: str) -> dict[str, dict]:
     for row in rows:
         values.setdefault(row["categories"].get(category, "(none)"), []).append(row)
     return {value: _score_of(values[value], "score") for value in sorted(values)}
-
-
-def _particulars(benchmark: Benchmark, rows: Sequence[dict]) -> dict[str, Any]:
-    """What some benchmarks report besides: ScienceQA's parts and lenient score, POPE's and MME's numbers."""
-    if benchmark.parser == "scienceqa":
-        lenient = _score_of(rows, "score_lenient")
-        return {
-            "scienceqa": scienceqa(rows),
-            "score_lenient": lenient["score"],
-            "ci95_lenient": lenient["ci95"],
-        }
-    labels = [row["references"][0] for row in rows]
-    if benchmark.metric == "pope":
-        return {"pope": pope([row["prediction"] for row in rows], labels)}
-    if benchmark.metric == "mme":
-        tasks: dict[str, list[tuple[str, str, str]]] = {}
-        for row, label in zip(rows, labels, strict=True):
-            task = row["categories"].get("task", "all")
-            tasks.setdefault(task, []).append(("|".join(row["images"]), row["prediction"], label))
-        return {"mme": mme(tasks)}
-    return {}
 
 
 def _rows_difference(benchmark: Benchmark, rows: int, limit: int | None) -> str | None:
@@ -461,9 +542,24 @@ def _short_reason(row: dict) -> str:
     return reason.partition(":")[0]
 
 
+def _efficiency(tower: Answerer, rows: Sequence[dict], seconds: float) -> dict[str, Any]:
+    """What answering took. Tokens are those of the answers, the end not counted; reading the prompts is in the time."""
+    texts = [row["prediction"] for row in rows if row["prediction"] is not None]
+    tokens = tower.token_count(texts)
+    rates = {"questions_per_second": len(texts) / seconds, "tokens_per_second": tokens / seconds} if seconds else {}
+    return {**tower.footprint(), "peak_bytes": _peak_bytes(), "answer_tokens": tokens, **rates}
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that this process has held on the GPU; None without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("mmkd", "torch", "transformers", "pillow", "numpy"):
+    for package in ("mmkd", "torch", "transformers", "tokenizers", "pillow", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmkd.cards import did_you_mean, list_cards, load_card
-from mmkd.data.formats import read_questions
-from mmkd.data.prompts import render
+from mmkd.data.formats import read_questions, subset
+from mmkd.data.prompts import LETTER_INSTRUCTION, SHORT_INSTRUCTION, letter_of, render
 from mmkd.data.samples import DataError, Question, Sample
+from mmkd.evaluation.official import FORMATS, read_official
 from mmkd.evaluation.parsers import PARSERS
-from mmkd.evaluation.pope import read_pope
 from mmkd.evaluation.scorers import METRICS
+from mmkd.evaluation.submission import SUBMISSIONS
 
 KIND = "evaluation"
+SUITES = "suites/"  # cards below are suites, see mmkd.evaluation.suites
+OWN_FORMATS = ("scienceqa", "textvqa", "easy_vqa", "jsonl")
 
 
 class ReferenceScore(BaseModel):
@@ -37,7 +40,7 @@ class Benchmark(BaseModel):
 
     name: str
     title: str = Field(description="one line for lists and tables")
-    format: Literal["scienceqa", "textvqa", "easy_vqa", "jsonl", "pope"]
+    format: str = Field(description="how the files are laid out: see mmkd.data.formats, mmkd.evaluation.official")
     root: Path = Field(description="the data's folder, absolute or below the data root")
     split: str
     files: dict[str, str] = Field(
@@ -46,15 +49,33 @@ class Benchmark(BaseModel):
     expected_rows: int | None = Field(
         None, gt=0, description="rows of the official split; a difference is reported"
     )
-    prompt_style: Literal["letter", "short", "plain"]
+    prompt_style: Literal["letter", "short", "plain", "mmmu"]
+    remark: str = Field("", description="a line between question and instruction")
+    instruction: str | None = Field(None, description="in place of the style's last line")
     ocr: bool = Field(False, description="add the data set's OCR tokens to the prompt")
     parser: str = "identity"
     metric: str
     also: tuple[str, ...] = Field((), description="further metrics, reported beside the headline")
     max_new_tokens: int = Field(16, gt=0, le=4096)
     categories: tuple[str, ...] = Field((), description="the groups that the score is broken down by")
+    submission: str | None = Field(None, description="the test server's file format, for --submission")
     reference_scores: tuple[ReferenceScore, ...] = ()
     notes: str = ""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        known = (*OWN_FORMATS, *FORMATS)
+        if value not in known:
+            raise ValueError(f"there is no format {value!r}; {did_you_mean(value, known)}")
+        return value
+
+    @field_validator("submission")
+    @classmethod
+    def _known_submission(cls, value: str | None) -> str | None:
+        if value is not None and value not in SUBMISSIONS:
+            raise ValueError(f"there is no submission format {value!r}; {did_you_mean(value, SUBMISSIONS)}")
+        return value
 
     @field_validator("parser")
     @classmethod
@@ -88,12 +109,16 @@ class Benchmark(BaseModel):
     def read(self, data_root: Path | str | None = None, limit: int | None = None) -> list[Question]:
         """The questions in the data set's order; `limit` keeps a random subset, the same one every time.
 
-        Raises DataError on anything wrong with the data (see `mmkd.data.formats`).
+        Raises DataError on anything wrong with the data (see `mmkd.data.formats`, `mmkd.evaluation.official`).
         """
         folder = self.data_folder(data_root)
-        if self.format == "pope":
-            return _subset(read_pope(folder, self.split, files=self.files), limit)
-        return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
+        if self.format in OWN_FORMATS:
+            return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
+        return subset(read_official(self.format, folder, self.split, self.files), limit)
+
+    def by_letter(self, question: Question) -> bool:
+        """Whether the answer is the letter of a choice."""
+        return self.prompt_style == "letter" or (self.prompt_style == "mmmu" and bool(question.choices))
 
     def on_split(self, split: str) -> Benchmark:
         """The same questions' other split, under a name of its own: no published score is for it."""
@@ -102,18 +127,20 @@ class Benchmark(BaseModel):
 
     def render(self, question: Question) -> Sample:
         """The question as the model is asked it."""
-        return render(question, self.prompt_style, with_answer=False, ocr=self.ocr)
+        style, asked, instruction = self.prompt_style, question, self.instruction
+        if self.remark:
+            asked = replace(asked, question=f"{asked.question}\n{self.remark}")
+        if style == "mmmu":
+            style, asked, instruction = "plain", _mmmu_words(asked), None
+        sample = render(asked, style, with_answer=False, ocr=self.ocr, instruction=instruction)
+        return replace(sample, meta=sample.meta | {"question": question})
 
 
-def _subset(questions: list[Question], limit: int | None) -> list[Question]:
-    """A random subset in the order of the file, drawn as `read_questions` draws one."""
-    if limit is None or limit >= len(questions):
-        return questions
-    if limit < 1:
-        raise DataError(f"limit is {limit}; it must be at least 1, or nothing for all")
-    order = list(range(len(questions)))
-    random.Random("questions 0").shuffle(order)
-    return [questions[i] for i in sorted(order[:limit])]
+def _mmmu_words(question: Question) -> Question:
+    """The words of MMMU's configuration for LLaVA-1.5: letters in brackets, blank lines between the parts."""
+    options = "".join(f"({letter_of(i)}) {choice}\n" for i, choice in enumerate(question.choices))
+    parts = [question.question, options, LETTER_INSTRUCTION] if options else [question.question, SHORT_INSTRUCTION]
+    return replace(question, question="\n\n".join(parts))
 
 
 def load_benchmark(name_or_path: str | Path) -> Benchmark:
@@ -121,7 +148,14 @@ def load_benchmark(name_or_path: str | Path) -> Benchmark:
 
     Raises DataError, with a suggestion for a name that is close.
     """
+    if str(name_or_path) not in benchmark_names() and f"{SUITES}{name_or_path}" in list_cards(KIND):
+        raise DataError(f"{name_or_path!r} is a suite of benchmarks; give it by --suite {name_or_path}")
     return load_card(KIND, str(name_or_path), Benchmark)
+
+
+def benchmark_names() -> list[str]:
+    """The cards that are benchmarks, not suites of them."""
+    return [name for name in list_cards(KIND) if not name.startswith(SUITES)]
 
 
 README_HEAD = """\
@@ -135,11 +169,11 @@ in `DIR`. Cards of your own go into `<folder>/evaluation/`, with `MMKD_CARDS=<fo
 
 A result names its split, rows, prompt, OCR switch, parser and data fingerprint. Compare a number with a
 published one only where all of these agree: ScienceQA alone goes by two numbers (all questions, image
-questions), TextVQA by two prompts.
+questions), TextVQA by two prompts. Reference scores stand as their source states them; none was measured again here.
 
 """
 README_FOOT = (
-    "\nThis table is written by `python -m mmkd.evaluation.benchmarks`; edit the cards, not the table.\n"
+    "\nThese tables are written by `python -m mmkd.evaluation.benchmarks`; edit the cards, not the tables.\n"
 )
 
 
@@ -149,7 +183,7 @@ def readme_table() -> str:
         "| benchmark | what | split (rows) | prompt | parser → metric | reference scores |",
         "|---|---|---|---|---|---|",
     ]
-    for name in list_cards(KIND):
+    for name in benchmark_names():
         card = load_benchmark(name)
         rows = f"{card.expected_rows:,}" if card.expected_rows else "any"
         prompt = card.prompt_style + (" + OCR tokens" if card.ocr else "")
@@ -162,9 +196,33 @@ def readme_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+SUITES_HEAD = """
+# Suites
+
+`mmkd evaluate MODEL --suite NAME --data-root DIR` asks all of them and writes `suite.json` with the average. Values that
+only a test server knows are given by `--server-scores vqav2=77.7,vizwiz=41.5`.
+
+| suite | what | benchmarks | average of published models |
+|---|---|---|---|
+"""
+
+
+def suites_table() -> str:
+    """The suites of this project as a Markdown table, one row a suite."""
+    from mmkd.evaluation.suites import load_suite
+
+    lines = []
+    for name in (n.removeprefix(SUITES) for n in list_cards(KIND) if n.startswith(SUITES)):
+        suite = load_suite(name)
+        parts = ", ".join(part.benchmark for part in suite.parts)
+        published = "; ".join(f"{r.model} {r.score:g}" for r in suite.reference_scores)
+        lines.append(f"| `{name}` | {suite.title} | {parts} | {published or '–'} |\n")
+    return SUITES_HEAD + "".join(lines)
+
+
 def readme() -> str:
     """The whole of `evaluation/README.md`."""
-    return README_HEAD + readme_table() + README_FOOT
+    return README_HEAD + readme_table() + suites_table() + README_FOOT
 
 
 if __name__ == "__main__":

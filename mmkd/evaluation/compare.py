@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mmkd.data.annotations import Row, kind, one_line, shown
 from mmkd.data.samples import DataError
 
 LEVEL = 0.95
@@ -102,25 +105,62 @@ def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str |
 # ------------------------------------------------------------------------------------------------------
 
 
-def read_predictions(path: Path | str) -> dict[str, dict]:
-    """The rows of a predictions.jsonl by id, in order. Raises DataError naming file and line."""
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file such as results.json. Raises DataError naming the file."""
     path = Path(path)
-    rows: dict[str, dict] = {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}; write it again or delete it") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {kind(content)}, an object is expected; write it again or delete it")
+    return content
+
+
+def read_predictions(path: Path | str) -> dict[str, dict]:
+    """The rows of a predictions.jsonl by id, in order. Raises DataError naming file, line and key."""
+    path = Path(path)
+    found: dict[str, dict] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"predictions {path} cannot be read: {error}") from error
+        raise DataError(f"predictions {path} cannot be read: {one_line(error)}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a row of predictions ({error!r}); evaluate again"
-            ) from error
-    return rows
+        row = _checked_row(line, f"{path}, line {number}")
+        if row["id"] in found:
+            raise DataError(f"{path}, line {number}: id {shown(row['id'])} is there twice; evaluate again")
+        found[row["id"]] = row
+    return found
+
+
+_TEXTS = ("question", "prompt", "prediction", "parsed", "group", "skipped")
+_TEXT_LISTS = ("references", "images", "choices")
+
+
+def _checked_row(line: str, where: str) -> dict[str, Any]:
+    """One row of predictions whose known keys hold what they should; keys may be missing."""
+    try:
+        row = Row(json.loads(line), where)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a row of predictions ({one_line(error)}); evaluate again") from error
+    row.text("id")
+    for key in filter(row.has, _TEXTS):
+        row.text(key)
+    for key in filter(row.has, _TEXT_LISTS):
+        row.texts(key)
+    if row.has("categories"):
+        groups = Row(row.get("categories"), f"{where} categories")
+        for key in groups.value:
+            groups.text(key)
+    score = row.value.get("score")
+    number = isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
+    if score is not None and not (number and 0 <= score <= 1):
+        raise row.wrong("score", "a number from 0 to 1")
+    if score is None and row.has("prediction") is False and not row.has("skipped"):
+        raise DataError(f"{where}: neither a score, a prediction nor a reason to skip; evaluate again")
+    return row.value
 
 
 def group_of(row: Mapping) -> str:
@@ -150,7 +190,11 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
     Questions that any model skipped are left out for all, and counted.  Returns
         n, n_skipped                       questions compared and left out
         models      {name: {"score", "ci95"}}
-        differences {"a - b": {"difference", "ci95", "agreement"}}   student first, then in the order given
+        differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   student first, then
+                                           in the order given; the last two count questions that one has fully right and the
+                                           other has not
+        fidelity    {name: agreement}      with the teacher, where there is one
+        student_beats_teacher              ids that the student has fully right and the teacher has not, if both are there
         verdict                            in words: is the student better than its control?
     Scores are 0..1.  Raises DataError when ids differ or nothing is left.
     """
@@ -162,7 +206,10 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
     if not kept:
         raise DataError(f"none of {len(ids)} questions was answered by all of {', '.join(runs)}")
     groups = [group_of(next(iter(runs.values()))[i]) for i in kept]
-    scores = {name: [run[i]["score"] for i in kept] for name, run in runs.items()}
+    scores = {name: [run[i].get("score") for i in kept] for name, run in runs.items()}
+    unscored = [name for name, values in scores.items() if None in values]
+    if unscored:
+        raise DataError(f"{', '.join(unscored)}: questions without a score cannot be compared; use a split with answers")
     models = {}
     for name, values in scores.items():
         mean, low, high = interval(values, groups, n_boot, seed)
@@ -170,10 +217,49 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
     differences = {}
     for a, b in _pairs(list(runs)):
         mean, low, high = paired_difference(scores[a], scores[b], groups, n_boot, seed)
-        same = agreement([runs[a][i]["prediction"] for i in kept], [runs[b][i]["prediction"] for i in kept])
-        differences[f"{a} - {b}"] = {"difference": mean, "ci95": [low, high], "agreement": same}
+        same = agreement([runs[a][i].get("prediction") for i in kept], [runs[b][i].get("prediction") for i in kept])
+        counts = {"only_first": len(_won(scores[a], scores[b], kept)), "only_second": len(_won(scores[b], scores[a], kept))}
+        differences[f"{a} - {b}"] = {"difference": mean, "ci95": [low, high], "agreement": same, **counts}
     result = {"n": len(kept), "n_skipped": len(ids) - len(kept), "models": models, "differences": differences}
+    result["fidelity"] = {
+        name: differences[f"{name} - teacher"]["agreement"] for name in runs if f"{name} - teacher" in differences
+    }
+    if {"student", "teacher"} <= set(runs):
+        result["student_beats_teacher"] = _won(scores["student"], scores["teacher"], kept)
     return result | {"verdict": verdict(differences.get("student - control"))}
+
+
+RIGHT = 0.995  # a score from here on is fully right; soft accuracies are sums of thirds
+
+
+def _won(first: Sequence[float], second: Sequence[float], ids: Sequence[str]) -> list[str]:
+    """The ids that the first has fully right and the second has not."""
+    return [i for i, a, b in zip(ids, first, second, strict=True) if a >= RIGHT > b]
+
+
+def modality_importance(seen: Mapping[str, Mapping], blind: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Which questions need their picture: rows of an evaluation and of the same with the pictures taken away.
+
+    Among the questions with a picture that both answered: "both" (right without it, too), "needs_image" (right only with
+    it), "hurt_by_image" (right only without), "neither", each a share; "blind_score" is the mean score without pictures,
+    "gain" the mean difference, "ids" those that need the picture. Only {"n": 0} where none has a picture.
+    Raises DataError when the two hold other questions.
+    """
+    ids = same_questions({"with pictures": seen, "without": blind})
+    kept = [
+        i for i in ids
+        if seen[i].get("images") and seen[i].get("score") is not None and blind[i].get("score") is not None
+    ]  # fmt: skip
+    if not kept:
+        return {"n": 0}
+    a, b = [seen[i]["score"] for i in kept], [blind[i]["score"] for i in kept]
+    needs, hurt = _won(a, b, kept), _won(b, a, kept)
+    both = sum(x >= RIGHT and y >= RIGHT for x, y in zip(a, b, strict=True))
+    count = len(kept)
+    shares = {"both": both, "needs_image": len(needs), "hurt_by_image": len(hurt)}
+    shares["neither"] = count - sum(shares.values())
+    means = {"blind_score": math.fsum(b) / count, "gain": (math.fsum(a) - math.fsum(b)) / count}
+    return {"n": count, **{name: value / count for name, value in shares.items()}, **means, "ids": needs}
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from string import ascii_uppercase
 
 LETTERS = "ABCDE"  # ScienceQA has two to five choices
 
@@ -102,10 +103,51 @@ def mme_parse(text: str) -> str:
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 
 
+def letter_exact(text: str, num_choices: int) -> str | None:
+    """The text where it is one of the choices' letters and nothing else (LLaVA's rule for SEED-Bench)."""
+    return text if len(text) == 1 and text in ascii_uppercase[:num_choices] else None
+
+
+def gqa_parse(text: str) -> str:
+    """Lower case without periods at the end (LLaVA, `convert_gqa_for_eval.py`)."""
+    return text.rstrip(".").lower()
+
+
+_MMMU_MARKS = ",.!?;:'"
+_MMMU_WORDS = 5  # shorter answers are not searched for the words of a choice
+
+
+def mmmu_parse(text: str, choices: Sequence[str]) -> str | None:
+    """MMMU's own rule (`eval_utils.py`): for multiple choice the letter, for an open question the text.
+
+    "(B)" before " B " before, in answers of more than five words, a choice's own words; of several the one that comes
+    last. Where nothing is found the official code guesses at random; here it is None, and `mmmu` in the results adds what
+    guessing would give on average.
+    """
+    if not choices:
+        return text
+    for mark in _MMMU_MARKS:
+        text = text.strip(mark)
+    text = f" {text} "
+    letters = ascii_uppercase[: len(choices)]
+    found = {letter: text.rfind(f"({letter})") for letter in letters}
+    if max(found.values()) < 0:
+        found = {letter: text.rfind(f" {letter} ") for letter in letters}
+    if max(found.values()) < 0 and len(text.split()) > _MMMU_WORDS:
+        low = text.lower()
+        found = {letter: low.rfind(choice.lower()) for letter, choice in zip(letters, choices, strict=True)}
+    best = max(found, key=found.__getitem__)  # the first of equals, as with numpy's argmax
+    return best if found[best] >= 0 else None
+
+
 # parser(text, choices) -> parsed text or None; the names are the values of `parser` in a benchmark's card.
 PARSERS: dict[str, Callable[[str, Sequence[str]], str | None]] = {
     "identity": lambda text, choices: identity(text),
     "scienceqa": lambda text, choices: scienceqa_parse(text, len(choices)),
     "pope": lambda text, choices: pope_parse(text),
     "mme": lambda text, choices: mme_parse(text),
+    "letter": lambda text, choices: scienceqa_parse_lenient(text, len(choices), choices),
+    "letter_exact": lambda text, choices: letter_exact(text, len(choices)),
+    "gqa": lambda text, choices: gqa_parse(text),
+    "mmmu": mmmu_parse,
 }

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.data.samples import DataError, ImageError, ImageRef
-from mmkd.evaluation.compare import compare_runs, read_predictions, same_questions, verdict
+from mmkd.evaluation.compare import compare_runs, read_object, read_predictions, same_questions, verdict
+from mmkd.evaluation.results import read_results
 
 ROLES = ("teacher", "control", "student")
 TEMPLATE = "report.html.j2"
@@ -79,17 +80,7 @@ def build_report(run: Path | str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file, {} where there is none. Raises DataError for anything else."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; write it again or delete it") from error
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path} holds {type(content).__name__}, an object was expected; write it again or delete it"
-        )
-    return content
+    return read_object(path) if path.exists() else {}
 
 
 def _read_evaluations(run: Path) -> dict[str, dict[str, dict]]:
@@ -98,8 +89,9 @@ def _read_evaluations(run: Path) -> dict[str, dict[str, dict]]:
     for role in ROLES:
         for path in sorted((run / "evaluation" / role).glob("*/results.json")):
             predictions = path.with_name("predictions.jsonl")
-            blind = _read_json(run / "evaluation_blind" / role / path.parent.name / "results.json")
-            entry = {"results": _read_json(path), "rows": read_predictions(predictions), "path": predictions}
+            blind_path = run / "evaluation_blind" / role / path.parent.name / "results.json"
+            blind = read_results(blind_path) if blind_path.exists() else {}
+            entry = {"results": read_results(path), "rows": read_predictions(predictions), "path": predictions}
             entry["blind"] = blind.get("score")
             found.setdefault(path.parent.name, {})[role] = entry
     if not found:

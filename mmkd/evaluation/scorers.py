@@ -15,9 +15,9 @@ from mmkd.data.samples import DataError, Question
 from mmkd.evaluation.parsers import mme_parse, pope_parse, scienceqa_index, scienceqa_parse
 
 __all__ = [
-    "METRICS", "anls", "exact_match", "mme", "mme_parse", "normalise_evalai", "normalise_vqav2", "pope",
-    "pope_parse", "references_of", "relaxed_accuracy", "scienceqa", "scienceqa_index", "scienceqa_parse",
-    "stvqa_accuracy", "textvqa_accuracy", "vqa_accuracy",
+    "METRICS", "anls", "aokvqa_accuracy", "exact_match", "mme", "mme_parse", "mmmu_open", "normalise_evalai",
+    "normalise_vqav2", "pope", "pope_parse", "references_of", "relaxed_accuracy", "scienceqa", "scienceqa_index",
+    "scienceqa_parse", "stvqa_accuracy", "textvqa_accuracy", "vqa_accuracy",
 ]  # fmt: skip
 
 # ---- answer normalisation of VQA v2 and of EvalAI (TextVQA, ST-VQA)
@@ -223,7 +223,12 @@ def anls(prediction: str, references: Sequence[str], threshold: float = 0.5) -> 
     answer = prediction.lower().strip()
     if not answer:
         return 0.0
-    best = max(_similarity(answer, reference.lower().strip()) for reference in references)
+    wanted = [reference.lower().strip() for reference in references]
+    if answer in wanted:
+        return 1.0
+    # The similarity is at most shorter / longer: what cannot reach the threshold by its length is not compared.
+    near = [text for text in wanted if min(len(text), len(answer)) >= threshold * max(len(text), len(answer))]
+    best = max((_similarity(answer, text) for text in near), default=0.0)
     return best if best >= threshold else 0.0
 
 
@@ -231,6 +236,66 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 when the prediction equals a reference but for case and white space (runs count as one space)."""
     answer = " ".join(prediction.split()).casefold()
     return float(any(answer == " ".join(reference.split()).casefold() for reference in references))
+
+
+def aokvqa_accuracy(prediction: str, references: Sequence[str]) -> float:
+    """A-OKVQA's direct answers: min(1, equal references / 3), strings compared as they are."""
+    return min(1.0, list(references).count(prediction) / 3)
+
+
+_MMMU_KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_MMMU_TRIVIAL = frozenset(":,.!?;'")
+_MMMU_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),  # with commas
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+)
+
+
+def _mmmu_normalise(text: str) -> list[str | float]:
+    """A number rounded to two places, or the lower-case text; of one character with a space on either side."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def _mmmu_candidates(response: str) -> list[str | float]:
+    """The parts of a response that may be its answer, and the numbers in them."""
+    response = response.strip().strip(".").lower()
+    # The official pattern also splits before capitals, of which there are none left.
+    parts = response.split("\n")
+    keys = []
+    for number, part in enumerate(parts):
+        marks = _MMMU_KEYS + (("=",) if number == len(parts) - 1 else ())
+        tails = [part.split(mark)[-1].strip() for mark in marks if mark in part]
+        shortest = _first_shortest(tails)
+        if shortest and shortest not in _MMMU_TRIVIAL:
+            keys.append(shortest)
+    keys = keys or [response]
+    numbers = [found for key in keys for pattern in _MMMU_NUMBERS for found in pattern.findall(key)]
+    return [value for text in keys + numbers for value in _mmmu_normalise(text)]
+
+
+def _first_shortest(tails: Sequence[str]) -> str:
+    """As the official loop takes it: an empty tail is replaced by the next one, however long."""
+    best = ""
+    for tail in tails:
+        best = tail if not best or len(tail) < len(best) else best
+    return best
+
+
+def mmmu_open(prediction: str, references: Sequence[str]) -> float:
+    """MMMU's open questions (`eval_utils.py`): 1.0 when a reference stands in a part that may be the answer, or equals
+    a number in it."""
+    wanted = [value for reference in references for value in _mmmu_normalise(reference)]
+    texts = [value for value in wanted if isinstance(value, str)]
+    for found in _mmmu_candidates(prediction):
+        if found in wanted if isinstance(found, float) else any(text in found for text in texts):
+            return 1.0
+    return 0.0
 
 
 # ---- a whole benchmark
@@ -330,14 +395,11 @@ def _group_score(rows: Sequence[Mapping]) -> dict[str, float]:
 def references_of(question: Question, by_letter: bool) -> tuple[str, ...]:
     """What a prediction is compared with: the right choice's letter, or the references (else the one answer).
 
-    Raises DataError for a question without an answer.
+    () for a question without an answer, as in splits that a test server scores.
     """
-    if by_letter and question.answer_index is not None:
-        return (letter_of(question.answer_index),)
-    references = question.references or tuple(filter(None, [question.answer]))
-    if by_letter or not references:
-        raise DataError(f"question {question.id!r} has no answer to score against; use a split with answers")
-    return references
+    if by_letter:
+        return () if question.answer_index is None else (letter_of(question.answer_index),)
+    return question.references or tuple(filter(None, [question.answer]))
 
 
 def _choice_accuracy(parsed: str, references: Sequence[str]) -> float:
@@ -353,6 +415,8 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "stvqa_accuracy": stvqa_accuracy,
     "relaxed_accuracy": relaxed_accuracy,
     "anls": anls,
+    "aokvqa_accuracy": aokvqa_accuracy,
+    "mmmu_open": mmmu_open,
     "pope": exact_match,
     "mme": exact_match,
 }

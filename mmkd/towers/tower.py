@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmkd.data.samples import DataError, Sample, Turn
+from mmkd.towers import answering
 from mmkd.towers.experts import idle_parameters
 from mmkd.towers.families import LANGUAGE_NAMES, NESTED, PROJECTORS, STACKED, TOKEN_TYPES, VISION_NAMES, child
 
@@ -275,9 +276,12 @@ class Tower:
         """
         return self.collate([self.encode(sample) for sample in samples], padding_side=padding_side)
 
-    def encode(self, sample: Sample, *, with_answer: bool = True) -> Encoded:
-        """One sample. Prompt and answer are tokenised apart, as they are met at generation, and then joined."""
-        pictures = [ref.load() for ref in sample.images]
+    def encode(self, sample: Sample, *, with_answer: bool = True, pictures: list | None = None) -> Encoded:
+        """One sample. Prompt and answer are tokenised apart, as they are met at generation, and then joined.
+
+        `pictures` stand in for the sample's own, which are then not loaded.
+        """
+        pictures = [ref.load() for ref in sample.images] if pictures is None else pictures
         ids: list[int] = []
         supervised: list[bool] = []
         pixels: list[dict[str, Tensor]] = []
@@ -474,14 +478,14 @@ class Tower:
         output = self.base(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
-            mm_encoder_outputs=self._encoder_outputs(visual_tokens),
+            mm_encoder_outputs=self.encoder_outputs(visual_tokens),
             use_cache=False,
             return_dict=True,
-            **self._layout(inputs),
+            **self.layout(inputs),
         )
         return output.last_hidden_state
 
-    def _encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
+    def encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
         """Visual tokens in the form in which transformers takes them; {} when there is no image."""
         if isinstance(tokens, Seen):
             return {"image": tokens.output} if tokens.output is not None else {}
@@ -490,7 +494,7 @@ class Tower:
         pooled = torch.cat(list(tokens)) if self.model.config.model_type in STACKED else list(tokens)
         return {"image": BaseModelOutputWithPooling(pooler_output=pooled)}
 
-    def _layout(self, inputs: TowerInputs) -> dict[str, Tensor]:
+    def layout(self, inputs: TowerInputs) -> dict[str, Tensor]:
         """What some families place their tokens by, beside ids and mask: token types, and the pictures' grids."""
         marks = {"mm_token_type_ids": inputs.visual.long()}
         if kind := TOKEN_TYPES.get(self.model.config.model_type):
@@ -504,46 +508,35 @@ class Tower:
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def answer(
-        self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: dict[tuple, list[Tensor]] | None = None
+        self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None
     ) -> list[str]:
-        """Greedy answers of one batch, left-padded. `vision_cache` keeps visual tokens by the images they come from."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            encoded = [self.encode(sample, with_answer=False) for sample in samples]
-            inputs = self.collate(encoded, padding_side="left").to(self.device)
-            tokens = self._visual_tokens(samples, encoded, {} if vision_cache is None else vision_cache)
-            out = self.model.generate(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                mm_encoder_outputs=self._encoder_outputs(tokens),
-                **self._layout(inputs),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self.pad_id,
-                eos_token_id=sorted(self.stop_ids),
-            )  # [B, L + new]
-        finally:
-            self.model.train(was_training)
-        answers = self.tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]  # templates may leave a space before the answer
+        """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `answering.VisionCache`)."""
+        return answering.generate(self, samples, max_new_tokens, vision_cache)
 
-    def _visual_tokens(self, samples: Sequence[Sample], encoded: list[Encoded], cache: dict[tuple, list[Tensor]]) -> list:
-        """Visual tokens of the batch in order; the encoder runs once for each distinct set of images."""
-        keys = [tuple(ref.key for ref in sample.images) for sample in samples]
-        new = {key: e for key, e in zip(keys, encoded, strict=True) if key and key not in cache}
-        if new:
-            seen = self.see(self.collate(list(new.values())).to(self.device))
-            entries = iter(seen.tokens)  # a picture is one entry, or several where a family cuts it up
-            for key, one in new.items():
-                cache[key], missing = [], self.visual_count(one)
-                while missing > 0:
-                    cache[key].append(next(entries))
-                    missing -= len(cache[key][-1])
-        return [token for key in keys if key for token in cache[key]]
+    def choose(
+        self, samples: Sequence[Sample], options: Sequence[Sequence[str]], *, vision_cache: MutableMapping | None = None
+    ) -> list[int]:
+        """The likeliest of each sample's options, in one forward pass. Raises TowerError (see `answering.choose`)."""
+        return answering.choose(self, samples, options, vision_cache)
+
+    def answer_tokens(self, sample: Sample, answer: str) -> list[int]:
+        """Token ids with which this tower learns `answer` to the sample's prompt, up to and with the end."""
+        turns = (*sample.prompt_turns, Turn("assistant", answer))
+        text = self._segments(replace(sample, turns=turns), True)[-1][0]
+        return self._answer_ids(text)
+
+    def token_count(self, texts: Sequence[str]) -> int:
+        """Tokens of all texts together, without special ones."""
+        return sum(len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+
+    def footprint(self) -> dict[str, Any]:
+        """Bytes of the weights, their commonest dtype, and the device."""
+        sizes: dict[str, int] = {}
+        for parameter in self.model.parameters():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            sizes[kind] = sizes.get(kind, 0) + parameter.numel() * parameter.element_size()
+        return {"weight_bytes": sum(sizes.values()), "dtype": max(sizes, key=sizes.__getitem__), "device": str(self.device)}
 
 
 def _concatenate(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

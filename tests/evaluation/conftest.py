@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mmkd.data.samples import Sample
 from mmkd.evaluation.benchmarks import Benchmark
+
+
+class Seen(list):
+    """Pictures as a tower would keep them."""
+
+    nbytes = 100
 
 
 class FakeTower:
@@ -30,11 +37,21 @@ class FakeTower:
         for sample in samples:
             key = tuple(ref.key for ref in sample.images)
             if key and key not in vision_cache:
-                vision_cache[key] = [ref.load() for ref in sample.images]
+                vision_cache[key] = Seen([ref.load() for ref in sample.images])
         self.largest_cache = max(self.largest_cache, len(vision_cache))
         self.batches.append([sample.id for sample in samples])
         self.pictures += [len(sample.images) for sample in samples]
         return [self.answers.get(sample.id, sample.meta["question"].answer) for sample in samples]
+
+    def choose(self, samples: list[Sample], options: list[list[str]], *, vision_cache: dict | None) -> list[int]:
+        texts = self.answer(samples, max_new_tokens=1, vision_cache=vision_cache)
+        return [letters.index(text) if text in letters else 0 for letters, text in zip(options, texts, strict=True)]
+
+    def token_count(self, texts: list[str]) -> int:
+        return sum(len(text.split()) for text in texts)
+
+    def footprint(self) -> dict[str, Any]:
+        return {"weight_bytes": 4936, "dtype": "float32", "device": "cpu"}
 
     def parameter_count(self) -> dict[str, int]:
         return {"total": 1234, "active": 1000}

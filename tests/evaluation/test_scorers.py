@@ -10,12 +10,14 @@ import pytest
 
 from mmkd.data.samples import DataError, Question
 from mmkd.evaluation import scorers
-from mmkd.evaluation.parsers import scienceqa_index, scienceqa_parse_lenient
+from mmkd.evaluation.parsers import gqa_parse, letter_exact, mmmu_parse, scienceqa_index, scienceqa_parse_lenient
 from mmkd.evaluation.scorers import (
     anls,
+    aokvqa_accuracy,
     exact_match,
     mme,
     mme_parse,
+    mmmu_open,
     normalise_evalai,
     normalise_vqav2,
     pope,
@@ -309,8 +311,61 @@ def test_references_of() -> None:
     question = Question("1", "?", answer="b", references=("b",), choices=("a", "b"), answer_index=1)
     assert references_of(question, by_letter=True) == ("B",)
     assert references_of(question, by_letter=False) == ("b",)
-    with pytest.raises(DataError, match="no answer to score"):
-        references_of(Question("2", "?"), by_letter=False)
+    assert references_of(Question("2", "?"), by_letter=False) == ()
+    assert references_of(Question("3", "?", choices=("a", "b")), by_letter=True) == ()
+
+
+def test_aokvqa_counts_equal_answers() -> None:
+    answers = ["cat", "cat", "dog", "Cat"]
+    assert aokvqa_accuracy("cat", answers) == pytest.approx(2 / 3)
+    assert aokvqa_accuracy("CAT", answers) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "references", "right"),
+    [
+        ("The answer is 12", ["12"], True),
+        ("so x = 12.004", ["12.00"], True),  # numbers are rounded to two places
+        ("1,200", ["1200"], True),
+        ("12", ["120"], False),
+        ("it is blue whale", ["whale"], True),
+        ("b", ["b"], True),
+        ("grade b it is done", ["b"], False),  # only what follows the last mark counts
+        ("the grade is a b", ["b"], True),
+        ("whale.", ["Whale", "fish"], True),
+        ("", ["x"], False),
+        ("nan", ["nan"], False),
+    ],
+)
+def test_mmmu_open_questions(text: str, references: list[str], right: bool) -> None:
+    assert mmmu_open(text, references) == float(right)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("(A) or (C)", "C"),
+        ("A (B)", "B"),  # brackets come first
+        ("I say A not B here", "B"),
+        ("B.", "B"),
+        ("it must surely be the green one", "B"),
+        ("green one", None),  # too short for the words of a choice
+        ("b", None),
+        ("", None),
+    ],
+)
+def test_mmmu_letters(text: str, letter: str | None) -> None:
+    assert mmmu_parse(text, ("red", "green", "blue")) == letter
+
+
+def test_mmmu_leaves_open_answers_alone() -> None:
+    assert mmmu_parse(" 12. ", ()) == " 12. "
+
+
+def test_letters_alone_and_gqa() -> None:
+    assert [letter_exact(text, 2) for text in ("A", "B", "C", "A.", "", "AB")] == ["A", "B", None, None, None, None]
+    assert gqa_parse("Yes..") == "yes"
 
 
 # ---- the official scorers' own answers, where they are at hand

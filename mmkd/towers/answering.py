@@ -1,0 +1,260 @@
+"""Answers of a tower: by greedy generation, or by the likelihood of given choices. Each picture is seen once.
+
+Visual tokens are kept in a `VisionCache`, and with them what the processor made of the picture but its pixels: with
+both, the next question on a picture costs neither its decoding nor its resizing nor the vision encoder.
+"""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+from mmkd.data.samples import Sample
+
+if TYPE_CHECKING:
+    from mmkd.towers.tower import Encoded, Tower
+
+DEFAULT_CACHE_BYTES = 2**30
+_SMALL = 4096  # elements; whatever is larger and of floating point is pixels
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SeenOnce:
+    """What is kept of one sample's pictures: visual tokens, each [n_i, D], and the processor's output without pixels.
+
+    `processed` is None where the processor cannot do without the picture itself.
+    """
+
+    tokens: list[Tensor]
+    processed: dict[str, Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(token.numel() * token.element_size() for token in self.tokens)
+
+
+class VisionCache(UserDict):
+    """Seen pictures by the keys of a sample's images; over `max_bytes` the oldest go first.
+
+    Values have `nbytes`. One value larger than the budget is kept alone.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        super().__init__()
+        self.max_bytes, self.bytes = max_bytes, 0
+
+    def __setitem__(self, key: Key, value: Any) -> None:
+        if key in self.data:
+            del self[key]
+        while self.data and self.bytes + value.nbytes > self.max_bytes:
+            del self[next(iter(self.data))]
+        self.data[key] = value
+        self.bytes += value.nbytes
+
+    def __delitem__(self, key: Key) -> None:
+        self.bytes -= self.data.pop(key).nbytes
+
+
+@torch.inference_mode()
+def generate(
+    tower: Tower, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
+) -> list[str]:
+    """Greedy answers of one batch, left-padded."""
+    with _evaluating(tower):
+        encoded, tokens = _encode(tower, samples, cache)
+        inputs = tower.collate(encoded, padding_side="left").to(tower.device)
+        out = tower.model.generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            mm_encoder_outputs=tower.encoder_outputs(tokens),
+            **tower.layout(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tower.pad_id,
+            eos_token_id=sorted(tower.stop_ids),
+        )  # [B, L + new]
+    answers = tower.tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]  # templates may leave a space before the answer
+
+
+@torch.inference_mode()
+def choose(
+    tower: Tower,
+    samples: Sequence[Sample],
+    options: Sequence[Sequence[str]],
+    cache: MutableMapping[Key, SeenOnce] | None,
+) -> list[int]:
+    """The likeliest of each sample's options, by one forward pass over the batch.
+
+    An option stands for the tokens with which the tower would begin that answer. What all of them begin with (a space, with
+    some tokenizers) is read as part of the prompt; the logits of the token after it are compared.
+    Raises TowerError where two options have the same token there.
+    """
+    with _evaluating(tower):
+        encoded, tokens = _encode(tower, samples, cache)
+        shared, ids = zip(*(_first_tokens(tower, s, o) for s, o in zip(samples, options, strict=True)), strict=True)
+        inputs = tower.collate([_extended(e, s) for e, s in zip(encoded, shared, strict=True)]).to(tower.device)
+        hidden = tower.read(inputs, tokens)  # [B, L, D]
+        last = inputs.attention_mask.sum(1) - 1
+        logits = tower.head(hidden[torch.arange(len(samples), device=last.device), last])  # [B, V]
+    # A head's scale is positive and a soft cap monotone: neither changes which is largest.
+    return [int(row[torch.tensor(allowed, device=row.device)].argmax()) for row, allowed in zip(logits, ids, strict=True)]
+
+
+def _first_tokens(tower: Tower, sample: Sample, options: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The tokens that all options begin with, and the next one of each."""
+    pieces = [tower.answer_tokens(sample, option) for option in options]
+    shared = 0
+    while all(len(piece) > shared + 1 for piece in pieces) and len({piece[shared] for piece in pieces}) == 1:
+        shared += 1
+    after = [piece[shared] for piece in pieces]
+    if len(set(after)) < len(after):
+        from mmkd.towers.tower import TowerError
+
+        raise TowerError(
+            f"the options {list(options)} begin with the tokens {after}, not all different, so one pass cannot tell them "
+            "apart; answer by generation"
+        )
+    return pieces[0][:shared], after
+
+
+def _extended(encoded: Encoded, ids: Sequence[int]) -> Encoded:
+    if not ids:
+        return encoded
+    more = torch.tensor(ids)
+    return replace(
+        encoded,
+        input_ids=torch.cat([encoded.input_ids, more]),
+        targets=torch.cat([encoded.targets, torch.full_like(more, -100)]),
+    )
+
+
+@contextmanager
+def _evaluating(tower: Tower) -> Iterator[None]:
+    """Evaluation mode; every module's own mode afterwards, since a tower in training may have parts that are not."""
+    modes = [(module, module.training) for module in tower.model.modules()]
+    tower.model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _encode(
+    tower: Tower, samples: Sequence[Sample], cache: MutableMapping[Key, SeenOnce] | None
+) -> tuple[list[Encoded], list[Tensor]]:
+    """Prompts without pixels, and the visual tokens of all pictures in order; the encoder runs for new pictures only."""
+    keys = [tuple(ref.key for ref in sample.images) for sample in samples]
+    cache = {} if cache is None else cache
+    known = {key: cache[key] for key in keys if key and key in cache}
+    prepared: dict[Key, dict[str, Any] | None] = {}
+    first: dict[Key, Encoded] = {}
+    encoded = []
+    for key, sample in zip(keys, samples, strict=True):
+        processed = known[key].processed if key in known else prepared.get(key)
+        one, seen_now = _encode_one(tower, sample, processed)
+        encoded.append(one)
+        if key and key not in known and key not in first:
+            first[key], prepared[key] = one, seen_now
+    for key, tokens in zip(first, _see(tower, list(first.values())), strict=True):
+        cache[key] = known[key] = SeenOnce(tokens, prepared[key])
+    return [_without_pixels(one) for one in encoded], [token for key in keys if key for token in known[key].tokens]
+
+
+def _see(tower: Tower, encoded: list[Encoded]) -> list[list[Tensor]]:
+    """Visual tokens of each sample's pictures."""
+    if not encoded:
+        return []
+    entries = iter(tower.see(tower.collate(encoded).to(tower.device)).tokens)
+    found = []
+    for one in encoded:  # a picture is one entry, or several where a family cuts it up
+        tokens, missing = [], tower.visual_count(one)
+        while missing > 0:
+            tokens.append(next(entries))
+            missing -= len(tokens[-1])
+        found.append(tokens)
+    return found
+
+
+def _without_pixels(encoded: Encoded) -> Encoded:
+    """Only what tokens are placed by stays: the grids."""
+    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name.endswith("grid_thw")})
+
+
+def _encode_one(
+    tower: Tower, sample: Sample, processed: dict[str, Any] | None
+) -> tuple[Encoded, dict[str, Any] | None]:
+    """One prompt, and the processor's output for its pictures if it will do in their place.
+
+    That is tried at once: a processor that counts its tokens by the picture itself gives other ids without it.
+    """
+    if not sample.images:
+        return tower.encode(sample, with_answer=False), None
+    if processed is not None:
+        return _replayed(tower, sample, processed), processed
+    with _recording(tower.processor) as outputs:
+        encoded = tower.encode(sample, with_answer=False)
+    if len(outputs) != 1:
+        return encoded, None
+    processed = {name: _hollow(value) for name, value in outputs[0].items()}
+    again = _replayed(tower, sample, processed)
+    return encoded, processed if torch.equal(again.input_ids, encoded.input_ids) else None
+
+
+def _hollow(value: Any) -> Any:
+    """A tensor of the same shape that takes no memory, in place of pixels; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > _SMALL:
+        return value.new_zeros(1).expand(value.shape)
+    if isinstance(value, list):
+        return [_hollow(entry) for entry in value]
+    return value
+
+
+class _Stage:
+    """Stands in for a processor's image processor: what is not replaced is asked of the real one."""
+
+    def __init__(self, real: Any, processed: Mapping[str, Any] | None, outputs: list) -> None:
+        self._real, self._processed, self._outputs = real, processed, outputs
+
+    def __call__(self, *arguments: Any, **options: Any) -> BatchFeature:
+        if self._processed is not None:
+            return BatchFeature(dict(self._processed))
+        output = self._real(*arguments, **options)
+        self._outputs.append(BatchFeature(dict(output)))
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@contextmanager
+def _recording(processor: Any, processed: Mapping[str, Any] | None = None) -> Iterator[list[BatchFeature]]:
+    """Collects what the image processor gives; with `processed` it is not run, and gives that."""
+    outputs: list[BatchFeature] = []
+    real = processor.image_processor
+    processor.image_processor = _Stage(real, processed, outputs)
+    try:
+        yield outputs
+    finally:
+        processor.image_processor = real
+
+
+def _replayed(tower: Tower, sample: Sample, processed: dict[str, Any]) -> Encoded:
+    blank = Image.new("RGB", (1, 1))
+    with _recording(tower.processor, processed):
+        return tower.encode(sample, with_answer=False, pictures=[blank] * len(sample.images))
