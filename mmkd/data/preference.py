@@ -18,7 +18,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from mmkd.data.formats import _first_names, _image_names, _Row, _rows, _source, _subset, _without_markers
+from mmkd.data.annotations import Row as _Row
+from mmkd.data.annotations import rows as _rows
+from mmkd.data.formats import _first_names, _image_names, _source, _without_markers, subset
 from mmkd.data.samples import IMAGE_MARKER, DataError, Sample, Turn
 
 REJECTED = "rejected"  # key of `Sample.meta` that holds the answer not preferred
@@ -61,7 +63,7 @@ def read_preferences(
         chosen, rejected = _answers(row)
         turns = (*_prompt(row, len(refs)), Turn("assistant", chosen))
         samples.append(Sample(unique, refs, turns, {REJECTED: rejected}))
-    return _subset(samples, limit, image_limit, seed)
+    return subset(samples, limit, image_limit, seed)
 
 
 def rejected_of(sample: Sample) -> Sample:
