@@ -16,6 +16,7 @@ from mmkd.distill import reference
 from mmkd.distill.guards import GuardError
 from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, last_answer
 from mmkd.distill.reference import LogProbCache, fill_reference
+from mmkd.distill.rows import Head, row_log_probs
 from mmkd.distill.run import distill
 from mmkd.distill.stages import train
 from mmkd.distill.terms import Schedule, Term
@@ -85,6 +86,17 @@ def plain_loss(kind, student, teacher, samples, beta):
 
 
 # ---- loss and gradient
+
+
+def test_M1_sequence_log_probs():
+    """Positions 1 and 2 predict the response; the teacher's fifth column is padding of its head."""
+    own = torch.tensor([[0.6, 0.9, 0.2, 0.0], [0.1, 0.0, 1.2, 0.8]], dtype=torch.float64)
+    other = torch.tensor([[0.3, 1.7, 0.1, -0.4, -2.0], [-0.5, 0.2, 2.5, 0.9, 1.0]], dtype=torch.float64)
+    targets = torch.tensor([2, 3])
+    student = row_log_probs(own, Head(torch.eye(4, dtype=torch.float64)), targets)
+    teacher = row_log_probs(other, Head(torch.eye(5, dtype=torch.float64)), targets, vocabulary=4)
+    assert student.sum().item() == pytest.approx(-2.9070967576, abs=1e-9)
+    assert teacher.sum().item() == pytest.approx(-3.9532228702, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto_pair"])
