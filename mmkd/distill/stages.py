@@ -25,6 +25,7 @@ from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
+from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.tower import Tower, TowerError
@@ -190,6 +191,8 @@ def _train_stage(
         run_guards(distiller, dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
     set_seed(recipe.seed)
     trainer = DistillTrainer(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
+    if recipe.evaluation.every is not None:
+        trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
     if dataset.skipped:
         logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))
