@@ -261,6 +261,13 @@ class EvaluationSpec(Strict):
     limit: int | None = Field(None, gt=0)
     batch_size: int = Field(64, gt=0)
     blind: bool = False  # also score the student without its pictures
+    every: int | None = Field(None, gt=0)  # also score the student in training, every so many steps
+
+    @model_validator(mode="after")
+    def something_to_ask(self) -> EvaluationSpec:
+        if self.every and not self.benchmarks:
+            raise ValueError(f"every is {self.every}, but there are no benchmarks to ask; name some in `benchmarks`")
+        return self
 
 
 class GuardSpec(Strict):

@@ -29,6 +29,7 @@ from mmkd.distill.reference import fill_reference
 from mmkd.distill.sparse import summarise_experts, upcycled, write_receipt
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
+from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.tower import Tower, TowerError
@@ -207,6 +208,8 @@ def _train_stage(
     set_seed(recipe.seed)
     loop = PreferenceTrainer if of_pairs else DistillTrainer
     trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
+    if recipe.evaluation.every is not None:
+        trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
     if dataset.skipped:
         logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))

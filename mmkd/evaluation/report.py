@@ -8,12 +8,13 @@ import json
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.samples import DataError, ImageError, ImageRef
+from mmkd.data.samples import TABLES, DataError, ImageError, ImageRef
 from mmkd.evaluation.compare import compare_runs, read_object, read_predictions, same_questions, verdict
 from mmkd.evaluation.results import read_results
 
@@ -53,18 +54,20 @@ def build_report(run: Path | str) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "count": _count, "seconds": _seconds}
+    environment.filters |= {"percent": _percent, "points": _points, "count": _count, "bytes": _bytes, "seconds": _seconds}
     gallery = _gallery(benchmarks)
+    roles = [role for role in ROLES if any(role in b["models"] for b in benchmarks)]
     page = environment.get_template(TEMPLATE).render(
         title=str(facts.get("title") or run.resolve().name),
         headline=_headline(benchmarks),
-        roles=[role for role in ROLES if any(role in b["models"] for b in benchmarks)],
+        roles=roles,
         models=_models(benchmarks),
         benchmarks=benchmarks,
         charts=_charts(run),
         smoothing=SMOOTHING,
         gallery=gallery,
         outcomes=_outcomes(gallery),
+        marks=_marks(gallery, roles),
         gallery_seed=GALLERY_SEED,
         facts=_facts(facts),
         summary=_facts(_read_json(run / "summary.json")),
@@ -146,15 +149,29 @@ def _headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
 
 
 def _models(benchmarks: Sequence[Mapping]) -> dict[str, dict]:
-    """What is known of each model from its results: name, parameters, seconds over all benchmarks."""
+    """What is known of each model from its results: name, parameters, memory, and time over all benchmarks."""
     models: dict[str, dict] = {}
     for benchmark in benchmarks:
         for role, results in benchmark["models"].items():
-            model = models.setdefault(role, {"name": "", "parameters": {}, "seconds": 0.0})
+            new = {"name": "", "parameters": {}, "seconds": 0.0, "questions": 0, "tokens": 0, "weights": None, "peak": None}
+            model, spent = models.setdefault(role, new), results.get("efficiency", {})
             model["name"] = results.get("model") or model["name"]
             model["parameters"] = results.get("parameters") or model["parameters"]
             model["seconds"] += results.get("seconds") or 0.0
-    return models
+            model["questions"] += results.get("n", 0)
+            model["tokens"] += spent.get("answer_tokens") or 0
+            model["weights"] = spent.get("weight_bytes") or model["weights"]
+            model["peak"] = max(filter(None, (model["peak"], spent.get("peak_bytes"))), default=None)
+            model["dtype"] = spent.get("dtype") or model.get("dtype")
+    return {role: model | {"rates": _rates(model)} for role, model in models.items()}
+
+
+def _rates(model: Mapping) -> str:
+    """Questions and answer tokens a second, in words; "" where the time is not known."""
+    if not model["seconds"] or not model["questions"]:
+        return ""
+    tokens = f", {_count(model['tokens'] / model['seconds'])} tokens/s" if model["tokens"] else ""
+    return f"{_count(model['questions'] / model['seconds'])} questions/s{tokens}"
 
 
 def _category_bars(models: Mapping[str, Mapping]) -> list[dict]:
@@ -194,10 +211,19 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
         parts += [f"{_percent(own['unparsed_share'])} unparsed"] if "unparsed_share" in own else []
         parts += [f"lenient parse {_percent(own['score_lenient'])}"] if "score_lenient" in own else []
         parts += [f"{metric} {_percent(cell['score'])}" for metric, cell in own.get("also", {}).items()]
+        parts += [_importance(own["importance"])] if own.get("importance", {}).get("n") else []
         parts += [f"weights {own['model_fingerprint']}"] if own.get("model_fingerprint") else []
         facts.append((role, ", ".join(parts)))
     versions = results.get("versions", {})
     return facts + [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+
+
+def _importance(found: Mapping) -> str:
+    shares = [f"right {words} {_percent(found[key])}" for key, words in IMPORTANCE.items()]
+    return f"of {found['n']} questions with a picture: " + ", ".join(shares)
+
+
+IMPORTANCE = {"needs_image": "only with the picture", "both": "also without", "hurt_by_image": "only without"}
 
 
 def _facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -415,6 +441,7 @@ def _gallery_item(benchmark: Mapping, question: str, parted: bool) -> dict[str, 
         "pictures": [_thumbnail(key) for key in row.get("images") or ()],
         "chosen": "models differ" if parted else "drawn at random",
         "outcome": _outcome(scores),
+        "classes": " ".join(f"{role}-{_mark(score)}" for role, score in scores.items()),
     }
 
 
@@ -464,6 +491,19 @@ def _outcomes(gallery: Sequence[Mapping]) -> list[tuple[str, str, int]]:
     return [(key, text, counts[key]) for key, text in OUTCOMES.items() if counts[key]]
 
 
+MARKS = {"right": "right", "partly": "partly right", "wrong": "wrong"}
+
+
+def _marks(gallery: Sequence[Mapping], roles: Sequence[str]) -> list[tuple[str, list[tuple[str, str, int]]]]:
+    """For each model the marks that its answers got, with how many: [(role, [(mark, words, count), ...]), ...]."""
+    found = []
+    for role in roles:
+        counts = Counter(answer["mark"] for item in gallery for answer in item["answers"] if answer["role"] == role)
+        if len(counts) > 1:
+            found.append((role, [(mark, words, counts[mark]) for mark, words in MARKS.items() if counts[mark]]))
+    return found
+
+
 def _thumbnail(key: str) -> dict[str, Any]:
     """The picture as a data URI, small; or why there is none."""
     try:
@@ -485,10 +525,11 @@ def _thumbnail(key: str) -> dict[str, Any]:
 
 
 def _image_ref(key: str) -> ImageRef:
-    """The reference that `ImageRef.key` was made from: a member of a zip archive, or a file."""
-    archive, found, member = key.partition(".zip/")
-    if found and Path(archive + ".zip").is_file():
-        return ImageRef(Path(archive + ".zip"), member)
+    """The reference that `ImageRef.key` was made from: a member of a zip archive, a cell of a table, or a file."""
+    for suffix in (".zip", *TABLES):
+        archive, found, member = key.partition(f"{suffix}/")
+        if found and Path(archive + suffix).is_file():
+            return ImageRef(Path(archive + suffix), member)
     return ImageRef(Path(key).parent, Path(key).name)
 
 
@@ -510,6 +551,11 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    """1234567 -> "1.23 MB"."""
+    return _count(value).replace(" B", " G").replace(" k", " K") + ("B" if value >= 1000 else " B")
 
 
 def _seconds(value: float) -> str:

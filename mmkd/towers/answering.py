@@ -65,7 +65,7 @@ class VisionCache(UserDict):
         self.bytes -= self.data.pop(key).nbytes
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a module keeps from here must do for training, too
 def generate(
     tower: Tower, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
 ) -> list[str]:
@@ -88,7 +88,7 @@ def generate(
     return [answer.strip() for answer in answers]  # templates may leave a space before the answer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def choose(
     tower: Tower,
     samples: Sequence[Sample],

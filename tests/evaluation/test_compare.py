@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmkd.data.samples import DataError
-from mmkd.evaluation.compare import agreement, compare_runs, interval, paired_difference, verdict
+from mmkd.evaluation.compare import agreement, compare_runs, interval, modality_importance, paired_difference, verdict
 
 
 def test_interval_of_right_and_wrong_is_the_binomial_one() -> None:
@@ -170,4 +170,38 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = write_predictions(tmp_path / "s", {"a": 1.0})
     path.write_text(path.read_text(encoding="utf-8") + '{"id": "b"', encoding="utf-8")
     with pytest.raises(DataError, match="line 2"):
+        compare_runs({"student": path})
+
+
+def test_fidelity_and_where_the_student_beats_its_teacher(tmp_path: Path) -> None:
+    paths = {
+        "student": write_predictions(tmp_path / "s", {"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.6}),
+        "teacher": write_predictions(tmp_path / "t", {"a": 1.0, "b": 1.0, "c": 0.3, "d": 0.0}),
+    }
+    result = compare_runs(paths)
+    pair = result["differences"]["student - teacher"]
+    assert (pair["only_first"], pair["only_second"]) == (1, 1)
+    assert result["student_beats_teacher"] == ["c"]
+    assert result["fidelity"] == {"student": pair["agreement"]}
+    assert "student_beats_teacher" not in compare_runs({"student": paths["student"]})
+
+
+def test_which_questions_need_their_picture() -> None:
+    def rows(*scores: float | None) -> dict[str, dict]:
+        return {str(n): {"id": str(n), "score": s, "images": ["x.png"] if n < 5 else []} for n, s in enumerate(scores)}
+
+    found = modality_importance(rows(1.0, 1.0, 0.0, 0.0, None, 1.0), rows(0.0, 1.0, 1.0, 0.3, 1.0, 0.0))
+    assert found == {
+        "n": 4, "both": 0.25, "needs_image": 0.25, "hurt_by_image": 0.25, "neither": 0.25,
+        "blind_score": pytest.approx(2.3 / 4), "gain": pytest.approx(-0.3 / 4), "ids": ["0"],
+    }  # fmt: skip
+    assert modality_importance({}, {}) == {"n": 0}
+    with pytest.raises(DataError, match="only in without"):
+        modality_importance({}, rows(1.0))
+
+
+def test_questions_without_a_score_are_not_compared(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"id": "a", "prediction": "x", "score": None, "skipped": None}), encoding="utf-8")
+    with pytest.raises(DataError, match="without a score"):
         compare_runs({"student": path})

@@ -163,3 +163,30 @@ def test_ticks_are_few_and_hold_the_range(low: float, high: float) -> None:
     assert 2 <= len(ticks) <= 7
     assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9
     assert ticks == sorted(set(ticks))
+
+
+def test_answers_can_be_filtered_by_model_and_mark(run: Path) -> None:
+    """The filters are style sheets: every radio button has a rule, and every answer the class that the rule names."""
+    text = build_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    radios = {attrs["id"] for tag, attrs in page.tags if tag == "input"}
+    assert {"m-student-all", "m-student-right", "m-student-wrong", "m-control-right", "m-control-wrong"} <= radios
+    assert "m-teacher-right" not in radios  # all of the teacher's answers are right: there is nothing to choose
+    for name in radios:
+        assert name.endswith("-all") or f":has(#{name}:checked)" in text
+    marks = [attrs["class"].split() for tag, attrs in page.tags if tag == "article"]
+    wrong = sum("control-wrong" in classes for classes in marks)
+    assert wrong > 0 and f"wrong ({wrong})" in page.words()
+    assert all("teacher-right" in classes for classes in marks)
+
+
+def test_efficiency_and_fidelity_are_shown(run: Path) -> None:
+    words = Page(build_report(run).read_text(encoding="utf-8")).words()
+    assert "4.94 KB" in words and "float32" in words and "questions/s" in words and "tokens/s" in words
+    assert "right where the teacher is not: 0" in words
+    path = run / "evaluation" / "student" / "tiny" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    shares = {"needs_image": 0.4, "both": 0.5, "hurt_by_image": 0.0, "neither": 0.1}
+    path.write_text(json.dumps(results | {"importance": {"n": 30, **shares}}), encoding="utf-8")
+    words = Page(build_report(run).read_text(encoding="utf-8")).words()
+    assert "right only with the picture: 40.0 %" in words and "of 30 questions with a picture" in words

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Race the evaluator against transformers' `generate` on a POPE-like set: six questions on every picture.
+
+    python scripts/bench/evaluate.py
+    python scripts/bench/evaluate.py --images 100 --batch-size 32 --json evaluate.json
+
+Both answer the same questions with the same random model at the same batch size, in one process, taking turns. `generate`
+gets the pixels of every question, as plain evaluation loops give them; reading and resizing the pictures is in its time. The
+evaluator's time is that of the whole `evaluate`: questions read, answers scored, results written. The ratio is that of the
+medians. The shapes are printed: the vision encoder is the larger part, as in small vision-language models, and answers are
+short, as POPE's are; with a larger language model or longer answers there is less to save.
+
+Beside it: seconds from the command `mmkd evaluate` to its end on a single question, which bounds the time to the first batch.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+QUESTIONS = 6
+OBJECTS = ("dog", "cat", "car", "person", "chair", "bottle")
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        result = race(options, Path(folder))
+    print(json.dumps(result, indent=1))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=4, help="of each answer; random weights never stop")
+    parser.add_argument("--picture", type=int, default=320, help="pixels of a side of the files")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="write the result here, too")
+    return parser.parse_args()
+
+
+def race(options: argparse.Namespace, folder: Path) -> dict:
+    from mmkd.evaluation.answer import evaluate
+    from mmkd.evaluation.benchmarks import load_benchmark
+
+    write_pope(folder / "pope", options)
+    tower = build_tower(options.device)
+    tower.save(folder / "model")
+    card = load_benchmark("pope").model_copy(update={"split": "random", "max_new_tokens": options.new_tokens})
+    quiet = {"data_root": folder, "batch_size": options.batch_size, "progress": False, "resume": False}
+    times: dict[str, list[float]] = {"generate": [], "mmkd": []}
+    for number in range(options.repeats + 1):
+        plain, seconds = timed(lambda: answer_plainly(tower, card, folder, options))
+        result, ours = timed(lambda: evaluate(tower, card, folder / "out", **quiet))
+        if number:  # the first round warms up
+            times["generate"].append(seconds)
+            times["mmkd"].append(ours)
+    lines = (folder / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    same = [plain[row["id"]] == row["prediction"] for row in map(json.loads, lines)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "questions": result["n"],
+        "images": options.images,
+        "batch_size": options.batch_size,
+        "new_tokens": options.new_tokens,
+        "device": options.device,
+        **shapes(tower),
+        "seconds": {name: [round(value, 2) for value in values] for name, values in times.items()},
+        "questions_per_second": {name: round(result["n"] / value, 1) for name, value in medians.items()},
+        "ratio": round(medians["generate"] / medians["mmkd"], 2),
+        "equal_answers": sum(same) / len(same),
+        "command_seconds": round(command_seconds(folder), 2),
+    }
+
+
+def timed(action):
+    start = time.perf_counter()
+    value = action()
+    return value, time.perf_counter() - start
+
+
+def write_pope(folder: Path, options: argparse.Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng, rows = np.random.default_rng(0), []
+    (folder / "val2014").mkdir(parents=True)
+    for number in range(options.images):
+        values = rng.integers(0, 256, (options.picture, options.picture, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / "val2014" / f"{number}.jpg")
+        for place, name in enumerate(OBJECTS[:QUESTIONS]):
+            row = {"question_id": len(rows), "image": f"{number}.jpg", "text": f"Is there a {name} in the image?"}
+            rows.append(row | {"label": "yes" if place % 2 else "no"})
+    (folder / "coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def build_tower(device: str):
+    """A LLaVA with random weights: a ViT of 12 layers for 224 pixels and a Llama of 2 layers."""
+    from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer
+
+    vision = {
+        "model_type": "vit", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
+        "intermediate_size": 1536, "image_size": 224, "patch_size": 16,
+    }  # fmt: skip
+    language = {
+        "model_type": "llama", "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "intermediate_size": 256, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    tokenizer = train_tokenizer([f"Is there a {name} in the image? Answer with a single word." for name in OBJECTS], 400)
+    spec = VisionSpec(config=vision, image_size=(224, 224))
+    tower = assemble(spec, LanguageSpec(config=language), tokenizer=tokenizer, seed=0)
+    tower.model.to(device).eval()
+    return tower
+
+
+def shapes(tower) -> dict:
+    parts = {name: sum(p.numel() for _, p in found) for name, found in tower.part_parameters().items()}
+    return {"parameters": parts, "visual_tokens": 196, "pixels": 224}
+
+
+def answer_plainly(tower, card, folder: Path, options: argparse.Namespace) -> dict[str, str]:
+    """A plain loop: batches in the order of the file, every question with its picture's pixels."""
+    import torch
+
+    samples = [card.render(question) for question in card.read(folder)]
+    answers: dict[str, str] = {}
+    for start in range(0, len(samples), options.batch_size):
+        batch = samples[start : start + options.batch_size]
+        texts = [tower.processor.apply_chat_template(messages(s), add_generation_prompt=True) for s in batch]
+        pictures = [[ref.load() for ref in sample.images] for sample in batch]
+        padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        inputs = tower.processor(text=texts, images=pictures, **padded).to(options.device)
+        with torch.no_grad():
+            out = tower.model.generate(
+                **inputs, max_new_tokens=options.new_tokens, do_sample=False, pad_token_id=tower.pad_id,
+                eos_token_id=sorted(tower.stop_ids),
+            )  # fmt: skip
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = tower.tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers |= {sample.id: text for sample, text in zip(batch, texts, strict=True)}
+    return answers
+
+
+def messages(sample) -> list[dict]:
+    turn = sample.turns[0]
+    content = [{"type": "image"}] * turn.images + [{"type": "text", "text": turn.text}]
+    return [{"role": turn.role, "content": content}]
+
+
+def command_seconds(folder: Path) -> float:
+    """Wall clock of `mmkd evaluate` with one question, from nothing to its results."""
+    card = folder / "one.yaml"
+    text = (ROOT / "evaluation" / "pope.yaml").read_text(encoding="utf-8").replace("split: all", "split: random")
+    card.write_text(text, encoding="utf-8")
+    model, out = folder / "model", folder / "command"
+    command = [sys.executable, "-m", "mmkd.cli", "evaluate", str(model), "--benchmarks", str(card), "--data-root", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    subprocess.run([*command, "--limit", "1", "--output", str(out)], check=True, env=environment, capture_output=True)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
