@@ -133,7 +133,8 @@ def _check_projection(role: str, tower: Tower, inputs: TowerInputs) -> None:
             raise GuardError(
                 f"the {role}'s projector does not turn its vision features into its visual tokens (image {image}: "
                 f"{list(own.shape)} against {list(again.shape)}): {tower.model.config.model_type!r} reorders or adds tokens "
-                "around it, so the visual switch and feature_match would compare other places; take these terms out or use another pair"
+                "around it, so the visual switch and feature_match would compare other places; take these terms out or use "
+                "another pair"
             )
 
 

@@ -82,7 +82,8 @@ def claim(run: Path, recipe: Recipe) -> None:
         differing = sorted(_differences(there, wanted))
         if differing:
             raise DataError(
-                f"{run} holds a run of another recipe (differs in {', '.join(differing[:5])}); set output=ANOTHER_FOLDER or remove it"
+                f"{run} holds a run of another recipe (differs in {', '.join(differing[:5])}); set output=ANOTHER_FOLDER or "
+                "remove it"
             )
         return
     if not is_main_process():

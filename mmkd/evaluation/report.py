@@ -215,7 +215,7 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
         parts += [f"weights {own['model_fingerprint']}"] if own.get("model_fingerprint") else []
         facts.append((role, ", ".join(parts)))
     versions = results.get("versions", {})
-    return facts + [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+    return [*facts, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
 
 
 def _importance(found: Mapping) -> str:
