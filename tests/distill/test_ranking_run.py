@@ -236,7 +236,7 @@ def test_two_processes_are_one(undisturbed, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmkd.cli"]
     command = [*launch, "rank", str(folder / "ranking.yaml"), f"output={output}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for role in ("control", "student"):
         expected, found = weights(undisturbed, role), weights(output, role)
