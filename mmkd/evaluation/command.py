@@ -48,7 +48,7 @@ def _check_data(benchmarks: list[Benchmark], arguments: argparse.Namespace) -> N
             questions = benchmark.read(arguments.data_root, arguments.limit)
             refuse_unscored(benchmark, questions, arguments.submission and benchmark.submission is not None)
         except DataError as error:
-            problems.append(str(error))
+            problems.append(f"{benchmark.name}: {error}")
     if problems:
         raise DataError("\n".join(problems))
 
