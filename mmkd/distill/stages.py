@@ -133,7 +133,8 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
 def control_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the SFT control: everything the same without the teacher.
 
-    Its terms are the stage's `control_terms`, else those of the student that need no teacher, else cross-entropy.
+    Its terms are the stage's `control_terms`, else those of the student that need no teacher, with cross-entropy in
+    place of the others.
     """
     stages = {
         name: stage.model_copy(update={"terms": stage.control_terms or _without_teacher(stage), "control_terms": None})
@@ -143,7 +144,9 @@ def control_recipe(recipe: Recipe) -> Recipe:
 
 
 def _without_teacher(stage: StageSpec) -> dict[str, TermSpec]:
-    return {name: spec for name, spec in stage.terms.items() if not KINDS[spec.kind].teacher} or CONTROL_TERMS
+    kept = {name: spec for name, spec in stage.terms.items() if not KINDS[spec.kind].teacher}
+    learns = len(kept) == len(stage.terms) or any(spec.kind == "cross_entropy" for spec in kept.values())
+    return kept if learns else kept | CONTROL_TERMS
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
