@@ -130,7 +130,7 @@ def evaluate(
     results |= {
         "model": model_name,
         "parameters": tower.parameter_count(),
-        "seconds": round(seconds, 3),
+        "seconds": round(seconds, 6),
         "batch_size": batch_size,
         "efficiency": _efficiency(tower, rows, seconds),
         "versions": _versions(),
