@@ -25,7 +25,7 @@ from mmkd.evaluation.parsers import PARSERS, scienceqa_parse_lenient
 from mmkd.evaluation.particulars import LENIENT, particulars
 from mmkd.evaluation.scorers import METRICS, references_of
 from mmkd.evaluation.submission import write_submission
-from mmkd.towers.answering import DEFAULT_CACHE_BYTES, VisionCache
+from mmkd.towers.vision_cache import DEFAULT_CACHE_BYTES, VisionCache
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"

@@ -54,7 +54,7 @@ def _check_data(benchmarks: list[Benchmark], arguments: argparse.Namespace) -> N
 
 
 def _tower(arguments: argparse.Namespace) -> Answerer:
-    from mmkd.distill.stages import dtype_of, to_device
+    from mmkd.towers.loading import dtype_of, to_device
     from mmkd.towers.tower import Tower
 
     tower = Tower.load(
