@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mmkd.data.samples import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, Answerer, evaluate, refuse_unscored, write_object
 from mmkd.evaluation.benchmarks import Benchmark, load_benchmark
 from mmkd.evaluation.compare import modality_importance, read_predictions
+from mmkd.evaluation.processes import Processes
 from mmkd.evaluation.suites import average, load_suite, server_scores, suite_table, write_suite
 
 BLIND = "_blind"  # ending of the folder of answers without pictures
@@ -29,9 +31,15 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if arguments.split is not None:
         benchmarks = [benchmark.on_split(arguments.split) for benchmark in benchmarks]
     _check_data(benchmarks, arguments)
+    processes = Processes.launched()
+    if not processes.is_first:
+        logging.getLogger("mmkd").setLevel(logging.WARNING)
     tower = _tower(arguments)
     folder = Path(arguments.output or Path("runs/evaluation") / Path(arguments.model).name)
-    results = {benchmark.name: _one(tower, benchmark, folder, arguments) for benchmark in benchmarks}
+    results = {benchmark.name: _one(tower, benchmark, folder, arguments, processes) for benchmark in benchmarks}
+    processes.leave()
+    if not processes.is_first:
+        return 0
     if suite:
         content = average(suite, results, server)
         write_suite(folder / "suite.json", content)
@@ -66,7 +74,9 @@ def _tower(arguments: argparse.Namespace) -> Answerer:
     return to_device(tower, arguments.quantise)
 
 
-def _one(tower: Answerer, benchmark: Benchmark, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def _one(
+    tower: Answerer, benchmark: Benchmark, folder: Path, arguments: argparse.Namespace, processes: Processes
+) -> dict[str, Any]:
     """One benchmark, written below `folder` and said on the terminal."""
     options = {
         "data_root": arguments.data_root,
@@ -76,15 +86,18 @@ def _one(tower: Answerer, benchmark: Benchmark, folder: Path, arguments: argpars
         "choices": arguments.choices,
         "submission": arguments.submission and benchmark.submission is not None,
         "cache_bytes": arguments.cache_mb * 2**20,
+        "processes": processes,
     }
     out = folder / (benchmark.name + (BLIND if arguments.blind else ""))
     results = evaluate(tower, benchmark, out, blind=arguments.blind, **options)
-    print(_line(benchmark.name, results))
+    if processes.is_first:
+        print(_line(benchmark.name, results), flush=True)
     if arguments.importance and results["score"] is not None:
         blind = folder / (benchmark.name + BLIND)
         evaluate(tower, benchmark, blind, blind=True, **options | {"submission": False})
-        results = add_importance(out, results, blind)
-        print(_importance_line(results["importance"]))
+        if processes.is_first:
+            results = add_importance(out, results, blind)
+            print(_importance_line(results["importance"]), flush=True)
     return results
 
 
