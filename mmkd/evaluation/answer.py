@@ -145,7 +145,7 @@ def evaluate(
         "batch_size": batch_size,
         "processes": processes.count,
         "efficiency": _efficiency(tower, rows, seconds, peak),
-        "versions": _versions(),
+        "versions": library_versions(),
     }
     if submission:
         results["submission"] = submission_file(benchmark.submission)
@@ -153,7 +153,7 @@ def evaluate(
         if submission:
             predictions = {row["id"]: row["prediction"] for row in rows if not row["skipped"]}
             write_submission(benchmark.submission, out, predictions, [item.question for item in items])
-        _write_atomically(out / PREDICTIONS, _lines(rows))
+        write_atomically(out / PREDICTIONS, _lines(rows))
         write_object(out / RESULTS, results)
         store.close()
     processes.wait()
@@ -440,10 +440,11 @@ def _lines(rows: Iterable[dict]) -> str:
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that appears whole or not at all."""
-    _write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that appears whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("w", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as stream:
         stream.write(text)
@@ -595,7 +596,8 @@ def _peak_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """What a result depends on beside data and weights."""
     versions = {"python": platform.python_version()}
     for package in ("mmkd", "torch", "transformers", "tokenizers", "pillow", "numpy"):
         try:

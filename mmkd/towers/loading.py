@@ -14,8 +14,13 @@ def dtype_of(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
 
 
+def device_of_process() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def to_device(tower: Tower, quantise: str | None = None) -> Tower:
     """The tower on this process's GPU, if there is one; quantised weights are there already."""
-    if torch.cuda.is_available() and quantise is None:
-        tower.model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    if quantise is None:
+        tower.model.to(device_of_process())
     return tower
