@@ -132,8 +132,9 @@ def _ablate(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print("\n".join(f"{run.name}: {run.folder}{' (done)' if run.summary else ''}" for run in runs))
         return 0
-    print(ablation_table(ablate(grid, runs)))
-    print(f"{grid.output}/ablation.svg")
+    name = Path(arguments.recipe).stem
+    print(ablation_table(ablate(grid, runs, name)))
+    print(Path(grid.output) / f"{name}.svg")
     return 0
 
 
