@@ -84,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, help="the JSON lines file to write, for example DATA_ROOT/preference/train.jsonl")
     sub.add_argument("--split", default="train", help="the split that the questions must be of (default: train)")
 
+    sub = command("preferences", _preferences, "Count how often a model prefers the chosen answers of pairs.")
+    sub.add_argument("model")
+    sub.add_argument("--reference", required=True, help="the teacher, which rewards are measured against")
+    sub.add_argument("--pairs", required=True, help="a JSON lines file, as `mmkd pairs` writes it")
+    sub.add_argument("--data-root", required=True, help="folder that holds the pictures")
+    sub.add_argument("--cache", default="runs/references", help="folder for log-probabilities (default: runs/references)")
+    sub.add_argument("--output", default=None, help="JSON file for the figures")
+
     sub = command("report", _report, "Write the HTML report of a run again.")
     sub.add_argument("folder", help="the run's folder")
 
@@ -182,6 +190,22 @@ def _pairs(arguments: argparse.Namespace) -> int:
     for name, counts in facts.items():
         print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     print(arguments.output)
+    return 0
+
+
+def _preferences(arguments: argparse.Namespace) -> int:
+    from mmkd.data.preference import read_preferences
+    from mmkd.distill.preferred import preference_accuracy
+    from mmkd.distill.run import write_whole
+    from mmkd.towers.tower import Tower
+
+    files = {"annotations": str(Path(arguments.pairs).absolute()), "images": "."}
+    samples = read_preferences(Path(arguments.data_root), "pairs", files=files)
+    towers = [Tower.load(model, dtype="float32").freeze() for model in (arguments.model, arguments.reference)]
+    found = preference_accuracy(*towers, samples, Path(arguments.cache))
+    if arguments.output:
+        write_whole(Path(arguments.output), json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
     return 0
 
 
