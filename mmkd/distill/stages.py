@@ -32,6 +32,7 @@ from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, 
 from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.loading import dtype_of, to_device
 from mmkd.towers.tower import Tower, TowerError
 
 logger = logging.getLogger(__name__)
@@ -94,16 +95,6 @@ def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> 
     if spec.vocab_size is not None:
         return train_tokenizer(texts, spec.vocab_size)
     return teacher.tokenizer if spec.source == "teacher" else load_tokenizer(spec.source)
-
-
-def dtype_of(name: str) -> torch.dtype | str:
-    return name if name == "auto" else getattr(torch, name)
-
-
-def to_device(tower: Tower, quantise: str | None = None) -> Tower:
-    if torch.cuda.is_available() and quantise is None:
-        tower.model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    return tower
 
 
 # ---- data and terms --------------------------------------------------------------------------------------------------
