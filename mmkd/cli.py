@@ -102,8 +102,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    from mmkd.recipe import load_recipe
+    from mmkd.recipe import load_recipe, read_raw
 
+    if read_raw(arguments.recipe, arguments.overrides).get("kind") == "ablation":
+        return _ablate(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         from mmkd.estimate import plan
@@ -119,6 +121,19 @@ def _distill(arguments: argparse.Namespace) -> int:
         print(table(summary))
         if "report" in summary:
             print(f"report: {summary['report']}")
+    return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from mmkd.ablation import ablate, ablation_table, load_grid
+
+    seeds = [] if arguments.seeds is None else [f"seeds=[{arguments.seeds}]"]
+    grid, runs = load_grid(arguments.recipe, [*arguments.overrides, *seeds])
+    if arguments.dry_run:
+        print("\n".join(f"{run.name}: {run.folder}{' (done)' if run.summary else ''}" for run in runs))
+        return 0
+    print(ablation_table(ablate(grid, runs)))
+    print(f"{grid.output}/ablation.svg")
     return 0
 
 
