@@ -81,6 +81,7 @@ class RankingSpec(Strict):
     threshold: float = Field(0.1, ge=0, le=1)  # teacher score from which a hard negative is valid
     top_m: int | None = Field(None, gt=0)  # instead of the threshold: so many are valid
     margin: float | None = Field(None, gt=0)  # end the list where neighbouring scores differ by less
+    ceiling: float | None = Field(None, gt=0, le=1)  # leave out what the teacher scores so high: probably unlabelled positives
     rank_reduction: Literal["sum", "mean_valid"] = "sum"
     query_reduction: Literal["all", "with_valid"] = "all"
     detach_temperature: bool = False

@@ -133,9 +133,10 @@ class TermSpec(Strict):
 
     kind: str
     weight: float | WeightSpec = 1.0
-    positions: Literal["response", "prompt", "visual"] = "response"
+    positions: Literal["response", "prompt", "visual", "answer", "text", "all"] = "response"
     path: Literal["student", "switch"] = "student"
     bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
+    reduction: Literal["mean", "sum"] = "mean"  # over rows; "sum": of each sample's rows, and the mean over samples
 
     @model_validator(mode="after")
     def known(self) -> TermSpec:
@@ -151,6 +152,10 @@ class TermSpec(Strict):
             raise ValueError("`bridge` belongs to terms with `path: switch`; feature_match builds its own")
         if self.path == "switch" and self.positions != "response":
             wrong.append("the visual switch is compared on response positions only")
+        if kind is not None and kind.rows and not kind.teacher and self.positions not in ("response", "prompt", "text"):
+            wrong.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
+        if kind is not None and not kind.rows and self.reduction != "mean":
+            wrong.append(f"{self.kind} is no loss of rows and has no `reduction`")
         if _is_number(self.weight) and self.weight < 0:
             wrong.append(f"weight is {self.weight}; it must not be negative")
         if wrong:
@@ -167,8 +172,15 @@ class TermSpec(Strict):
                 wrong.append(f"{self.kind} has no option {name!r}{_suggest(name, keys)}")
             elif _is_number(parameters[name].default) and not _is_number(value):
                 wrong.append(f"{name} is {value!r}, not a number")
+            elif name in kind.choices and value not in kind.choices[name]:
+                wrong.append(f"{name} is {value!r}{_suggest(str(value), kind.choices[name])}")
             elif kind.preference and (problem := _wrong_preference(name, value)):
                 wrong.append(problem)
+        if kind is not None and kind.rows and not wrong:
+            try:
+                kind.function(**(self.model_extra or {}))
+            except ValueError as error:
+                wrong.append(str(error))
         return wrong
 
 

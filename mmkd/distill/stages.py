@@ -126,7 +126,7 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
         weight = spec.weight
         schedule = Schedule(weight.start, weight.end, weight.over) if isinstance(weight, WeightSpec) else Schedule(weight, weight)
         options = tuple(sorted((spec.model_extra or {}).items()))
-        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options))
+        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options, spec.reduction))
     return terms
 
 
