@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 class RecipeError(DataError):
     """A recipe is wrong; the message lists every error."""
+
+
+def is_default(default: Any) -> Callable[[Any], bool]:
+    """Keys that came later are left out of a run's record at their default: records of earlier versions stay valid."""
+    return lambda value: value == default
 
 
 class Strict(BaseModel):
@@ -107,6 +113,8 @@ class TeacherSpec(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantise: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+    # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
+    gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
 
 
 class StudentSpec(Strict):
@@ -136,7 +144,8 @@ class TermSpec(Strict):
     positions: Literal["response", "prompt", "visual", "answer", "text", "all"] = "response"
     path: Literal["student", "switch"] = "student"
     bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
-    reduction: Literal["mean", "sum"] = "mean"  # over rows; "sum": of each sample's rows, and the mean over samples
+    # Over rows; "sum": of each sample's rows, and the mean over samples.
+    reduction: Literal["mean", "sum"] = Field("mean", exclude_if=is_default("mean"))
 
     @model_validator(mode="after")
     def known(self) -> TermSpec:
