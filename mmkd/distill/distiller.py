@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mmkd import losses
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
-from mmkd.distill.terms import Term
+from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
 from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
 
@@ -69,8 +69,8 @@ class Distiller(nn.Module):
         counts: [len(COUNTS)] global counts over ranks and accumulation steps; the batch's own when None.
         progress: 0..1 of the stage, for scheduled weights.
         """
-        divisors = dict(zip(COUNTS, (batch.counts if counts is None else counts).clamp(min=1), strict=True))
-        own = dict(zip(COUNTS, batch.counts, strict=True))
+        divisors = {name: n.clamp(min=1) for name, n in _by_name(batch.counts if counts is None else counts).items()}
+        own = _by_name(batch.counts)
         signals = self.signals(batch)
         total = signals.zero
         log: dict[str, tuple[Tensor, Tensor]] = {}
@@ -137,7 +137,7 @@ class Distiller(nn.Module):
     def _image_loss(self, signals: Signals, term: Term) -> Tensor:
         """Sum over images of a term that compares pictures, not rows."""
         if term.kind == "relation":
-            return signals.relation()
+            return signals.relation(**dict(term.options))
         if term.kind == "load_balance":
             return signals.load_balance()
         if term.kind == "contrastive":
@@ -240,12 +240,12 @@ class Signals:
 
     def student_rows(self, positions: set[str]) -> Rows:
         inputs = self.batch.student
-        masks = {name: getattr(inputs, name) for name in sorted(positions)}  # each [B, L]
+        masks = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [B, L]
         where = _any(masks.values())
         targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)
         teacher = None
         if self.teacher is not None and any(t.needs_teacher and t.is_row_term for t in self.distiller.terms):
-            teacher = self.teacher_hidden[_any(getattr(self.batch.teacher, name) for name in positions)]  # [R, Dt]
+            teacher = self.teacher_hidden[_any(rows_at(self.batch.teacher, name) for name in positions)]  # [R, Dt]
         return Rows(
             self.student_hidden[where],
             head_of(self.student),
@@ -291,15 +291,20 @@ class Signals:
 
     # ---- pictures ----
 
-    def relation(self) -> Tensor:
+    def relation(self, source: str = "logits") -> Tensor:
         """Sum over images of the relation distance of their visual rows (LLaVA-KD's RDist, per image)."""
         student = _per_image_rows(self.student_hidden, self.batch.student)
         teacher = _per_image_rows(self.teacher_hidden, self.batch.teacher)
         total = self.zero
-        if any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher)):
-            raise TowerError("relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow")
+        capped = any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher))
+        if source == "logits" and capped:
+            raise TowerError(
+                "relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow; compare the "
+                "hidden states themselves with `source: hidden`"
+            )
+        grams = (self.student_gram, self.teacher_gram) if source == "logits" else (None, None)
         for own, other in zip(student, teacher, strict=True):
-            total = total + losses.relation_from_hidden(own, self.student_gram, other, self.teacher_gram)
+            total = total + losses.relation_from_hidden(own, grams[0], other, grams[1], source)
         return total
 
     @cached_property
@@ -417,6 +422,12 @@ def _resample(features: Tensor, count: int) -> Tensor:
         out = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False)
         return out.flatten(2)[0].T
     return F.interpolate(features.T[None], size=count, mode="linear", align_corners=False)[0].T
+
+
+def _by_name(counts: Tensor) -> dict[str, Tensor]:
+    """Counts by what a term may be divided by."""
+    by = dict(zip(COUNTS, counts, strict=True))
+    return by | {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
 
 
 def _any(masks: Iterable[Tensor]) -> Tensor:

@@ -33,6 +33,7 @@ from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower, TowerError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def load_teacher(recipe: Recipe) -> Tower | None:
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
     )
+    if spec.gradient_checkpointing:
+        recompute_layers(tower)
     return to_device(tower, spec.quantise).freeze()
 
 
@@ -117,7 +120,7 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
         weight = spec.weight
         schedule = Schedule(weight.start, weight.end, weight.over) if isinstance(weight, WeightSpec) else Schedule(weight, weight)
         options = tuple(sorted((spec.model_extra or {}).items()))
-        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options))
+        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options, spec.reduction))
     return terms
 
 
@@ -238,6 +241,8 @@ def set_trainable(student: Tower, stage: StageSpec) -> None:
         raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
     if stage.gradient_checkpointing:
         student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not any(p.requires_grad for p in student.language.parameters()):
+            recompute_layers(student)  # frozen, it stays in evaluation mode, where transformers checkpoints nothing
 
 
 def add_lora(student: Tower, spec: LoraSpec) -> None:
