@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,19 +34,41 @@ class Pair:
 class Batch:
     """What the distiller gets. `counts` [len(COUNTS)] are this micro-batch's; the global ones divide the loss.
 
-    Counts stay on the CPU: reading them there costs no synchronisation with an accelerator.
+    Counts stay on the CPU, and a batch on an accelerator keeps the one that it was moved from (`on_host`): which rows a term
+    names is asked there, since an answer from the accelerator would have to be waited for.
     """
 
     student: TowerInputs
     teacher: TowerInputs | None
     switch: TowerInputs | None
     counts: Tensor
+    host: Batch | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def on_host(self) -> Batch:
+        return self if self.host is None else self.host
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         def move(x):
             return None if x is None else x.to(device, non_blocking=non_blocking)
 
-        return Batch(move(self.student), move(self.teacher), move(self.switch), self.counts)
+        student = move(self.student)
+        teacher = student if self.teacher is self.student else move(self.teacher)
+        return Batch(student, teacher, move(self.switch), self.counts, host=self.on_host)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which `non_blocking` copies are; the data loader calls it."""
+        student = _pinned(self.student)
+        teacher = student if self.teacher is self.student else _pinned(self.teacher)
+        return replace(self, student=student, teacher=teacher, switch=_pinned(self.switch))
+
+
+def _pinned(inputs: TowerInputs | None) -> TowerInputs | None:
+    if inputs is None:
+        return None
+    names = ("input_ids", "attention_mask", "targets", "visual")
+    pixels = {name: tensor.pin_memory() for name, tensor in inputs.pixels.items()}
+    return replace(inputs, **{name: getattr(inputs, name).pin_memory() for name in names}, pixels=pixels)
 
 
 class PairDataset(Dataset):
@@ -173,10 +195,15 @@ class Collator:
         student = self.student.collate([p.student for p in kept])
         teacher = switch = None
         if self.teacher is not None:
-            teacher = self.teacher.collate([p.teacher for p in kept])
+            teacher = student if self._alike(kept) else self.teacher.collate([p.teacher for p in kept])
             switched = [p.switch for p in kept if p.switch is not None]
             switch = self.teacher.collate(switched) if switched else None
         return {"batch": Batch(student, teacher, switch, _counts(student, switch))}
+
+    def _alike(self, pairs: Sequence[Pair]) -> bool:
+        """Whether one padded batch, and one copy to the device, serves both towers."""
+        padding = (self.student.pad_id, self.student.image_token_id) == (self.teacher.pad_id, self.teacher.image_token_id)
+        return padding and all(pair.teacher is pair.student for pair in pairs)
 
 
 def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:

@@ -57,7 +57,7 @@ class PreferenceBatch(Batch):
         rejected = replace(self.rejected, pixels={}).to(device, non_blocking=non_blocking)
         rejected = replace(rejected, pixels=chosen.student.pixels)
         return PreferenceBatch(
-            chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, self.reference, self.kl
+            chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, self.reference, self.kl, host=chosen.host
         )
 
 
