@@ -107,6 +107,7 @@ class TeacherSpec(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantise: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+    cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
 
 
 class StudentSpec(Strict):

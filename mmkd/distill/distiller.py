@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd import losses
+from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
 from mmkd.distill.terms import Term
@@ -109,26 +110,17 @@ class Distiller(nn.Module):
         rows = signals.switch_rows() if terms[0].path == "switch" else signals.student_rows({t.positions for t in terms})
         if rows is None:  # no picture in this micro-batch: nothing was switched
             return signals.zero, {}
-        needs_teacher = any(t.needs_teacher for t in terms)
         total = signals.zero
         # The engine multiplies sums by a number; a divisor on the device would cost a host synchronisation a term.
         scale = {t.name: t.weight.at(progress) for t in terms}
-        engine_terms = [
-            RowTerm(
-                name=t.name,
-                weight=scale[t.name] / float(divisors[t.count]),
-                loss=t.row_loss(),
-                needs_teacher=t.needs_teacher,
-                rows=rows.mask(t.positions),
-            )
-            for t in terms
-        ]
+        engine_terms = [rows.engine_term(t, scale[t.name] / float(divisors[t.count])) for t in terms]
+        needs_teacher = any(t.needs_teacher for t in engine_terms)
         part, sums = row_losses(
             rows.student,
             rows.student_head,
             rows.targets,
             engine_terms,
-            teacher_hidden=rows.teacher if needs_teacher else None,
+            teacher_hidden=rows.teacher["hidden"] if needs_teacher else None,
             teacher_head=head_of(self.teacher) if needs_teacher else None,
             vocabulary=signals.vocabulary,
             chunk_bytes=self.chunk_bytes,
@@ -168,17 +160,25 @@ class Rows:
     """Hidden rows of both towers at the positions that some terms name, before any head."""
 
     def __init__(
-        self, student: Tensor, student_head: Head, teacher: Tensor | None, targets: Tensor, masks: dict[str, Tensor]
+        self, student: Tensor, student_head: Head, teacher: dict[str, Tensor], targets: Tensor, masks: dict[str, Tensor]
     ):
         self.student = student  # [R, Ds]
         self.student_head = student_head
-        self.teacher = teacher  # [R, Dt]
+        self.teacher = teacher  # "hidden" [R, Dt], what a top-k cache has (`cache.TOP_K`), or nothing
         self.targets = targets  # [R]
         self._masks = masks  # by kind of position, each [R] bool, on the CPU; a row may be of two kinds
 
     def mask(self, positions: str) -> Tensor | None:
         """Rows of a kind of position; None when all rows are."""
         return None if len(self._masks) == 1 else self._masks[positions]
+
+    def engine_term(self, term: Term, weight: float) -> RowTerm:
+        """The term for the row engine; against a top-k teacher it reads what is cached, not the teacher's logits."""
+        loss, with_logits, extra = term.row_loss(), term.needs_teacher, ()
+        if term.needs_teacher and "hidden" not in self.teacher:
+            loss, extra = top_k_loss(self.teacher)
+            with_logits = False
+        return RowTerm(term.name, weight, loss, with_logits, self.mask(term.positions), extra=extra)
 
 
 class Signals:
@@ -231,6 +231,8 @@ class Signals:
     @property
     def teacher_features(self) -> list[Tensor]:
         """Vision features of each image, [n_i, Dv], as tensors that autograd may keep."""
+        if self.batch.said is not None:
+            return self.batch.said.features
         return [features.clone() for features in self.teacher_seen.features]
 
     @cached_property
@@ -264,14 +266,18 @@ class Signals:
             masks,
         )
 
-    def _teacher_rows(self, masks: dict[str, Tensor]) -> Tensor | None:
-        """The teacher's hidden rows where a term compares with it, 0 in other rows of the student. [R, Dt]"""
+    def _teacher_rows(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the teacher says on the rows where a term compares with it, 0 in other rows of the student; each [R, ...]."""
         compared = {t.positions for t in self.distiller.terms if t.is_row_term and t.needs_teacher and t.path == "student"}
         if not compared:
-            return None
-        inputs = self.batch.on_host.teacher
-        rows = gathered(self.teacher_hidden, _any(getattr(inputs, name) for name in compared))
-        return spread(rows, _any(masks[name] for name in compared))
+            return {}
+        if self.batch.said is not None:
+            found = self.batch.said.at(compared)
+        else:
+            inputs = self.batch.on_host.teacher
+            found = {"hidden": gathered(self.teacher_hidden, _any(getattr(inputs, name) for name in compared))}
+        where = _any(masks[name] for name in compared)
+        return {name: spread(rows, where) for name, rows in found.items()}
 
     def switch_rows(self) -> Rows | None:
         """Response rows of the samples with pictures: switched against ordinary teacher."""
@@ -284,7 +290,7 @@ class Signals:
         return Rows(
             gathered(self.switch_hidden, response),
             head_of(self.teacher),
-            gathered(self.teacher_hidden, host.response & pictured[:, None]),
+            {"hidden": gathered(self.teacher_hidden, host.response & pictured[:, None])},
             targets.to(self.zero.device, non_blocking=True),
             {"response": torch.ones_like(targets, dtype=torch.bool)},
         )
@@ -313,13 +319,19 @@ class Signals:
     def relation(self) -> Tensor:
         """Sum over images of the relation distance of their visual rows (LLaVA-KD's RDist, per image)."""
         student = _per_image_rows(self.student_hidden, self.batch.on_host.student)
-        teacher = _per_image_rows(self.teacher_hidden, self.batch.on_host.teacher)
+        teacher = self._teacher_image_rows()
         total = self.zero
         if any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher)):
             raise TowerError("relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow")
         for own, other in zip(student, teacher, strict=True):
             total = total + losses.relation_from_hidden(own, self.student_gram, other, self.teacher_gram)
         return total
+
+    def _teacher_image_rows(self) -> Sequence[Tensor]:
+        """The teacher's hidden rows at the visual positions, one [N, Dt] an image."""
+        if self.batch.said is not None:
+            return self.batch.said.at(["visual"])["hidden"].split(self.batch.said.images)
+        return _per_image_rows(self.teacher_hidden, self.batch.on_host.teacher)
 
     @cached_property
     def student_gram(self) -> Tensor:
