@@ -52,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
     sub.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
 
+    sub = command("cache", _cache, "Let the teacher of a recipe speak once, and keep what the terms compare with.")
+    sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="teacher.cache=FOLDER says where it goes")
+    sub.add_argument("--top-k", type=int, default=None, metavar="K", help="keep the K likeliest tokens, not hidden states")
+    sub.add_argument("--batch-size", type=int, default=16)
+    sub.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    sub.add_argument("--forecast", action="store_true", help="say how large it will be, and stop")
+
     sub = command("rank", _rank, "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall.")
     sub.add_argument("recipe", help="a YAML file with `kind: ranking` or `kind: matching`, see scripts/recipes/cprd_*.yaml")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example ranking.weight=0.5 seed=1")
@@ -143,6 +151,22 @@ def _ablate(arguments: argparse.Namespace) -> int:
     name = Path(arguments.recipe).stem
     print(ablation_table(ablate(grid, runs, name)))
     print(Path(grid.output) / f"{name}.svg")
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from mmkd.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from mmkd.distill.caching import describe, write_cache
+
+    spec = recipe.teacher
+    folder = Path(spec.cache) if spec is not None and spec.cache else Path(recipe.output).parent / "teacher_cache"
+    facts = write_cache(
+        recipe, folder, top_k=arguments.top_k, batch_size=arguments.batch_size, workers=arguments.workers,
+        forecast_only=arguments.forecast,
+    )
+    print(facts.get("forecast", "no rows to keep") if arguments.forecast else describe(facts, arguments.recipe))
     return 0
 
 
