@@ -21,6 +21,7 @@ import mmkd
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import DataError, Sample
 from mmkd.data.sources import folder_of, read_samples, resolve
+from mmkd.distill.cached import CachedTower, open_teacher
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
@@ -32,7 +33,8 @@ from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, 
 from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
-from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
+from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower, TowerError
 
 logger = logging.getLogger(__name__)
@@ -47,10 +49,15 @@ def load_teacher(recipe: Recipe) -> Tower | None:
     if recipe.teacher is None:
         return None
     spec = recipe.teacher
+    if spec.cache is not None:
+        cached = open_teacher(recipe, {name: terms_of(stage.terms) for name, stage in recipe.stages.items()})
+        return cached.to(device_of_process()).freeze()
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
     )
+    if spec.gradient_checkpointing:
+        recompute_layers(tower)
     return to_device(tower, spec.quantise).freeze()
 
 
@@ -117,7 +124,7 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
         weight = spec.weight
         schedule = Schedule(weight.start, weight.end, weight.over) if isinstance(weight, WeightSpec) else Schedule(weight, weight)
         options = tuple(sorted((spec.model_extra or {}).items()))
-        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options))
+        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options, spec.reduction))
     return terms
 
 
@@ -189,7 +196,7 @@ def _train_stage(
     arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
     if of_pairs:
         fill_reference(
-            dataset, teacher, run.parent / "references", batch_size=arguments.per_device_train_batch_size,
+            dataset, teacher, references_of(teacher, run), batch_size=arguments.per_device_train_batch_size,
             chunk_bytes=recipe.chunk_bytes, pixels_matter=recipe.guards.pixels_matter,
         )
     freeze_unreached(distiller, dataset)
@@ -217,6 +224,11 @@ def _train_stage(
     _wait()
 
 
+def references_of(teacher: Tower, run: Path) -> Path:
+    """Where log-probabilities of preference pairs are kept: beside the runs, or in the cache that stands for the teacher."""
+    return teacher.cache.folder / "references" if isinstance(teacher, CachedTower) else run.parent / "references"
+
+
 def number_of(recipe: Recipe, stage: str) -> int:
     return list(recipe.stages).index(stage)
 
@@ -238,6 +250,8 @@ def set_trainable(student: Tower, stage: StageSpec) -> None:
         raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
     if stage.gradient_checkpointing:
         student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not any(p.requires_grad for p in student.language.parameters()):
+            recompute_layers(student)  # frozen, it stays in evaluation mode, where transformers checkpoints nothing
 
 
 def add_lora(student: Tower, spec: LoraSpec) -> None:

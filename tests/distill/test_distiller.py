@@ -1,5 +1,7 @@
 """The distiller: every term against a plain float64 computation on whole logits, and what must not change a loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_samples, tiny_tokenizer, tiny_tower
@@ -315,3 +317,62 @@ def test_unreadable_pictures_are_counted_and_limited(tmp_path):
     with pytest.raises(DataError, match="2 of 4 training samples have unreadable images, more than the 1") as error:
         dataset[1]
     assert not isinstance(error.value, ImageError)
+
+
+# ---- options of the specifications -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["answer", "text", "all"])
+def test_other_positions_equal_a_plain_computation(tmp_path, positions):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3, text_only=1, two_images=1)
+    loss, log, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", positions)])
+    zs, zt = plain(student, batch.student), plain(teacher, batch.teacher)
+    values = {"answer": [], "text": [], "all": []}
+    for b, places in enumerate(batch.student.attention_mask.sum(1).tolist()):
+        for t in range(places):
+            value = kl(zt[b, t], zs[b, t])
+            values["all"].append(value)
+            if t > 0 and batch.student.targets[b, t - 1] >= 0:
+                values["answer"].append(value)
+            if t + 1 < places and not batch.student.visual[b, t + 1]:
+                values["text"].append(value)
+    expected = torch.stack(values[positions])
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert int(log[f"forward_kl_{positions}_student"][1]) == len(expected)
+
+
+def test_M1_the_unshifted_mask_is_one_row_late(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3)
+    shifted = loss_of(student, teacher, samples, [term("forward_kl")])[0]
+    late, _, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", "answer")])
+    assert late.item() != pytest.approx(shifted.item(), rel=1e-3)
+    assert torch.equal(batch.student.answer[:, 1:], batch.student.response[:, :-1])
+
+
+def test_sum_over_a_samples_rows(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3, text_only=1)
+    by_row = [term("forward_kl"), term("forward_kl", path="switch")]
+    mean, _, batch, _ = loss_of(student, teacher, samples, by_row)
+    rows, switched = float(batch.student.response.sum()), float(batch.counts[COUNTS.index("switch")])
+    parts = [float(loss_of(student, teacher, samples, [t])[0]) for t in by_row]
+    summed, _, _, _ = loss_of(student, teacher, samples, [replace(t, reduction="sum") for t in by_row])
+    assert summed.item() == pytest.approx(parts[0] * rows / 4 + parts[1] * switched / 3, rel=1e-5)
+    assert mean.item() == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_relation_of_hidden_states(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 2, two_images=1)
+    loss, _, batch, _ = loss_of(student, teacher, samples, [term("relation", source="hidden")])
+    values = []
+    for b, images in enumerate(batch.student.images):
+        each = []
+        for tower, inputs in ((student, batch.student), (teacher, batch.teacher)):
+            out = tower.base(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels)
+            each.append(out.last_hidden_state[b][inputs.visual[b]].double().chunk(images))
+        values += [1 - F.cosine_similarity((y @ y.T).flatten(), (x @ x.T).flatten(), dim=0) for y, x in zip(*each, strict=True)]
+    assert loss.item() == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
+    assert loss.item() != pytest.approx(float(loss_of(student, teacher, samples, [term("relation")])[0]), rel=1e-2)
