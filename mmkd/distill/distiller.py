@@ -278,8 +278,11 @@ class Signals:
         The balance is a product of means, so it is one of this micro-batch (as in the published codes); the mean over
         micro-batches and ranks, weighted by tokens, is our choice.
         """
-        mask = self.batch.student.attention_mask.flatten().bool()  # [B * L]
-        layers = [routing.logits for routing in self.student_read[1].values()]
+        return self._balance(self.batch.student, self.student_read[1])
+
+    def _balance(self, inputs: TowerInputs, routing: dict[int, Routing]) -> Tensor:
+        mask = inputs.attention_mask.flatten().bool()  # [B * L]
+        layers = [found.logits for found in routing.values()]
         return losses.balance_of_layers(layers, mask) * float(self.batch.counts[COUNTS.index("token")])
 
     def routed(self) -> dict[int, Tensor]:
