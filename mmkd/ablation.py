@@ -133,10 +133,10 @@ def _method_recipe(raw: dict[str, Any], spec: MethodSpec, where: str) -> dict[st
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def ablate(grid: Grid, runs: list[Run]) -> dict[str, Any]:
-    """Runs what is not done yet and is not being done by another process; writes ablation.{json,md,svg} to the output.
+def ablate(grid: Grid, runs: list[Run], name: str = "ablation") -> dict[str, Any]:
+    """Runs what is not done yet and is not being done by another process; writes `name`.{json,md,svg} to the output.
 
-    Returns what `collect` does. Raises what `distill` raises.
+    Grids with the same output share the runs that they have in common. Returns what `collect` does. Raises what `distill` raises.
     """
     for number, run in enumerate(runs, 1):
         with _claimed(run.folder) as mine:
@@ -147,9 +147,9 @@ def ablate(grid: Grid, runs: list[Run]) -> dict[str, Any]:
         _score_teacher(Path(grid.output) / data, next(run.recipe for run in runs if run.data == data))
     result = collect(grid, runs)
     folder = Path(grid.output)
-    write_whole(folder / "ablation.json", json.dumps(result, indent=1) + "\n")
-    write_whole(folder / "ablation.md", ablation_table(result) + "\n")
-    write_whole(folder / "ablation.svg", ablation_plot(result))
+    write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / f"{name}.md", ablation_table(result) + "\n")
+    write_whole(folder / f"{name}.svg", ablation_plot(result))
     return result
 
 

@@ -115,6 +115,7 @@ class TeacherSpec(Strict):
     trust_remote_code: bool = False
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
     gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
+    cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
 
 
 class StudentSpec(Strict):

@@ -90,7 +90,7 @@ def test_a_wrong_grid_is_explained(grid_file, override, said, capsys):
 def test_a_grid_runs_whole_resumes_and_adds_up(grid_file, tmp_path, capsys):
     assert main(["distill", str(grid_file), "--seeds", "0,1"]) == 0
     shown = capsys.readouterr().out
-    result = json.loads((tmp_path / "grid" / "ablation.json").read_text())
+    result = json.loads((tmp_path / "grid" / "grid.json").read_text())
     assert result["missing"] == []
     found = result["data"]["sample"]
     summaries = {
@@ -104,7 +104,7 @@ def test_a_grid_runs_whole_resumes_and_adds_up(grid_file, tmp_path, capsys):
     assert found["methods"]["sft"]["mean"]["lead"]["values"] == [0.0, 0.0]
     assert 0 <= found["teacher"]["sample_textvqa"] <= 1
     assert "| kd |" in shown and "| teacher |" in shown
-    plot = ElementTree.parse(tmp_path / "grid" / "ablation.svg")
+    plot = ElementTree.parse(tmp_path / "grid" / "grid.svg")
     assert [e.text for e in plot.iter("{http://www.w3.org/2000/svg}text")].count("kd") == 1
 
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "grid").rglob("model.safetensors")}

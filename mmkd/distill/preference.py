@@ -58,7 +58,8 @@ class PreferenceBatch(Batch):
         rejected = replace(self.rejected, pixels={}).to(device, non_blocking=non_blocking)
         rejected = replace(rejected, pixels=chosen.student.pixels)
         return PreferenceBatch(
-            chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, self.reference, self.kl
+            chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, self.reference, self.kl,
+            said=chosen.said, host=chosen.host,
         )
 
 
@@ -111,7 +112,9 @@ class PreferenceCollator(Collator):
         chosen.counts[COUNTS.index("pair")] = len(kept)
         rejected = collate_rejected(self.student, [pair.rejected for pair in kept], chosen.student)
         reference = torch.stack([pair.reference for pair in kept])  # [B, 2]
-        batch = PreferenceBatch(chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, reference)
+        batch = PreferenceBatch(
+            chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, reference, said=chosen.said
+        )
         return {"batch": batch}
 
 

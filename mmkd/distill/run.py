@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mmkd.data.samples import DataError, Sample
+from mmkd.distill.cached import CachedTower
 from mmkd.distill.sparse import check_experts, experts_table
 from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, train, train_control
 from mmkd.evaluation.answer import evaluate, refuse_unscored
@@ -47,7 +48,9 @@ def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
     student = build_student(recipe, teacher, texts)
     check_experts(recipe, student)
     del samples
-    towers: dict[str, Tower | None] = {"teacher": teacher}
+    towers: dict[str, Tower | None] = {"teacher": None if isinstance(teacher, CachedTower) else teacher}
+    if isinstance(teacher, CachedTower):
+        logger.info("the teacher is a cache: it is not evaluated; see `mmkd evaluate %s`", recipe.teacher.model)
     if recipe.control and teacher is not None:
         towers["control"] = train_control(recipe, student, run)
         student = build_student(recipe, teacher, texts)  # the control's training changed the first one

@@ -21,6 +21,7 @@ import mmkd
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import DataError, Sample
 from mmkd.data.sources import folder_of, read_samples, resolve
+from mmkd.distill.cached import CachedTower, open_teacher
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
@@ -32,6 +33,7 @@ from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, 
 from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower, TowerError
 
@@ -47,6 +49,9 @@ def load_teacher(recipe: Recipe) -> Tower | None:
     if recipe.teacher is None:
         return None
     spec = recipe.teacher
+    if spec.cache is not None:
+        cached = open_teacher(recipe, {name: terms_of(stage.terms) for name, stage in recipe.stages.items()})
+        return cached.to(device_of_process()).freeze()
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
@@ -97,16 +102,6 @@ def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> 
     if spec.vocab_size is not None:
         return train_tokenizer(texts, spec.vocab_size)
     return teacher.tokenizer if spec.source == "teacher" else load_tokenizer(spec.source)
-
-
-def dtype_of(name: str) -> torch.dtype | str:
-    return name if name == "auto" else getattr(torch, name)
-
-
-def to_device(tower: Tower, quantise: str | None = None) -> Tower:
-    if torch.cuda.is_available() and quantise is None:
-        tower.model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    return tower
 
 
 # ---- data and terms --------------------------------------------------------------------------------------------------
@@ -201,7 +196,7 @@ def _train_stage(
     arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
     if of_pairs:
         fill_reference(
-            dataset, teacher, run.parent / "references", batch_size=arguments.per_device_train_batch_size,
+            dataset, teacher, references_of(teacher, run), batch_size=arguments.per_device_train_batch_size,
             chunk_bytes=recipe.chunk_bytes, pixels_matter=recipe.guards.pixels_matter,
         )
     freeze_unreached(distiller, dataset)
@@ -227,6 +222,11 @@ def _train_stage(
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     _wait()
+
+
+def references_of(teacher: Tower, run: Path) -> Path:
+    """Where log-probabilities of preference pairs are kept: beside the runs, or in the cache that stands for the teacher."""
+    return teacher.cache.folder / "references" if isinstance(teacher, CachedTower) else run.parent / "references"
 
 
 def number_of(recipe: Recipe, stage: str) -> int:

@@ -175,6 +175,7 @@ def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, wor
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
+        logging_nan_inf_filter=False,  # it would wait for every step's loss
     )
 
 
