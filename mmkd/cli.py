@@ -103,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "Write the HTML report of a run again.")
     sub.add_argument("folder", help="the run's folder")
 
+    sub = command("compare", _compare, "Compare models on the same questions: differences, agreement, one report for all.")
+    sub.add_argument("models", nargs="+", metavar="[NAME=]FOLDER", help="results of `mmkd evaluate`, or runs of `mmkd distill`")
+    sub.add_argument("--output", default="runs/compared", help="folder for comparison.json and report.html")
+    sub.add_argument("--title", default="Comparison", help="of the report")
+
     sub = command("check", _check, "Check that a model works as a tower.")
     sub.add_argument("model", help="folder or hub id of an image-text model")
     sub.add_argument("--trust-remote-code", action="store_true")
@@ -238,6 +243,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
     print(build_report(arguments.folder))
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from mmkd.evaluation.comparison import compare_command
+
+    return compare_command(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:
