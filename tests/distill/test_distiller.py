@@ -315,3 +315,46 @@ def test_unreadable_pictures_are_counted_and_limited(tmp_path):
     with pytest.raises(DataError, match="2 of 4 training samples have unreadable images, more than the 1") as error:
         dataset[1]
     assert not isinstance(error.value, ImageError)
+
+
+def frozen_pair(tmp_path):
+    """Towers of one encoder, which is frozen in the student; their projectors and language models differ."""
+    student, teacher = towers()
+    student.vision.load_state_dict(teacher.vision.state_dict())
+    student.vision.requires_grad_(False)
+    return student, teacher, tiny_samples(tmp_path, 3, text_only=1)
+
+
+def test_a_frozen_encoder_in_common_runs_once(tmp_path):
+    student, teacher, samples = frozen_pair(tmp_path)
+    terms = [term("cross_entropy"), term("forward_kl"), term("feature_match")]
+    distiller = Distiller(student, teacher, terms)
+    batch = batch_of(student, teacher, samples, terms)
+    looks = []
+    teacher.vision.register_forward_hook(lambda *_: looks.append(1))
+    first, _ = distiller(batch)
+    compared = len(looks)
+    again, log = distiller(batch)
+    again.backward()
+    assert len(looks) == compared, "the teacher's encoder ran beside the student's"
+    distiller._sees_alike = False
+    apart, _ = distiller(batch)
+    assert len(looks) == compared + 1
+    assert first.item() == pytest.approx(apart.item(), rel=1e-6) == again.item()
+    assert float(log["feature_match_response_student"][0]) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", ["trained", "other weights"])
+def test_an_encoder_that_differs_or_learns_runs_for_both(tmp_path, change):
+    student, teacher, samples = frozen_pair(tmp_path)
+    if change == "trained":
+        student.vision.requires_grad_(True)
+    else:
+        next(student.vision.parameters()).data.add_(1e-3)
+    terms = [term("forward_kl")]
+    distiller = Distiller(student, teacher, terms)
+    looks = []
+    teacher.vision.register_forward_hook(lambda *_: looks.append(1))
+    for number in (1, 2):
+        distiller(batch_of(student, teacher, samples, terms))
+        assert len(looks) == number
