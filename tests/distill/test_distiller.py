@@ -411,3 +411,46 @@ def test_llava_kd_makes_no_logits_of_all_visual_rows(tmp_path):
     assert naive.rows == batch.student.input_ids.numel() > 320
     whole = loss_of(student, teacher, samples, terms, chunk_bytes=2**28)[0]
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def frozen_pair(tmp_path):
+    """Towers of one encoder, which is frozen in the student; their projectors and language models differ."""
+    student, teacher = towers()
+    student.vision.load_state_dict(teacher.vision.state_dict())
+    student.vision.requires_grad_(False)
+    return student, teacher, tiny_samples(tmp_path, 3, text_only=1)
+
+
+def test_a_frozen_encoder_in_common_runs_once(tmp_path):
+    student, teacher, samples = frozen_pair(tmp_path)
+    terms = [term("cross_entropy"), term("forward_kl"), term("feature_match")]
+    distiller = Distiller(student, teacher, terms)
+    batch = batch_of(student, teacher, samples, terms)
+    looks = []
+    teacher.vision.register_forward_hook(lambda *_: looks.append(1))
+    first, _ = distiller(batch)
+    compared = len(looks)
+    again, log = distiller(batch)
+    again.backward()
+    assert len(looks) == compared, "the teacher's encoder ran beside the student's"
+    distiller._sees_alike = False
+    apart, _ = distiller(batch)
+    assert len(looks) == compared + 1
+    assert first.item() == pytest.approx(apart.item(), rel=1e-6) == again.item()
+    assert float(log["feature_match_response_student"][0]) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", ["trained", "other weights"])
+def test_an_encoder_that_differs_or_learns_runs_for_both(tmp_path, change):
+    student, teacher, samples = frozen_pair(tmp_path)
+    if change == "trained":
+        student.vision.requires_grad_(True)
+    else:
+        next(student.vision.parameters()).data.add_(1e-3)
+    terms = [term("forward_kl")]
+    distiller = Distiller(student, teacher, terms)
+    looks = []
+    teacher.vision.register_forward_hook(lambda *_: looks.append(1))
+    for number in (1, 2):
+        distiller(batch_of(student, teacher, samples, terms))
+        assert len(looks) == number
