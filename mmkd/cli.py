@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=2, help="processes that read pictures")
     sub.add_argument("--forecast", action="store_true", help="say how large it will be, and stop")
 
+    sub = command("estimate", _estimate, "Measure a few steps: memory by part, time, disk, what to change.")
+    sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub.add_argument("--memory", type=float, default=None, metavar="GIB", help="must fit into so much (default: what is here)")
+
     sub = command("rank", _rank, "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall.")
     sub.add_argument("recipe", help="a YAML file with `kind: ranking` or `kind: matching`, see scripts/recipes/cprd_*.yaml")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example ranking.weight=0.5 seed=1")
@@ -172,6 +177,16 @@ def _cache(arguments: argparse.Namespace) -> int:
         forecast_only=arguments.forecast,
     )
     print(facts.get("forecast", "no rows to keep") if arguments.forecast else describe(facts, arguments.recipe))
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from mmkd.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from mmkd.probe import estimate
+
+    print(estimate(recipe, arguments.memory))
     return 0
 
 

@@ -308,6 +308,7 @@ class Recipe(Strict):
     seed: int = 0
     max_length: int = Field(2048, gt=1)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
+    workers: int = Field(0, ge=0)  # processes that read and resize pictures, beside each training process
     teacher: TeacherSpec | None = None
     student: StudentSpec
     stages: dict[str, StageSpec] = Field(min_length=1)

@@ -94,6 +94,7 @@ class PairDataset(Dataset):
         *,
         max_skipped: int = 0,
         memory: int = 2 * 2**30,
+        workers: int = 0,
     ):
         self.samples = samples
         self.student, self.teacher = student, teacher
@@ -103,15 +104,21 @@ class PairDataset(Dataset):
         if self.speaker is not None:
             self.speaker.check(samples)
         self.max_skipped = max_skipped
+        self._unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # workers tell of theirs
         self.skipped: dict[str, str] = {}
         self.truncated: dict[str, int] = {}  # answer tokens that did not fit, by sample
         self._kept: dict[int, Pair] = {}
         self._pixels: dict[bytes, Tensor] = {}
-        self._free = memory
+        self._free = memory // max(1, workers)  # each worker keeps what it prepared
 
     @property
     def collator(self) -> Collator:
         return Collator(self.student, self.teacher)
+
+    @property
+    def skipped_count(self) -> int:
+        """Samples with unreadable pictures so far, in this process and its workers."""
+        return int(self._unreadable.sum())
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -122,6 +129,8 @@ class PairDataset(Dataset):
             pair = self._prepare(self.samples[index])
             if pair is not None and self._free > 0:
                 self._keep(index, pair)
+        if pair is None:
+            self._skip(index)
         if pair is None or self.speaker is None:
             return pair
         return replace(pair, said=self.speaker(index, self.samples[index], pair.student))
@@ -147,18 +156,19 @@ class PairDataset(Dataset):
                 return Pair(student)
             teacher = student if self.same else self.teacher.encode(sample)
         except ImageError as error:
-            self._skip(sample, error)
+            self.skipped[sample.id] = str(error)
             return None
         self._check(student, teacher)
         return Pair(student, teacher, self._switch(student, teacher))
 
-    def _skip(self, sample: Sample, error: ImageError) -> None:
-        if sample.id not in self.skipped:
-            self.skipped[sample.id] = str(error)
-            logger.warning("skipped %s (%d so far): %s", sample.id, len(self.skipped), error)
-        if len(self.skipped) > self.max_skipped:
+    def _skip(self, index: int) -> None:
+        error, seen = self.skipped[self.samples[index].id], bool(self._unreadable[index])
+        self._unreadable[index] = True
+        if not seen:
+            logger.warning("skipped %s (%d so far): %s", self.samples[index].id, self.skipped_count, error)
+        if self.skipped_count > self.max_skipped:
             raise DataError(
-                f"{len(self.skipped)} of {len(self.samples)} training samples have unreadable images, more than the "
+                f"{self.skipped_count} of {len(self.samples)} training samples have unreadable images, more than the "
                 f"{self.max_skipped} that guards.max_skipped_images allows; the last: {error}"
             )
 

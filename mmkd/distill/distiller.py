@@ -21,6 +21,7 @@ from mmkd import losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.distill.sharing import sees_alike
 from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
 from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
@@ -42,6 +43,7 @@ class Distiller(nn.Module):
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
+        self._sees_alike: bool | None = None  # found out on the first batch with pictures
         self._towers = (student, teacher.freeze() if teacher is not None else None)
         # What a term trains beside the student; it goes into checkpoints, not into the saved student.
         self.extras = nn.ModuleDict({t.name: m for t in self.terms if (m := _extra(t, student, teacher)) is not None})
@@ -93,6 +95,14 @@ class Distiller(nn.Module):
 
     def signals(self, batch: Batch) -> Signals:
         return Signals(self, batch)
+
+    def sees_alike(self, batch: Batch) -> bool:
+        """Whether one pass of the vision encoder serves both towers."""
+        if batch.teacher is not batch.student or not batch.student.pixels:
+            return False
+        if self._sees_alike is None:
+            self._sees_alike = sees_alike(self.tower, self.teacher, batch.student)
+        return self._sees_alike
 
     def _touch(self) -> Tensor:
         """0, attached to every trained parameter: a micro-batch without pictures reaches no vision parameter, and
@@ -225,6 +235,10 @@ class Signals:
 
     @cached_property
     def teacher_seen(self) -> Seen:
+        if self.distiller.sees_alike(self.batch):
+            features = [f.detach() for f in self.student_seen.features]
+            with self._frozen():
+                return Seen(features, self.teacher.project(features))
         with self._frozen():
             return self.teacher.see(self.batch.teacher)
 
@@ -237,8 +251,9 @@ class Signals:
 
     @cached_property
     def teacher_hidden(self) -> Tensor:
+        seen = self.teacher_seen
         with self._frozen():
-            return self.teacher.read(self.batch.teacher, self.teacher_seen)  # [B, L, Dt]
+            return self.teacher.read(self.batch.teacher, seen.tokens if seen.output is None else seen)  # [B, L, Dt]
 
     @cached_property
     def switch_hidden(self) -> Tensor:
@@ -303,8 +318,11 @@ class Signals:
         The balance is a product of means, so it is one of this micro-batch (as in the published codes); the mean over
         micro-batches and ranks, weighted by tokens, is our choice.
         """
-        mask = self.batch.student.attention_mask.flatten().bool()  # [B * L]
-        layers = [routing.logits for routing in self.student_read[1].values()]
+        return self._balance(self.batch.student, self.student_read[1])
+
+    def _balance(self, inputs: TowerInputs, routing: dict[int, Routing]) -> Tensor:
+        mask = inputs.attention_mask.flatten().bool()  # [B * L]
+        layers = [found.logits for found in routing.values()]
         return losses.balance_of_layers(layers, mask) * float(self.batch.counts[COUNTS.index("token")])
 
     def routed(self) -> dict[int, Tensor]:

@@ -184,7 +184,7 @@ def _train_stage(
     set_trainable(student, stage)
     of_pairs = any(t.is_preference for t in terms)
     dataset = (PreferenceDataset if of_pairs else PairDataset)(
-        samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples))
+        samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)), workers=recipe.workers
     )
     distiller = (PreferenceDistiller if of_pairs else Distiller)(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -193,7 +193,7 @@ def _train_stage(
         raise DataError(f"stage {name}: {'; '.join(wrong)}")
     if len(samples) < stage.optimiser.batch_size:
         raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
-    arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
+    arguments = training_arguments(stage, name, folder, recipe.seed, world_size, recipe.workers)
     if of_pairs:
         fill_reference(
             dataset, teacher, references_of(teacher, run), batch_size=arguments.per_device_train_batch_size,
@@ -212,8 +212,8 @@ def _train_stage(
     if recipe.evaluation.every is not None:
         trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
-    if dataset.skipped:
-        logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))
+    if dataset.skipped_count:
+        logger.warning("stage %s skipped %d samples with unreadable images", name, dataset.skipped_count)
     if dataset.truncated:
         logger.warning("stage %s cut the ends of %d answers at max_length %d", name, len(dataset.truncated), student.max_length)
     if is_main_process():

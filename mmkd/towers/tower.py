@@ -30,7 +30,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmkd.data.samples import DataError, Sample, Turn
 from mmkd.towers import answering
 from mmkd.towers.experts import idle_parameters
-from mmkd.towers.families import ABSOLUTE, DEEPSTACK, GROUPED, LANGUAGE_NAMES, NESTED, PROJECTORS, SHUFFLE_NAMES, STACKED, TOKEN_MARKS, TOKEN_TYPES, VISION_NAMES, WIDE, child
+from mmkd.towers.families import (
+    ABSOLUTE,
+    DEEPSTACK,
+    GROUPED,
+    LANGUAGE_NAMES,
+    NESTED,
+    PROJECTORS,
+    SHUFFLE_NAMES,
+    STACKED,
+    TOKEN_MARKS,
+    TOKEN_TYPES,
+    VISION_NAMES,
+    WIDE,
+    child,
+)
 
 IGNORE = -100  # target of a position that predicts nothing that is supervised
 

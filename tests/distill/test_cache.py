@@ -327,3 +327,12 @@ def test_keys_follow_turns_and_pictures_alone(tmp_path):
     assert content_key(moved) == content_key(first)
     copy.write_bytes(second.images[0].read_bytes())
     assert content_key(moved) != content_key(first) and text_key(moved) == text_key(first)
+
+
+def test_workers_prepare_what_the_training_process_would(folder, tmp_path):
+    terms = {"cross_entropy": 1, "kl": {"kind": "forward_kl"}}
+    alone, rows = trained(recipe(folder, terms), tmp_path / "alone")
+    helped, other = trained(recipe(folder, terms, workers=2), tmp_path / "helped")
+    assert [r["loss"] for r in rows] == [r["loss"] for r in other]
+    for name, tensor in alone.model.state_dict().items():
+        assert torch.equal(tensor, helped.model.state_dict()[name]), name
