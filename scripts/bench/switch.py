@@ -171,9 +171,9 @@ def main() -> None:
     for name, value in ratios.items():
         print(f"{value:6.3f}  {name}")
     if options.json:
-        facts = {"torch": torch.__version__, "machine": platform.processor(), "device": str(device), "options": vars(options)}
+        given = {name: value for name, value in vars(options).items() if name != "json"}
+        facts = {"torch": torch.__version__, "machine": platform.processor(), "device": str(device), "options": given}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        facts["options"]["json"] = str(options.json)
         options.json.write_text(json.dumps({**facts, "seconds": seconds, "ratios": ratios}, indent=1) + "\n", encoding="utf-8")
 
 
