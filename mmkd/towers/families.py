@@ -28,7 +28,7 @@ PROJECTORS: dict[str, str | tuple[str, ...]] = {
     "gemma3": "multi_modal_projector",
     "gemma3n": "embed_vision",
     "gemma4": "embed_vision",
-    "gemma4_unified": "embed_vision",
+    "gemma4_unified": "embed_vision.multimodal_embedder",
     "glm46v": "visual.merger",
     "glm4v": "visual.merger",
     "glm4v_moe": "visual.merger",
@@ -111,6 +111,9 @@ ABSOLUTE = frozenset({"mistral_large4"})
 # Families that ask for `token_type_ids`, and the positions (of TowerInputs) that are of type 1: Gemma 3 lets the tokens of
 # one picture see each other, PaliGemma everything before the answer.
 TOKEN_TYPES = {"gemma3": "visual", "shieldgemma2": "visual", "paligemma": "answer"}
+
+# Inputs that say how a picture lies in patches: tokens are placed by them, beside ids and masks.
+GRIDS = frozenset({"image_grid_thw", "video_grid_thw", "target_sizes"})
 
 # Families that ask for further marks: argument -> the tokens (names in the configuration) that are of type 1.
 TOKEN_MARKS: dict[str, dict[str, tuple[str, ...]]] = {

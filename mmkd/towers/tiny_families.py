@@ -120,7 +120,7 @@ def with_ids(node: Mapping[str, Any], ids: Mapping[str, int], vocabulary: int) -
         name = re.sub(r"_(id|index)$", "", str(key))
         if isinstance(value, Mapping):
             filled[key] = with_ids(value, ids, vocabulary)
-        elif key == "vocab_size":
+        elif key in ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"):
             filled[key] = vocabulary
         else:
             filled[key] = ids[name] if name != key and name in ids else value
