@@ -90,7 +90,7 @@ PROJECTORS: dict[str, str | tuple[str, ...]] = {
 # Families that take their visual tokens as one tensor; the others take a list.
 STACKED = frozenset(
     "aria aya_vision cohere2_vision deepseek_vl deepseek_vl_hybrid fast_vlm gemma3 gemma3n got_ocr2 inkling_mm_model internvl "
-    "janus llama4 ovis2 paligemma perception_lm pp_chart2table qianfan_ocr shieldgemma2 video_llava vipllava molmo2".split()
+    "janus llama4 ovis2 paligemma perception_lm pp_chart2table qianfan_ocr shieldgemma2 video_llava vipllava".split()
 )
 
 # Families that besides add features of the picture to the hidden states of their first layers.
@@ -121,7 +121,7 @@ TOKEN_MARKS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # Names that projectors give to the side of the square of patches that they put into one token.
-SHUFFLE_NAMES = ("scale_factor", "downsample_factor", "factor")
+SHUFFLE_NAMES = ("scale_factor", "downsample_factor", "factor", "spatial_merge_size", "spatial_conv_size")
 
 # Names under which families keep their vision encoder and language model below the base model.
 VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "embed_vision")

@@ -32,6 +32,13 @@ RULES: dict[str, tuple[Any, Any]] = {
     r"patch_size": (PATCH, PATCH),
     r"num_position_embeddings": (64, 64),
     r"pooling_kernel_size": (2, 2),
+    r"mamba_num_heads": (4, 4),
+    r"mamba_head_dim|ssm_state_size": (8, 8),
+    r"n_groups": (2, 2),
+    r"chunk_size": (16, 16),
+    r"base_channels": (32, 32),
+    r"channel_multiplier": ([1, 1], [1, 1]),
+    r"num_embeddings": (64, 64),
     r"insert_layer_id": (0, 0),
     r"hidden_size_per_layer_input": (8, 8),
     r"position_embedding_size": (128, 128),
@@ -125,12 +132,14 @@ IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
 class Tiny:
     """What one family needs beyond the rules.
 
-    image: what a chat template writes for a picture.  tokens: special tokens by the names that configuration and processor
-    know them by; more_tokens: those without a name.  start: changes to the default configuration before it is shrunk, config:
-    after it.  processor, image_processor, video_processor: their arguments.  parts: other members of a processor, name ->
-    (class, arguments).  decoder_only: the language model is one although the class has arguments for an encoder-decoder.
+    begin: what its chat template begins with.  image: what it writes for a picture.
+    tokens: special tokens by the names that configuration and processor know them by.  more_tokens: those without a name.
+    start: changes to the default configuration before it is shrunk.  config: after it.
+    processor, image_processor, video_processor: arguments of these classes.
+    parts: other members of a processor, name -> (class, arguments).
     """
 
+    begin: str = ""
     image: str = "<image>"
     tokens: dict[str, str] = field(default_factory=lambda: {"image_token": "<image>"})
     more_tokens: tuple[str, ...] = ()
@@ -143,7 +152,6 @@ class Tiny:
     image_processor_class: str | None = None
     video_processor_class: str | None = None
     parts: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
-    decoder_only: bool = False
 
 
 # Argument of a processor's class -> its value where the class takes it and the family says nothing else.
@@ -326,9 +334,10 @@ FAMILIES: dict[str, Tiny] = {
     "shieldgemma2": _gemma(processor={"image_seq_length": 4}, config={"mm_tokens_per_image": 4}),
     "gemma3n": _gemma(
         image="<image_soft_token>",
+        processor={"image_seq_length": 256},
         config={
             "text_config": {"num_kv_shared_layers": 0},
-            "vision_config": {"architecture": "test_resnet", "hidden_size": 96, "model_args": {}},
+            "vision_config": {"architecture": "test_convnext", "hidden_size": 64, "model_args": {}},
         },
         image_processor={"size": {"height": 512, "width": 512}},
         tokens={**_GEMMA_TOKENS, **_AUDIO_TOKENS},
@@ -450,7 +459,8 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "molmo2": Tiny(
         image="<|image|>",
-        tokens={"image_token": "<|image|>", "image_patch": "<im_patch>"},
+        begin="<bos>",
+        tokens={"image_token": "<|image|>", "image_patch": "<im_patch>", "bos_token": "<bos>"},
         more_tokens=("<im_col>", "<im_start>", "<im_end>", "<low_res_im_start>", "<im_low>", "<|video|>"),
         config={
             "vision_config": {"image_size": [PICTURE, PICTURE], "num_position_embeddings": 16},
@@ -500,7 +510,11 @@ FAMILIES: dict[str, Tiny] = {
         image="<|img|><|imgpad|><|endofimg|>",
         tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_comp_pad|>"},
         more_tokens=("<|img|>", "<|endofimg|>"),
-        config={"text_config": {"num_key_value_heads": 4}, "vision_config": {"per_layer_config": {}}},
+        config={
+            "text_config": {"num_key_value_heads": 4},
+            "vision_config": {"per_layer_config": {}},
+            "audio_config": {"adapter_input_size": 16},
+        },
         parts={"feature_extractor": ("Dots3NoteFeatureExtractor", {})},
         video_processor_class="Qwen3VLVideoProcessor",
     ),

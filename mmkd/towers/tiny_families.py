@@ -200,7 +200,7 @@ def tiny_processor(family: str, data: Tiny, tokenizer: Any) -> Any:
             parts[attribute] = getattr(transformers, part)(**arguments)
         else:
             raise TowerError(f"{name} needs a {attribute}, of which nothing is known here")
-    template = TEMPLATE.replace("IMAGE", data.image)
+    template = data.begin + TEMPLATE.replace("IMAGE", data.image)
     known = inspect.signature(kind.__init__).parameters
     arguments = {key: value for key, value in PROCESSORS.items() if key in known} | data.processor
     processor = kind(**parts, **arguments)

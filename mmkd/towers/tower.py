@@ -569,8 +569,9 @@ class Tower:
 
     def layout(self, inputs: TowerInputs) -> dict[str, Tensor]:
         """What some families place their tokens by, beside ids and mask: token types, and the pictures' grids."""
-        own = torch.tensor(getattr(self.processor, "image_token_ids", [self._image_token_id]), device=inputs.input_ids.device)
-        marks = {"mm_token_type_ids": (torch.isin(inputs.input_ids, own) & inputs.attention_mask.bool()).long()}
+        ids = [i for i in getattr(self.processor, "image_token_ids", None) or [] if i is not None] or [self._image_token_id]
+        is_image = torch.isin(inputs.input_ids, torch.tensor(ids, device=inputs.input_ids.device))
+        marks = {"mm_token_type_ids": (is_image & inputs.attention_mask.bool()).long()}
         kind = self.model.config.model_type
         if kind in TOKEN_TYPES:
             marks["token_type_ids"] = getattr(inputs, TOKEN_TYPES[kind]).long()
