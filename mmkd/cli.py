@@ -52,6 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
     sub.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
 
+    sub = command("cache", _cache, "Let the teacher of a recipe speak once, and keep what the terms compare with.")
+    sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="teacher.cache=FOLDER says where it goes")
+    sub.add_argument("--top-k", type=int, default=None, metavar="K", help="keep the K likeliest tokens, not hidden states")
+    sub.add_argument("--batch-size", type=int, default=16)
+    sub.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    sub.add_argument("--forecast", action="store_true", help="say how large it will be, and stop")
+
+    sub = command("estimate", _estimate, "Measure a few steps: memory by part, time, disk, what to change.")
+    sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub.add_argument("--memory", type=float, default=None, metavar="GIB", help="must fit into so much (default: what is here)")
+
     sub = command("rank", _rank, "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall.")
     sub.add_argument("recipe", help="a YAML file with `kind: ranking` or `kind: matching`, see scripts/recipes/cprd_*.yaml")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example ranking.weight=0.5 seed=1")
@@ -84,8 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, help="the JSON lines file to write, for example DATA_ROOT/preference/train.jsonl")
     sub.add_argument("--split", default="train", help="the split that the questions must be of (default: train)")
 
+    sub = command("preferences", _preferences, "Count how often a model prefers the chosen answers of pairs.")
+    sub.add_argument("model")
+    sub.add_argument("--reference", required=True, help="the teacher, which rewards are measured against")
+    sub.add_argument("--pairs", required=True, help="a JSON lines file, as `mmkd pairs` writes it")
+    sub.add_argument("--data-root", required=True, help="folder that holds the pictures")
+    sub.add_argument("--cache", default="runs/references", help="folder for log-probabilities (default: runs/references)")
+    sub.add_argument("--output", default=None, help="JSON file for the figures")
+
     sub = command("report", _report, "Write the HTML report of a run again.")
     sub.add_argument("folder", help="the run's folder")
+
+    sub = command("compare", _compare, "Compare models on the same questions: differences, agreement, one report for all.")
+    sub.add_argument("models", nargs="+", metavar="[NAME=]FOLDER", help="results of `mmkd evaluate`, or runs of `mmkd distill`")
+    sub.add_argument("--output", default="runs/compared", help="folder for comparison.json and report.html")
+    sub.add_argument("--title", default="Comparison", help="of the report")
 
     sub = command("check", _check, "Check that a model works as a tower.")
     sub.add_argument("model", nargs="?", help="folder or hub id of an image-text model")
@@ -105,8 +131,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    from mmkd.recipe import load_recipe
+    from mmkd.recipe import load_recipe, read_raw
 
+    if read_raw(arguments.recipe, arguments.overrides).get("kind") == "ablation":
+        return _ablate(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         from mmkd.estimate import plan
@@ -122,6 +150,46 @@ def _distill(arguments: argparse.Namespace) -> int:
         print(table(summary))
         if "report" in summary:
             print(f"report: {summary['report']}")
+    return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from mmkd.ablation import ablate, ablation_table, load_grid
+
+    seeds = [] if arguments.seeds is None else [f"seeds=[{arguments.seeds}]"]
+    grid, runs = load_grid(arguments.recipe, [*arguments.overrides, *seeds])
+    if arguments.dry_run:
+        print("\n".join(f"{run.name}: {run.folder}{' (done)' if run.summary else ''}" for run in runs))
+        return 0
+    name = Path(arguments.recipe).stem
+    print(ablation_table(ablate(grid, runs, name)))
+    print(Path(grid.output) / f"{name}.svg")
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from mmkd.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from mmkd.distill.caching import describe, write_cache
+
+    spec = recipe.teacher
+    folder = Path(spec.cache) if spec is not None and spec.cache else Path(recipe.output).parent / "teacher_cache"
+    facts = write_cache(
+        recipe, folder, top_k=arguments.top_k, batch_size=arguments.batch_size, workers=arguments.workers,
+        forecast_only=arguments.forecast,
+    )
+    print(facts.get("forecast", "no rows to keep") if arguments.forecast else describe(facts, arguments.recipe))
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from mmkd.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from mmkd.probe import estimate
+
+    print(estimate(recipe, arguments.memory))
     return 0
 
 
@@ -172,11 +240,33 @@ def _pairs(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _preferences(arguments: argparse.Namespace) -> int:
+    from mmkd.data.preference import read_preferences
+    from mmkd.distill.preferred import preference_accuracy
+    from mmkd.distill.run import write_whole
+    from mmkd.towers.tower import Tower
+
+    files = {"annotations": str(Path(arguments.pairs).absolute()), "images": "."}
+    samples = read_preferences(Path(arguments.data_root), "pairs", files=files)
+    towers = [Tower.load(model, dtype="float32").freeze() for model in (arguments.model, arguments.reference)]
+    found = preference_accuracy(*towers, samples, Path(arguments.cache))
+    if arguments.output:
+        write_whole(Path(arguments.output), json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from mmkd.evaluation.report import build_report
 
     print(build_report(arguments.folder))
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from mmkd.evaluation.comparison import compare_command
+
+    return compare_command(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

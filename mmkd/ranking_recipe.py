@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.recipe import DataSpec, RecipeError, Strict, VisionConfig, read_raw, validate
+from mmkd.recipe import DataSpec, RecipeError, Strict, VisionConfig, is_default, read_raw, validate
 
 KINDS = ("ranking", "matching")
 
@@ -81,6 +81,8 @@ class RankingSpec(Strict):
     threshold: float = Field(0.1, ge=0, le=1)  # teacher score from which a hard negative is valid
     top_m: int | None = Field(None, gt=0)  # instead of the threshold: so many are valid
     margin: float | None = Field(None, gt=0)  # end the list where neighbouring scores differ by less
+    # Leave out what the teacher scores so high: probably unlabelled positives.
+    ceiling: float | None = Field(None, gt=0, le=1, exclude_if=is_default(None))
     rank_reduction: Literal["sum", "mean_valid"] = "sum"
     query_reduction: Literal["all", "with_valid"] = "all"
     detach_temperature: bool = False

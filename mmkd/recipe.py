@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 class RecipeError(DataError):
     """A recipe is wrong; the message lists every error."""
+
+
+def is_default(default: Any) -> Callable[[Any], bool]:
+    """Keys that came later are left out of a run's record at their default: records of earlier versions stay valid."""
+    return lambda value: value == default
 
 
 class Strict(BaseModel):
@@ -107,6 +113,9 @@ class TeacherSpec(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantise: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+    # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
+    gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
+    cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
 
 
 class StudentSpec(Strict):
@@ -133,9 +142,11 @@ class TermSpec(Strict):
 
     kind: str
     weight: float | WeightSpec = 1.0
-    positions: Literal["response", "prompt", "visual"] = "response"
+    positions: Literal["response", "prompt", "visual", "answer", "text", "all"] = "response"
     path: Literal["student", "switch"] = "student"
     bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
+    # Over rows; "sum": of each sample's rows, and the mean over samples.
+    reduction: Literal["mean", "sum"] = Field("mean", exclude_if=is_default("mean"))
 
     @model_validator(mode="after")
     def known(self) -> TermSpec:
@@ -151,6 +162,10 @@ class TermSpec(Strict):
             raise ValueError("`bridge` belongs to terms with `path: switch`; feature_match builds its own")
         if self.path == "switch" and self.positions != "response":
             wrong.append("the visual switch is compared on response positions only")
+        if kind is not None and kind.rows and not kind.teacher and self.positions not in ("response", "prompt", "text"):
+            wrong.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
+        if kind is not None and not kind.rows and self.reduction != "mean":
+            wrong.append(f"{self.kind} is no loss of rows and has no `reduction`")
         if _is_number(self.weight) and self.weight < 0:
             wrong.append(f"weight is {self.weight}; it must not be negative")
         if wrong:
@@ -167,8 +182,15 @@ class TermSpec(Strict):
                 wrong.append(f"{self.kind} has no option {name!r}{_suggest(name, keys)}")
             elif _is_number(parameters[name].default) and not _is_number(value):
                 wrong.append(f"{name} is {value!r}, not a number")
+            elif name in kind.choices and value not in kind.choices[name]:
+                wrong.append(f"{name} is {value!r}{_suggest(str(value), kind.choices[name])}")
             elif kind.preference and (problem := _wrong_preference(name, value)):
                 wrong.append(problem)
+        if kind is not None and kind.rows and not wrong:
+            try:
+                kind.function(**(self.model_extra or {}))
+            except ValueError as error:
+                wrong.append(str(error))
         return wrong
 
 
@@ -286,6 +308,7 @@ class Recipe(Strict):
     seed: int = 0
     max_length: int = Field(2048, gt=1)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
+    workers: int = Field(0, ge=0)  # processes that read and resize pictures, beside each training process
     teacher: TeacherSpec | None = None
     student: StudentSpec
     stages: dict[str, StageSpec] = Field(min_length=1)

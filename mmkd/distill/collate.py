@@ -5,48 +5,78 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmkd.data.samples import DataError, ImageError, Sample
+from mmkd.distill.cache import Said
+from mmkd.distill.cached import CachedTower, Speaker
 from mmkd.distill.terms import Term
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)
 
 # Order of the count vector.
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair")
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample")
 
 
 @dataclass
 class Pair:
-    """One sample as both towers prepare it. `switch` is the teacher's with the student's number of visual tokens."""
+    """One sample as both towers prepare it. `switch` is the teacher's with the student's number of visual tokens.
+
+    `said` stands for `teacher` where the teacher is a cache.
+    """
 
     student: Encoded
     teacher: Encoded | None = None
     switch: Encoded | None = None
+    said: Said | None = field(default=None, kw_only=True)
 
 
 @dataclass
 class Batch:
     """What the distiller gets. `counts` [len(COUNTS)] are this micro-batch's; the global ones divide the loss.
 
-    Counts stay on the CPU: reading them there costs no synchronisation with an accelerator.
+    Counts stay on the CPU, and a batch on an accelerator keeps the one that it was moved from (`on_host`): which rows a term
+    names is asked there, since an answer from the accelerator would have to be waited for.
     """
 
     student: TowerInputs
     teacher: TowerInputs | None
     switch: TowerInputs | None
     counts: Tensor
+    said: Said | None = field(default=None, kw_only=True)  # of a cached teacher, in place of `teacher`
+    host: Batch | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def on_host(self) -> Batch:
+        return self if self.host is None else self.host
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         def move(x):
             return None if x is None else x.to(device, non_blocking=non_blocking)
 
-        return Batch(move(self.student), move(self.teacher), move(self.switch), self.counts)
+        student = move(self.student)
+        teacher = student if self.teacher is self.student else move(self.teacher)
+        return Batch(student, teacher, move(self.switch), self.counts, said=move(self.said), host=self.on_host)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which `non_blocking` copies are; the data loader calls it."""
+        student = _pinned(self.student)
+        teacher = student if self.teacher is self.student else _pinned(self.teacher)
+        said = None if self.said is None else self.said.pin_memory()
+        return replace(self, student=student, teacher=teacher, switch=_pinned(self.switch), said=said)
+
+
+def _pinned(inputs: TowerInputs | None) -> TowerInputs | None:
+    if inputs is None:
+        return None
+    names = ("input_ids", "attention_mask", "targets", "visual")
+    pixels = {name: tensor.pin_memory() for name, tensor in inputs.pixels.items()}
+    return replace(inputs, **{name: getattr(inputs, name).pin_memory() for name in names}, pixels=pixels)
 
 
 class PairDataset(Dataset):
@@ -64,32 +94,46 @@ class PairDataset(Dataset):
         *,
         max_skipped: int = 0,
         memory: int = 2 * 2**30,
+        workers: int = 0,
     ):
         self.samples = samples
         self.student, self.teacher = student, teacher
         self.same = teacher is not None and same_processor(student, teacher)
         self.terms = terms
+        self.speaker = Speaker(teacher, student, terms) if isinstance(teacher, CachedTower) else None
+        if self.speaker is not None:
+            self.speaker.check(samples)
         self.max_skipped = max_skipped
+        self._unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # workers tell of theirs
         self.skipped: dict[str, str] = {}
         self.truncated: dict[str, int] = {}  # answer tokens that did not fit, by sample
         self._kept: dict[int, Pair] = {}
         self._pixels: dict[bytes, Tensor] = {}
-        self._free = memory
+        self._free = memory // max(1, workers)  # each worker keeps what it prepared
 
     @property
     def collator(self) -> Collator:
         return Collator(self.student, self.teacher)
 
+    @property
+    def skipped_count(self) -> int:
+        """Samples with unreadable pictures so far, in this process and its workers."""
+        return int(self._unreadable.sum())
+
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Pair | None:
-        if index in self._kept:
-            return self._kept[index]
-        pair = self._prepare(self.samples[index])
-        if pair is not None and self._free > 0:
-            self._keep(index, pair)
-        return pair
+        pair = self._kept.get(index)
+        if pair is None:
+            pair = self._prepare(self.samples[index])
+            if pair is not None and self._free > 0:
+                self._keep(index, pair)
+        if pair is None:
+            self._skip(index)
+        if pair is None or self.speaker is None:
+            return pair
+        return replace(pair, said=self.speaker(index, self.samples[index], pair.student))
 
     def _keep(self, index: int, pair: Pair) -> None:
         """Many questions are about one picture: equal pixels are kept once."""
@@ -108,22 +152,23 @@ class PairDataset(Dataset):
             student = self.student.encode(sample)
             if student.truncated:
                 self.truncated[sample.id] = student.truncated
-            if self.teacher is None:
+            if self.teacher is None or self.speaker is not None:
                 return Pair(student)
             teacher = student if self.same else self.teacher.encode(sample)
         except ImageError as error:
-            self._skip(sample, error)
+            self.skipped[sample.id] = str(error)
             return None
         self._check(student, teacher)
         return Pair(student, teacher, self._switch(student, teacher))
 
-    def _skip(self, sample: Sample, error: ImageError) -> None:
-        if sample.id not in self.skipped:
-            self.skipped[sample.id] = str(error)
-            logger.warning("skipped %s (%d so far): %s", sample.id, len(self.skipped), error)
-        if len(self.skipped) > self.max_skipped:
+    def _skip(self, index: int) -> None:
+        error, seen = self.skipped[self.samples[index].id], bool(self._unreadable[index])
+        self._unreadable[index] = True
+        if not seen:
+            logger.warning("skipped %s (%d so far): %s", self.samples[index].id, self.skipped_count, error)
+        if self.skipped_count > self.max_skipped:
             raise DataError(
-                f"{len(self.skipped)} of {len(self.samples)} training samples have unreadable images, more than the "
+                f"{self.skipped_count} of {len(self.samples)} training samples have unreadable images, more than the "
                 f"{self.max_skipped} that guards.max_skipped_images allows; the last: {error}"
             )
 
@@ -135,9 +180,9 @@ class PairDataset(Dataset):
                 f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
                 "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
             )
-        if any(t.positions == "prompt" and t.needs_teacher for t in self.terms):
+        if any(t.positions in ("prompt", "text", "all") and t.needs_teacher for t in self.terms):
             self._check_prompts(student, teacher)
-        if any(t.positions == "visual" or t.kind == "relation" for t in self.terms):
+        if any(t.positions in ("visual", "all") or t.kind == "relation" for t in self.terms):
             n_s, n_t = self.student.visual_count(student), self.teacher.visual_count(teacher)
             if n_s != n_t:
                 raise DataError(
@@ -171,12 +216,19 @@ class Collator:
         if not kept:
             raise DataError(f"none of the {len(pairs)} images of a batch can be read; see the log for their names")
         student = self.student.collate([p.student for p in kept])
-        teacher = switch = None
-        if self.teacher is not None:
-            teacher = self.teacher.collate([p.teacher for p in kept])
+        teacher = switch = said = None
+        if isinstance(self.teacher, CachedTower):
+            said = Said.join([p.said for p in kept])
+        elif self.teacher is not None:
+            teacher = student if self._alike(kept) else self.teacher.collate([p.teacher for p in kept])
             switched = [p.switch for p in kept if p.switch is not None]
             switch = self.teacher.collate(switched) if switched else None
-        return {"batch": Batch(student, teacher, switch, _counts(student, switch))}
+        return {"batch": Batch(student, teacher, switch, _counts(student, switch), said=said)}
+
+    def _alike(self, pairs: Sequence[Pair]) -> bool:
+        """Whether one padded batch, and one copy to the device, serves both towers."""
+        padding = (self.student.pad_id, self.student.image_token_id) == (self.teacher.pad_id, self.teacher.image_token_id)
+        return padding and all(pair.teacher is pair.student for pair in pairs)
 
 
 def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
@@ -189,6 +241,7 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "pictured": sum(n > 0 for n in student.images),  # samples with a picture
         "pair": 0,  # a preference stage's collator counts them
         "token": int(student.attention_mask.sum()),  # all but padding
+        "sample": len(student.ids),
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd import losses
+from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
-from mmkd.distill.terms import Term
+from mmkd.distill.sharing import sees_alike
+from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
 from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
 
@@ -40,6 +43,7 @@ class Distiller(nn.Module):
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
+        self._sees_alike: bool | None = None  # found out on the first batch with pictures
         self._towers = (student, teacher.freeze() if teacher is not None else None)
         # What a term trains beside the student; it goes into checkpoints, not into the saved student.
         self.extras = nn.ModuleDict({t.name: m for t in self.terms if (m := _extra(t, student, teacher)) is not None})
@@ -69,8 +73,8 @@ class Distiller(nn.Module):
         counts: [len(COUNTS)] global counts over ranks and accumulation steps; the batch's own when None.
         progress: 0..1 of the stage, for scheduled weights.
         """
-        divisors = dict(zip(COUNTS, (batch.counts if counts is None else counts).clamp(min=1), strict=True))
-        own = dict(zip(COUNTS, batch.counts, strict=True))
+        divisors = {name: n.clamp(min=1) for name, n in _by_name(batch.counts if counts is None else counts).items()}
+        own = _by_name(batch.counts)
         signals = self.signals(batch)
         total = signals.zero
         log: dict[str, tuple[Tensor, Tensor]] = {}
@@ -92,6 +96,14 @@ class Distiller(nn.Module):
     def signals(self, batch: Batch) -> Signals:
         return Signals(self, batch)
 
+    def sees_alike(self, batch: Batch) -> bool:
+        """Whether one pass of the vision encoder serves both towers."""
+        if batch.teacher is not batch.student or not batch.student.pixels:
+            return False
+        if self._sees_alike is None:
+            self._sees_alike = sees_alike(self.tower, self.teacher, batch.student)
+        return self._sees_alike
+
     def _touch(self) -> Tensor:
         """0, attached to every trained parameter: a micro-batch without pictures reaches no vision parameter, and
         data-parallel wrappers wait for the gradient of each."""
@@ -108,26 +120,17 @@ class Distiller(nn.Module):
         rows = signals.switch_rows() if terms[0].path == "switch" else signals.student_rows({t.positions for t in terms})
         if rows is None:  # no picture in this micro-batch: nothing was switched
             return signals.zero, {}
-        needs_teacher = any(t.needs_teacher for t in terms)
         total = signals.zero
         # The engine multiplies sums by a number; a divisor on the device would cost a host synchronisation a term.
         scale = {t.name: t.weight.at(progress) for t in terms}
-        engine_terms = [
-            RowTerm(
-                name=t.name,
-                weight=scale[t.name] / float(divisors[t.count]),
-                loss=t.row_loss(),
-                needs_teacher=t.needs_teacher,
-                rows=rows.mask(t.positions),
-            )
-            for t in terms
-        ]
+        engine_terms = [rows.engine_term(t, scale[t.name] / float(divisors[t.count])) for t in terms]
+        needs_teacher = any(t.needs_teacher for t in engine_terms)
         part, sums = row_losses(
             rows.student,
             rows.student_head,
             rows.targets,
             engine_terms,
-            teacher_hidden=rows.teacher if needs_teacher else None,
+            teacher_hidden=rows.teacher["hidden"] if needs_teacher else None,
             teacher_head=head_of(self.teacher) if needs_teacher else None,
             vocabulary=signals.vocabulary,
             chunk_bytes=self.chunk_bytes,
@@ -137,7 +140,7 @@ class Distiller(nn.Module):
     def _image_loss(self, signals: Signals, term: Term) -> Tensor:
         """Sum over images of a term that compares pictures, not rows."""
         if term.kind == "relation":
-            return signals.relation()
+            return signals.relation(**dict(term.options))
         if term.kind == "load_balance":
             return signals.load_balance()
         if term.kind == "contrastive":
@@ -167,17 +170,25 @@ class Rows:
     """Hidden rows of both towers at the positions that some terms name, before any head."""
 
     def __init__(
-        self, student: Tensor, student_head: Head, teacher: Tensor | None, targets: Tensor, masks: dict[str, Tensor]
+        self, student: Tensor, student_head: Head, teacher: dict[str, Tensor], targets: Tensor, masks: dict[str, Tensor]
     ):
         self.student = student  # [R, Ds]
         self.student_head = student_head
-        self.teacher = teacher  # [R, Dt]
+        self.teacher = teacher  # "hidden" [R, Dt], what a top-k cache has (`cache.TOP_K`), or nothing
         self.targets = targets  # [R]
-        self._masks = masks  # by kind of position, each [R] bool; a row may be of two kinds
+        self._masks = masks  # by kind of position, each [R] bool, on the CPU; a row may be of two kinds
 
     def mask(self, positions: str) -> Tensor | None:
         """Rows of a kind of position; None when all rows are."""
         return None if len(self._masks) == 1 else self._masks[positions]
+
+    def engine_term(self, term: Term, weight: float) -> RowTerm:
+        """The term for the row engine; against a top-k teacher it reads what is cached, not the teacher's logits."""
+        loss, with_logits, extra = term.row_loss(), term.needs_teacher, ()
+        if term.needs_teacher and "hidden" not in self.teacher:
+            loss, extra = top_k_loss(self.teacher)
+            with_logits = False
+        return RowTerm(term.name, weight, loss, with_logits, self.mask(term.positions), extra=extra)
 
 
 class Signals:
@@ -216,15 +227,33 @@ class Signals:
     def student_hidden(self) -> Tensor:
         return self.student_read[0]
 
+    def _frozen(self) -> Any:
+        """Inference mode for the teacher's own passes; not beside the switch, whose gradients pass through what the teacher's
+        modules keep between calls."""
+        switched = any(t.path == "switch" for t in self.distiller.terms)
+        return torch.no_grad() if switched else torch.inference_mode()
+
     @cached_property
     def teacher_seen(self) -> Seen:
-        with torch.no_grad():
+        if self.distiller.sees_alike(self.batch):
+            features = [f.detach() for f in self.student_seen.features]
+            with self._frozen():
+                return Seen(features, self.teacher.project(features))
+        with self._frozen():
             return self.teacher.see(self.batch.teacher)
+
+    @property
+    def teacher_features(self) -> list[Tensor]:
+        """Vision features of each image, [n_i, Dv], as tensors that autograd may keep."""
+        if self.batch.said is not None:
+            return self.batch.said.features
+        return [features.clone() for features in self.teacher_seen.features]
 
     @cached_property
     def teacher_hidden(self) -> Tensor:
-        with torch.no_grad():
-            return self.teacher.read(self.batch.teacher, self.teacher_seen)  # [B, L, Dt]
+        seen = self.teacher_seen
+        with self._frozen():
+            return self.teacher.read(self.batch.teacher, seen.tokens if seen.output is None else seen)  # [B, L, Dt]
 
     @cached_property
     def switch_hidden(self) -> Tensor:
@@ -239,35 +268,46 @@ class Signals:
     # ---- rows ----
 
     def student_rows(self, positions: set[str]) -> Rows:
-        inputs = self.batch.student
-        masks = {name: getattr(inputs, name) for name in sorted(positions)}  # each [B, L]
-        where = _any(masks.values())
-        targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)
-        teacher = None
-        if self.teacher is not None and any(t.needs_teacher and t.is_row_term for t in self.distiller.terms):
-            teacher = self.teacher_hidden[_any(getattr(self.batch.teacher, name) for name in positions)]  # [R, Dt]
+        inputs = self.batch.on_host.student
+        places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [B, L]
+        where = _any(places.values())
+        masks = {name: place[where] for name, place in places.items()}  # each [R]
+        targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
         return Rows(
-            self.student_hidden[where],
+            gathered(self.student_hidden, where),
             head_of(self.student),
-            teacher,
-            targets[where],
-            {name: mask[where] for name, mask in masks.items()},
+            self._teacher_rows(masks),
+            targets.to(self.zero.device, non_blocking=True),
+            masks,
         )
+
+    def _teacher_rows(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the teacher says on the rows where a term compares with it, 0 in other rows of the student; each [R, ...]."""
+        compared = {t.positions for t in self.distiller.terms if t.is_row_term and t.needs_teacher and t.path == "student"}
+        if not compared:
+            return {}
+        if self.batch.said is not None:
+            found = self.batch.said.at(compared)
+        else:
+            inputs = self.batch.on_host.teacher
+            found = {"hidden": gathered(self.teacher_hidden, _any(rows_at(inputs, name) for name in compared))}
+        where = _any(masks[name] for name in compared)
+        return {name: spread(rows, where) for name, rows in found.items()}
 
     def switch_rows(self) -> Rows | None:
         """Response rows of the samples with pictures: switched against ordinary teacher."""
         if self.batch.switch is None:
             return None
-        inputs = self.batch.switch
-        pictured = torch.tensor([n > 0 for n in self.batch.teacher.images], device=inputs.input_ids.device)  # [B]
-        where = self.batch.teacher.response & pictured[:, None]  # [B, L]
+        inputs, host = self.batch.on_host.switch, self.batch.on_host.teacher
+        pictured = torch.tensor([n > 0 for n in host.images])  # [B]
         response = inputs.response
+        targets = inputs.targets[response]
         return Rows(
-            self.switch_hidden[response],
+            gathered(self.switch_hidden, response),
             head_of(self.teacher),
-            self.teacher_hidden[where],
-            inputs.targets[response],
-            {"response": torch.ones_like(inputs.targets[response], dtype=torch.bool)},
+            {"hidden": gathered(self.teacher_hidden, host.response & pictured[:, None])},
+            targets.to(self.zero.device, non_blocking=True),
+            {"response": torch.ones_like(targets, dtype=torch.bool)},
         )
 
     # ---- experts ----
@@ -278,8 +318,11 @@ class Signals:
         The balance is a product of means, so it is one of this micro-batch (as in the published codes); the mean over
         micro-batches and ranks, weighted by tokens, is our choice.
         """
-        mask = self.batch.student.attention_mask.flatten().bool()  # [B * L]
-        layers = [routing.logits for routing in self.student_read[1].values()]
+        return self._balance(self.batch.student, self.student_read[1])
+
+    def _balance(self, inputs: TowerInputs, routing: dict[int, Routing]) -> Tensor:
+        mask = inputs.attention_mask.flatten().bool()  # [B * L]
+        layers = [found.logits for found in routing.values()]
         return losses.balance_of_layers(layers, mask) * float(self.batch.counts[COUNTS.index("token")])
 
     def routed(self) -> dict[int, Tensor]:
@@ -291,16 +334,27 @@ class Signals:
 
     # ---- pictures ----
 
-    def relation(self) -> Tensor:
+    def relation(self, source: str = "logits") -> Tensor:
         """Sum over images of the relation distance of their visual rows (LLaVA-KD's RDist, per image)."""
-        student = _per_image_rows(self.student_hidden, self.batch.student)
-        teacher = _per_image_rows(self.teacher_hidden, self.batch.teacher)
+        student = _per_image_rows(self.student_hidden, self.batch.on_host.student)
+        teacher = self._teacher_image_rows()
         total = self.zero
-        if any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher)):
-            raise TowerError("relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow")
+        capped = any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher))
+        if source == "logits" and capped:
+            raise TowerError(
+                "relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow; compare the "
+                "hidden states themselves with `source: hidden`"
+            )
+        grams = (self.student_gram, self.teacher_gram) if source == "logits" else (None, None)
         for own, other in zip(student, teacher, strict=True):
-            total = total + losses.relation_from_hidden(own, self.student_gram, other, self.teacher_gram)
+            total = total + losses.relation_from_hidden(own, grams[0], other, grams[1], source)
         return total
+
+    def _teacher_image_rows(self) -> Sequence[Tensor]:
+        """The teacher's hidden rows at the visual positions, one [N, Dt] an image."""
+        if self.batch.said is not None:
+            return self.batch.said.at(["visual"])["hidden"].split(self.batch.said.images)
+        return _per_image_rows(self.teacher_hidden, self.batch.on_host.teacher)
 
     @cached_property
     def student_gram(self) -> Tensor:
@@ -320,7 +374,7 @@ class Signals:
     def feature_match(self, bridge: Bridge, options: dict) -> Tensor:
         """Sum over images of the mean distance of their vision features."""
         total = self.zero
-        for own, other in zip(self.student_seen.features, self.teacher_seen.features, strict=True):
+        for own, other in zip(self.student_seen.features, self.teacher_features, strict=True):
             total = total + losses.feature_match(bridge(own, len(other)), other, **options).mean()
         return total
 
@@ -331,13 +385,13 @@ class Signals:
         the language model's own embedding space; the mean over answer tokens. It teaches encoder, projector and embeddings that
         a visual token and the word for what it shows are near, which a language model's attention can use from the start.
         """
-        inputs = self.batch.student
+        inputs = self.batch.on_host.student
         pictured = [b for b, n in enumerate(inputs.images) if n]
         if not pictured:
             return self.zero
         first = [sum(inputs.images[:b]) for b in pictured]  # a sample's first image stands for it
         visual = F.normalize(torch.stack([self.student_seen.tokens[i] for i in first]).float(), dim=-1)  # [n, N, D]
-        answers, given = _packed(inputs.targets[pictured])  # [n, T]
+        answers, given = (x.to(self.zero.device, non_blocking=True) for x in _packed(inputs.targets[pictured]))  # [n, T]
         words = F.normalize(self.student.model.get_input_embeddings()(answers).float(), dim=-1)  # [n, T, D]
         best = torch.stack([(words @ image.T).amax(-1) for image in visual])  # [n images, n texts, T]
         similarities = (best * given).sum(-1) / given.sum(-1)  # [n, n]
@@ -352,16 +406,16 @@ class Signals:
 
         Each word is looked for at every place of the picture; the best place counts. It teaches the vision encoder only.
         """
-        inputs = self.batch.student
+        inputs = self.batch.on_host.student
         pictured = [b for b, n in enumerate(inputs.images) if n]
         if not pictured:
             return self.zero
         first = [sum(inputs.images[:b]) for b in pictured]
         features = torch.stack([self.student_seen.features[i] for i in first])  # [n, N, Dv]
         answers, given = _packed(inputs.targets[pictured])  # [n, T]
-        present = torch.zeros(len(first), head.out_features, dtype=torch.bool, device=answers.device)  # [n, V]
-        present[torch.arange(len(first), device=answers.device)[:, None].expand_as(answers)[given], answers[given]] = True
-        return losses.tags(head(features).amax(1), present).sum()
+        present = torch.zeros(len(first), head.out_features, dtype=torch.bool)  # [n, V]
+        present[torch.arange(len(first))[:, None].expand_as(answers)[given], answers[given]] = True
+        return losses.tags(head(features).amax(1), present.to(features.device, non_blocking=True)).sum()
 
 
 def _packed(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,17 +473,37 @@ def _resample(features: Tensor, count: int) -> Tensor:
     return F.interpolate(features.T[None], size=count, mode="linear", align_corners=False)[0].T
 
 
+def _by_name(counts: Tensor) -> dict[str, Tensor]:
+    """Counts by what a term may be divided by."""
+    by = dict(zip(COUNTS, counts, strict=True))
+    return by | {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+
+
 def _any(masks: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.logical_or, masks)
 
 
+def gathered(hidden: Tensor, where: Tensor) -> Tensor:
+    """Rows of hidden [B, L, D] at `where` [B, L] (bool, on the CPU, so that nothing waits for the device). [R, D]"""
+    index = where.flatten().nonzero().squeeze(-1)
+    return hidden.flatten(0, 1).index_select(0, index.to(hidden.device, non_blocking=True))
+
+
+def spread(rows: Tensor, where: Tensor) -> Tensor:
+    """Rows [r, ...] at the r places of `where` [R] (bool, on the CPU), 0 elsewhere. [R, ...]"""
+    if bool(where.all()):
+        return rows
+    index = where.nonzero().squeeze(-1).to(rows.device, non_blocking=True)
+    return rows.new_zeros(len(where), *rows.shape[1:]).index_copy_(0, index, rows)
+
+
 def _per_image_rows(hidden: Tensor, inputs: TowerInputs) -> list[Tensor]:
-    """Hidden rows at the visual positions, one [N, D] an image (the images of a sample have equal token counts)."""
-    rows = []
-    for b, images in enumerate(inputs.images):
-        if images:
-            rows += hidden[b][inputs.visual[b]].chunk(images)
-    return rows
+    """Hidden rows at the visual positions, one [N, D] an image (the images of a sample have equal token counts).
+
+    inputs: on the CPU.
+    """
+    samples = gathered(hidden, inputs.visual).split(inputs.visual.sum(1).tolist())
+    return [rows for own, images in zip(samples, inputs.images, strict=True) if images for rows in own.chunk(images)]
 
 
 def head_of(tower: Tower) -> Head:

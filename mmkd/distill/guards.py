@@ -25,9 +25,11 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     """Runs the guards on some training samples; returns what was measured, raises GuardError when one fails."""
     batch = dataset.collator(_some(dataset, samples))["batch"].to(distiller.tower.device)
     towers = {"student": (distiller.tower, batch.student)}
-    if distiller.teacher is not None:
+    if batch.teacher is not None:
         towers["teacher"] = (distiller.teacher, batch.teacher)
     facts: dict[str, float] = {}
+    if batch.said is not None:  # a cached teacher's pictures were checked when it was written
+        facts["teacher_loss"] = -float(batch.said.scores.sum()) / int(batch.said.where(["response"]).sum())
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
@@ -40,7 +42,7 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     if any(t.path == "switch" or t.kind == "feature_match" for t in distiller.terms):
         for role, (tower, inputs) in towers.items():
             _check_projection(role, tower, inputs)
-    if teacher_is_better and distiller.teacher is not None:
+    if teacher_is_better and "teacher_loss" in facts:
         _check_teacher(facts)
     _log(distiller, facts)
     return facts

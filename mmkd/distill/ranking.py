@@ -114,7 +114,7 @@ class RankingModel(nn.Module):
         mined = hard_negatives(similarities, positives, spec.candidates)  # [B, K]
         asked = own[:, None].expand_as(mined), others[mined.clamp(min=0)]
         scores = self.table.scores(*(asked if pictures_ask else asked[::-1])).to(mined.device)  # [B, K]
-        choice = {"threshold": spec.threshold, "top_m": spec.top_m, "margin": spec.margin}
+        choice = {"threshold": spec.threshold, "top_m": spec.top_m, "margin": spec.margin, "ceiling": spec.ceiling}
         ranking = contrastive_partial_ranking(
             similarities,
             scores,

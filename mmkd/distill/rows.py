@@ -64,14 +64,17 @@ class RowTerm:
     rows: bool `[R]`, the rows on which the term counts; None for all. Masks on the CPU save the work on the
     other rows.
     row_weights: `[R]`, a factor of each row's value and gradient; None for 1.
+    extra: tensors `[R, ...]` that the loss takes too, row by row: `loss(student, teacher, targets, *extra)`, and so does
+    `value_and_grad`, after `shared`.
     """
 
     name: str
     weight: float
-    loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     needs_teacher: bool
     rows: Tensor | None = None
     row_weights: Tensor | None = None
+    extra: tuple[Tensor, ...] = ()
 
 
 def row_losses(
@@ -284,13 +287,15 @@ class _Walk:
         targets = work.targets[pick]  # [c]
         masks = self._masks(active, pick)
         factors = {i: w[pick] for i in active if (w := work.terms[i].row_weights) is not None}  # each [c]
+        extras = {i: [e[pick] for e in work.terms[i].extra] for i in active}  # each [c, ...]
         for start in range(0, size, block):
             part = slice(start, min(start + block, size))
             x = _logits(mine[part], self.student, self.maths)  # [b, V]
             y = None if theirs is None else _logits(theirs[part], self.teacher, self.maths)  # [b, V]
             here = {i: mask[part] for i, mask in masks.items()}
             weights = {i: factor[part] for i, factor in factors.items()}
-            gradient = self._block(x, y, targets[part], active, here, weights, place + start)  # [b, V]
+            more = {i: [e[part] for e in extra] for i, extra in extras.items()}
+            gradient = self._block(x, y, targets[part], active, here, weights, more, place + start)  # [b, V]
             if self.wants_gradient:
                 self._through_logits(gradient, x, mine[part])
         if self.wants_gradient:
@@ -305,14 +310,22 @@ class _Walk:
         return {i: mask[pick].to(device, non_blocking=True) for i, mask in rows.items() if mask is not None}
 
     def _block(
-        self, x, y, targets, active: list[int], masks: dict[int, Tensor], factors: dict[int, Tensor], start: int
+        self,
+        x,
+        y,
+        targets,
+        active: list[int],
+        masks: dict[int, Tensor],
+        factors: dict[int, Tensor],
+        extras: dict[int, list[Tensor]],
+        start: int,
     ) -> Tensor | None:
         """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x."""
         gradient, shared = None, {}
         for i in active:
             term, mask = self.work.terms[i], masks.get(i)
             known = targets if mask is None else targets.masked_fill(~mask, 0)  # [b]
-            values, part = _evaluate(term, x, y, known, shared, self.wants_gradient and term.weight != 0)
+            values, part = _evaluate(term, x, y, known, shared, extras[i], self.wants_gradient and term.weight != 0)
             if i in factors:
                 values = values * factors[i]
                 part = None if part is None else part.mul_(factors[i].unsqueeze(-1))
@@ -366,19 +379,19 @@ class _Walk:
 
 
 def _evaluate(
-    term: RowTerm, x, y, targets, shared: dict, differentiate: bool
+    term: RowTerm, x, y, targets, shared: dict, extra: Sequence[Tensor], differentiate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Values `[b]` and, if wanted, the gradient `[b, V]` of one term; the caller may change the gradient in
     place."""
     y = y if term.needs_teacher else None
     if not differentiate:
-        return term.loss(x, y, targets), None
+        return term.loss(x, y, targets, *extra), None
     closed = getattr(term.loss, "value_and_grad", None)
     if closed is not None:
-        return closed(x, y, targets, shared)
+        return closed(x, y, targets, shared, *extra)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()  # [b, V]
-        values = term.loss(leaf, y, targets)  # [b]
+        values = term.loss(leaf, y, targets, *extra)  # [b]
         (gradient,) = torch.autograd.grad(values, leaf, torch.ones_like(values))
     # A sum's gradient, for one, comes as one number seen many times; contiguous() makes it a tensor of its
     # own.
@@ -457,6 +470,9 @@ def _check_masks(terms: Sequence[RowTerm], rows: int) -> None:
             raise ValueError(
                 f"term {term.name!r}: row_weights is {tuple(term.row_weights.shape)}; it must be ({rows},) or None"
             )
+        short = next((tuple(e.shape) for e in term.extra if e.shape[:1] != (rows,)), None)
+        if short is not None:
+            raise ValueError(f"term {term.name!r}: a tensor of extra is {short}; {rows} rows need ({rows}, ...)")
         if term.rows is None:
             continue
         if term.rows.dtype != torch.bool or tuple(term.rows.shape) != (rows,):

@@ -8,12 +8,14 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mmkd.data.samples import DataError, Sample
+from mmkd.distill.cached import CachedTower
 from mmkd.distill.sparse import check_experts, experts_table
 from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, train, train_control
 from mmkd.evaluation.answer import evaluate, refuse_unscored
@@ -29,9 +31,10 @@ logger = logging.getLogger(__name__)
 ROLES = ("teacher", "control", "student")
 
 
-def distill(recipe: Recipe) -> dict[str, Any]:
+def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
     """Runs a recipe to its report; started again with the same recipe it goes on where it stopped.
 
+    `scored`: which of the models answer the benchmarks.
     Returns the summary that it writes to OUTPUT/summary.json. Raises DataError, RecipeError, TowerError, GuardError.
     """
     started = time.monotonic()
@@ -45,14 +48,16 @@ def distill(recipe: Recipe) -> dict[str, Any]:
     student = build_student(recipe, teacher, texts)
     check_experts(recipe, student)
     del samples
-    towers: dict[str, Tower | None] = {"teacher": teacher}
+    towers: dict[str, Tower | None] = {"teacher": None if isinstance(teacher, CachedTower) else teacher}
+    if isinstance(teacher, CachedTower):
+        logger.info("the teacher is a cache: it is not evaluated; see `mmkd evaluate %s`", recipe.teacher.model)
     if recipe.control and teacher is not None:
         towers["control"] = train_control(recipe, student, run)
         student = build_student(recipe, teacher, texts)  # the control's training changed the first one
     towers["student"] = train(recipe, "student", student, teacher, run)
     if not is_main_process():
         return {}
-    results = evaluate_all(recipe, run, {role: tower for role, tower in towers.items() if tower is not None})
+    results = evaluate_all(recipe, run, {role: tower for role, tower in towers.items() if tower is not None and role in scored})
     summary = summarise(recipe, run, results, time.monotonic() - started)
     if results:
         summary["report"] = str(build_report(run))

@@ -21,6 +21,7 @@ import mmkd
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import DataError, Sample
 from mmkd.data.sources import folder_of, read_samples, resolve
+from mmkd.distill.cached import CachedTower, open_teacher
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
@@ -32,6 +33,8 @@ from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, 
 from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
+from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower, TowerError
 
 logger = logging.getLogger(__name__)
@@ -46,10 +49,15 @@ def load_teacher(recipe: Recipe) -> Tower | None:
     if recipe.teacher is None:
         return None
     spec = recipe.teacher
+    if spec.cache is not None:
+        cached = open_teacher(recipe, {name: terms_of(stage.terms) for name, stage in recipe.stages.items()})
+        return cached.to(device_of_process()).freeze()
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
     )
+    if spec.gradient_checkpointing:
+        recompute_layers(tower)
     return to_device(tower, spec.quantise).freeze()
 
 
@@ -96,16 +104,6 @@ def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> 
     return teacher.tokenizer if spec.source == "teacher" else load_tokenizer(spec.source)
 
 
-def dtype_of(name: str) -> torch.dtype | str:
-    return name if name == "auto" else getattr(torch, name)
-
-
-def to_device(tower: Tower, quantise: str | None = None) -> Tower:
-    if torch.cuda.is_available() and quantise is None:
-        tower.model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    return tower
-
-
 # ---- data and terms --------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +124,7 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
         weight = spec.weight
         schedule = Schedule(weight.start, weight.end, weight.over) if isinstance(weight, WeightSpec) else Schedule(weight, weight)
         options = tuple(sorted((spec.model_extra or {}).items()))
-        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options))
+        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options, spec.reduction))
     return terms
 
 
@@ -186,7 +184,7 @@ def _train_stage(
     set_trainable(student, stage)
     of_pairs = any(t.is_preference for t in terms)
     dataset = (PreferenceDataset if of_pairs else PairDataset)(
-        samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples))
+        samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)), workers=recipe.workers
     )
     distiller = (PreferenceDistiller if of_pairs else Distiller)(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -195,10 +193,10 @@ def _train_stage(
         raise DataError(f"stage {name}: {'; '.join(wrong)}")
     if len(samples) < stage.optimiser.batch_size:
         raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
-    arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
+    arguments = training_arguments(stage, name, folder, recipe.seed, world_size, recipe.workers)
     if of_pairs:
         fill_reference(
-            dataset, teacher, run.parent / "references", batch_size=arguments.per_device_train_batch_size,
+            dataset, teacher, references_of(teacher, run), batch_size=arguments.per_device_train_batch_size,
             chunk_bytes=recipe.chunk_bytes, pixels_matter=recipe.guards.pixels_matter,
         )
     freeze_unreached(distiller, dataset)
@@ -214,8 +212,8 @@ def _train_stage(
     if recipe.evaluation.every is not None:
         trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
-    if dataset.skipped:
-        logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))
+    if dataset.skipped_count:
+        logger.warning("stage %s skipped %d samples with unreadable images", name, dataset.skipped_count)
     if dataset.truncated:
         logger.warning("stage %s cut the ends of %d answers at max_length %d", name, len(dataset.truncated), student.max_length)
     if is_main_process():
@@ -224,6 +222,11 @@ def _train_stage(
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     _wait()
+
+
+def references_of(teacher: Tower, run: Path) -> Path:
+    """Where log-probabilities of preference pairs are kept: beside the runs, or in the cache that stands for the teacher."""
+    return teacher.cache.folder / "references" if isinstance(teacher, CachedTower) else run.parent / "references"
 
 
 def number_of(recipe: Recipe, stage: str) -> int:
@@ -247,6 +250,8 @@ def set_trainable(student: Tower, stage: StageSpec) -> None:
         raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
     if stage.gradient_checkpointing:
         student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not any(p.requires_grad for p in student.language.parameters()):
+            recompute_layers(student)  # frozen, it stays in evaluation mode, where transformers checkpoints nothing
 
 
 def add_lora(student: Tower, spec: LoraSpec) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ class DistillTrainer(Trainer):
             return torch.zeros(len(COUNTS))
         counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts.to(device), reduction="sum").cpu()
+            torch.distributed.all_reduce(counts, group=self._host_group)
         return counts
+
+    @cached_property
+    def _host_group(self) -> Any:
+        """Counts are added up between the processes' CPUs: a sum from the accelerators would have to be waited for."""
+        return torch.distributed.new_group(backend="gloo")
 
     def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
         return {"batch": inputs["batch"].to(self.args.device, non_blocking=True)}
@@ -147,7 +153,9 @@ def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str
     return groups
 
 
-def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, world_size: int) -> TrainingArguments:
+def training_arguments(
+    stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0
+) -> TrainingArguments:
     """A stage in transformers' terms."""
     spec = stage.optimiser
     per_process = max(1, spec.batch_size // world_size)
@@ -170,11 +178,14 @@ def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, wor
         seed=seed,
         data_seed=seed,
         dataloader_drop_last=True,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
+        logging_nan_inf_filter=False,  # it would wait for every step's loss
     )
 
 

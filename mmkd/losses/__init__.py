@@ -16,7 +16,7 @@ from mmkd.losses.features import feature_match, tags
 from mmkd.losses.preference import dpo, kto_pair
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
-from mmkd.losses.routing import balance_of_layers, load_balance
+from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
 
 __all__ = [
     "JSD",
@@ -25,6 +25,7 @@ __all__ = [
     "ForwardKL",
     "ReverseKL",
     "balance_of_layers",
+    "choose_experts",
     "contrastive",
     "contrastive_partial_ranking",
     "cross_entropy",

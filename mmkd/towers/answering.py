@@ -1,12 +1,11 @@
 """Answers of a tower: by greedy generation, or by the likelihood of given choices. Each picture is seen once.
 
-Visual tokens are kept in a `VisionCache`, and with them what the processor made of the picture but its pixels: with
+Visual tokens are kept in a cache (`VisionCache`), and with them what the processor made of the picture but its pixels: with
 both, the next question on a picture costs neither its decoding nor its resizing nor the vision encoder.
 """
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,14 +18,12 @@ from transformers import BatchFeature
 
 from mmkd.data.samples import Sample
 from mmkd.towers.families import GRIDS
+from mmkd.towers.vision_cache import Key
 
 if TYPE_CHECKING:
     from mmkd.towers.tower import Encoded, Tower
 
-DEFAULT_CACHE_BYTES = 2**30
 _SMALL = 4096  # elements; whatever is larger and of floating point is pixels
-
-Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,28 +39,6 @@ class SeenOnce:
     @property
     def nbytes(self) -> int:
         return sum(token.numel() * token.element_size() for token in self.tokens)
-
-
-class VisionCache(UserDict):
-    """Seen pictures by the keys of a sample's images; over `max_bytes` the oldest go first.
-
-    Values have `nbytes`. One value larger than the budget is kept alone.
-    """
-
-    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        super().__init__()
-        self.max_bytes, self.bytes = max_bytes, 0
-
-    def __setitem__(self, key: Key, value: Any) -> None:
-        if key in self.data:
-            del self[key]
-        while self.data and self.bytes + value.nbytes > self.max_bytes:
-            del self[next(iter(self.data))]
-        self.data[key] = value
-        self.bytes += value.nbytes
-
-    def __delitem__(self, key: Key) -> None:
-        self.bytes -= self.data.pop(key).nbytes
 
 
 @torch.no_grad()  # not inference mode: what a module keeps from here must do for training, too

@@ -594,7 +594,7 @@ class Tower:
     def answer(
         self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None
     ) -> list[str]:
-        """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `answering.VisionCache`)."""
+        """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `VisionCache`)."""
         return answering.generate(self, samples, max_new_tokens, vision_cache)
 
     def choose(

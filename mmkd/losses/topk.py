@@ -1,0 +1,55 @@
+"""Forward KL against a teacher of which only the k likeliest tokens are known, and how likely all others are together."""
+
+import torch
+from torch import Tensor
+
+
+def top_k_forward_kl(student: Tensor, ids: Tensor, log_probs: Tensor, tail: Tensor) -> Tensor:
+    """`Σ_{i in top-k} p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest)` of each row.
+
+    student `[R, V]` logits; ids `[R, k]` of the teacher's likeliest tokens, log_probs `[R, k]` theirs, tail `[R]` the log of
+    what is left; returns `[R]`. It is the KL of the two distributions after the other tokens are put into one bucket: never
+    above the full KL, and equal to it if the student spreads its rest as the teacher does. The rest's mass keeps q from
+    growing without bound on the k tokens, as renormalised top-k losses let it.
+    """
+    wide = _wide(student)
+    log_q, log_rest = _coarse(wide, ids)  # [R, k], [R]
+    log_p, log_tail = log_probs.to(wide.dtype), tail.to(wide.dtype)
+    return _values(log_q, log_rest, log_p, log_tail)
+
+
+class TopKForwardKL:
+    """`top_k_forward_kl` as a row loss; gradient `q - p` on the k tokens and `q (1 - p_rest / q_rest)` on the others."""
+
+    def __call__(self, student: Tensor, teacher: None, targets: Tensor, ids: Tensor, log_probs: Tensor, tail: Tensor) -> Tensor:
+        return top_k_forward_kl(student, ids, log_probs, tail)
+
+    def value_and_grad(self, student, teacher, targets, shared, ids, log_probs, tail) -> tuple[Tensor, Tensor]:
+        wide = _wide(student)
+        log_q, log_rest = _coarse(wide, ids)  # [R, k], [R]
+        log_p, log_tail = log_probs.to(wide.dtype), tail.to(wide.dtype)
+        values = _values(log_q, log_rest, log_p, log_tail)
+        grad = torch.softmax(wide, -1)  # [R, V]
+        # Where the student's rest has vanished, so has its gradient; the ratio alone could overflow.
+        ratio = (log_tail - log_rest).clamp(max=_FAR).exp()  # [R]
+        grad.mul_(1 - ratio.unsqueeze(-1))
+        return values, grad.scatter_(-1, ids, log_q.exp() - log_p.exp())
+
+
+_FAR = 80.0  # exp(80) is finite in float32
+
+
+def _values(log_q: Tensor, log_rest: Tensor, log_p: Tensor, log_tail: Tensor) -> Tensor:
+    p, rest = log_p.exp(), log_tail.exp()
+    return (p * (log_p - log_q)).sum(-1) + rest * (log_tail - log_rest).where(rest > 0, 0.0)
+
+
+def _coarse(student: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's log-probabilities of the k tokens `[R, k]`, and of all others together `[R]`."""
+    normaliser = student.logsumexp(-1)  # [R]
+    rest = student.scatter(-1, ids, -torch.inf).logsumexp(-1)  # [R]
+    return student.gather(-1, ids) - normaliser.unsqueeze(-1), rest - normaliser
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
