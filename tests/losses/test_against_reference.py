@@ -512,3 +512,42 @@ def test_every_function_of_the_package_is_here():
     parts = {"head_gram", "kneedle_k", "hard_negatives", "valid_negatives"}  # no losses: tested with those that use them
     functions = {name for name in losses.__all__ if not isinstance(getattr(losses, name), type)}
     assert functions == tested | parts
+
+
+# ---- what the specifications warn of ---------------------------------------------------------------------------------
+
+
+def test_other_losses_under_the_name_of_dbild():
+    """Third-party versions: top-k without differences (their union, symmetric, times T²), the knee on probabilities or over all."""
+    s, t = draw(120, 1, 3000, scale=3.0), draw(121, 1, 3000, scale=3.0)
+    own = losses.dbild(s, t).item()
+    a, b = plain(s)[0], plain(t)[0]
+    union = sorted({*np.argsort(-a)[:64], *np.argsort(-b)[:64]})
+    log_q, log_p = log_softmax(a[union] / 2), log_softmax(b[union] / 2)
+    symmetric = ((np.exp(log_q) - np.exp(log_p)) * (log_q - log_p)).sum() / 2
+    assert differs(symmetric, own) and differs(4 * symmetric, own)
+    k = losses.kneedle_k(t.topk(64).values).item()
+    on_probabilities, everywhere = knee(np.exp(log_softmax(b)).tolist(), 64, 4), knee(b.tolist(), 3000, 4)
+    assert on_probabilities != k and differs(dbild_row(a, b, fixed_k=on_probabilities), own)
+    assert everywhere > 10 * k and differs(losses.dbild(s, t, window=3000).item(), own)
+    assert differs(losses.dbild(s, t, tau_squared=True).item(), own)
+    assert differs(losses.dbild(s, t, direction="forward").item(), own, by=1e-4)
+
+
+def test_reference_points_of_single_samples_are_another_loss():
+    """LLaVA-MoD's code runs paired KTO with one sample a device: each is then its own reference point."""
+    four = [draw(n, 5, scale=10.0) for n in range(130, 134)]
+    whole = losses.kto_pair(*four).view(2, 5)
+    alone = torch.stack([losses.kto_pair(*(x[i : i + 1] for x in four)) for i in range(5)], 1)  # [2, 5]
+    assert (whole - alone).abs().max() > 1e-2
+
+
+def test_a_mean_over_the_batch_is_no_mean_over_rows():
+    """Losses give one value a row: sums and counts belong to the caller, so that a batch can be cut anywhere."""
+    s, t = draw(140, 6, 40), draw(141, 6, 40)
+    for function in (losses.forward_kl, losses.reverse_kl, losses.jsd, losses.dbild):
+        whole = function(s, t)
+        parts = torch.cat([function(s[:1], t[:1]), function(s[1:4], t[1:4]), function(s[4:], t[4:])])
+        torch.testing.assert_close(whole, parts, rtol=1e-6, atol=0)
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(function(s[order], t[order]), whole[order], rtol=1e-6, atol=0)
