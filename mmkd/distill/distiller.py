@@ -21,6 +21,7 @@ from mmkd import losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.distill.sharded import blank_look, is_sharded
 from mmkd.distill.sharing import sees_alike
 from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
@@ -40,6 +41,7 @@ class Distiller(nn.Module):
         if teacher is not None and any(t.is_row_term and t.needs_teacher for t in terms):
             check_vocabularies(student, teacher)
         self.student = student.model
+        self._no_split_modules = student.model._no_split_modules  # the layers that FSDP2 shards one by one
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
@@ -90,7 +92,7 @@ class Distiller(nn.Module):
             log[term.name] = (value.detach(), own[term.count])
         self.routed = signals.routed()
         if not batch.student.pixels:
-            total = total + self._touch()
+            total = total + (self._touch() if signals.unseen is None else signals.unseen)
         return total, log | signals.observed
 
     def signals(self, batch: Batch) -> Signals:
@@ -199,6 +201,7 @@ class Signals:
         self.batch = batch
         self.student, self.teacher = distiller.tower, distiller.teacher
         self.observed: dict[str, tuple[Tensor, Tensor]] = {}  # what else goes into the log: name -> (sum, count)
+        self.unseen: Tensor | None = None  # 0, from a look at nothing where sharded weights need one
 
     @property
     def zero(self) -> Tensor:
@@ -216,6 +219,9 @@ class Signals:
 
     @cached_property
     def student_seen(self) -> Seen:
+        # Here, not at the end: the processes must gather their shards in one order.
+        if not self.batch.student.pixels and is_sharded(self.distiller):
+            self.unseen = blank_look(self.student)
         return self.student.see(self.batch.student)
 
     @cached_property

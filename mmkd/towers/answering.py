@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from mmkd.data.samples import Sample
+from mmkd.towers.families import GRIDS
 from mmkd.towers.vision_cache import Key
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _see(tower: Tower, encoded: list[Encoded]) -> list[list[Tensor]]:
 
 def _without_pixels(encoded: Encoded) -> Encoded:
     """Only what tokens are placed by stays: the grids."""
-    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name.endswith("grid_thw")})
+    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name in GRIDS})
 
 
 def _encode_one(
