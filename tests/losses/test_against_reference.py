@@ -518,7 +518,7 @@ def test_every_function_of_the_package_is_here():
 
 
 def test_other_losses_under_the_name_of_dbild():
-    """Third-party versions: top-k without differences (their union, symmetric, times T²), the knee on probabilities or over all."""
+    """Third-party versions: top-k without differences (a union, symmetric, times T²), the knee on probabilities or over all."""
     s, t = draw(120, 1, 3000, scale=3.0), draw(121, 1, 3000, scale=3.0)
     own = losses.dbild(s, t).item()
     a, b = plain(s)[0], plain(t)[0]
