@@ -11,12 +11,22 @@ from mmkd.recipe import load_recipe
 from mmkd.towers.tower import Tower
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
-RANKING = [path for path in EVERY if "kind" in read_yaml(path)]
-RECIPES = [path for path in EVERY if path not in RANKING]
+
+
+def kind_of(path: Path) -> str:
+    """That of a recipe, or of the one that it extends."""
+    raw = read_yaml(path)
+    inherited = kind_of(path.parent / raw["extends"]) if "extends" in raw else "distillation"
+    return raw.get("kind", inherited)
+
+
+KINDS = {path: kind_of(path) for path in sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))}
+RANKING = [path for path, kind in KINDS.items() if kind in ("ranking", "matching")]
+RECIPES = [path for path, kind in KINDS.items() if kind == "distillation"]
 
 
 def test_there_are_recipes_and_all_load():
+    assert {*KINDS.values()} == {"distillation", "ablation", "ranking", "matching"}
     assert len(RECIPES) >= 10
     for path in RECIPES:
         recipe = load_recipe(path)
