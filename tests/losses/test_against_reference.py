@@ -124,6 +124,25 @@ def test_every_dtype_gives_the_value_of_its_own_numbers(dtype):
         torch.testing.assert_close(function(s, t).double(), function(s.double(), t.double()), rtol=BAR, atol=0)
 
 
+@pytest.mark.parametrize("k", [1, 7, 50])
+def test_top_k_forward_kl(k):
+    """Also where every token is among the k and nothing is left."""
+    s, t = draw(8, 5, 50), draw(9, 5, 50)
+    top = t.double().log_softmax(-1).topk(k)
+    tail = torch.log((1 - top.values.exp().sum(-1)).clamp(min=0)) if k < 50 else torch.full((5,), EDGE, dtype=torch.float64)
+    expected = []
+    for row, ids, log_p, left in zip(plain(s), top.indices.numpy(), plain(top.values), plain(tail), strict=True):
+        q, p, rest = np.exp(log_softmax(row)), np.exp(log_p), math.exp(left)
+        others = np.delete(q, ids).sum()
+        expected.append((p * (log_p - np.log(q[ids]))).sum() + (rest * (left - math.log(others)) if rest else 0.0))
+    leaf = s.clone().requires_grad_()
+    found = losses.top_k_forward_kl(leaf, top.indices, top.values, tail)
+    assert_close(found, expected)
+    found.sum().backward()
+    _, closed = losses.TopKForwardKL().value_and_grad(s, None, None, None, top.indices, top.values, tail)
+    torch.testing.assert_close(leaf.grad, closed, rtol=1e-4, atol=1e-6)
+
+
 # ---- difference of logits --------------------------------------------------------------------------------------------
 
 
@@ -476,6 +495,7 @@ def gradients_of():
         "kto detached": (lambda x, y: losses.kto_pair(x, y, four[2], four[3], kl=kl), wide(*four[:2])),
         "kto attached": (lambda x, y: losses.kto_pair(x, y, four[2], four[3], detach_kl=False), wide(*four[:2])),
         "tags": (lambda x: losses.tags(x, positives), wide(s)),
+        "top k": (lambda x: losses.top_k_forward_kl(x, mined.clamp(min=2), t.gather(-1, mined.clamp(min=2)), t[:, 0]), wide(s)),
     }  # fmt: skip
     for beta in (0.0, 0.3, 1.0):
         found[f"jsd {beta}"] = (lambda x, b=beta: losses.jsd(x, t, b, 1.5), wide(s))
@@ -507,7 +527,7 @@ def test_every_function_of_the_package_is_here():
     tested = {
         "contrastive", "contrastive_partial_ranking", "cross_entropy", "dbild", "dpo", "feature_match", "forward_kl", "jsd",
         "kto_pair", "load_balance", "relation", "relation_from_hidden", "reverse_kl", "tags", "choose_experts",
-        "balance_of_layers",
+        "balance_of_layers", "top_k_forward_kl",
     }  # fmt: skip
     parts = {"head_gram", "kneedle_k", "hard_negatives", "valid_negatives"}  # no losses: tested with those that use them
     functions = {name for name in losses.__all__ if not isinstance(getattr(losses, name), type)}
