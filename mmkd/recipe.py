@@ -161,8 +161,6 @@ class TermSpec(Strict):
             wrong.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
         if self.bridge and self.path != "switch":
             raise ValueError("`bridge` belongs to terms with `path: switch`; feature_match builds its own")
-        if self.path == "switch" and self.positions != "response":
-            wrong.append("the visual switch is compared on response positions only")
         if kind is not None and kind.rows and not kind.teacher and self.positions not in ("response", "prompt", "text"):
             wrong.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
         if kind is not None and not kind.rows and self.reduction != "mean":

@@ -119,7 +119,8 @@ class Distiller(nn.Module):
     def _row_losses(
         self, signals: Signals, terms: list[Term], divisors: dict[str, Tensor], progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = signals.switch_rows() if terms[0].path == "switch" else signals.student_rows({t.positions for t in terms})
+        named = signals.switch_rows if terms[0].path == "switch" else signals.student_rows
+        rows = named({t.positions for t in terms})
         if rows is None:  # no picture in this micro-batch: nothing was switched
             return signals.zero, {}
         total = signals.zero
@@ -300,20 +301,22 @@ class Signals:
         where = _any(masks[name] for name in compared)
         return {name: spread(rows, where) for name, rows in found.items()}
 
-    def switch_rows(self) -> Rows | None:
-        """Response rows of the samples with pictures: switched against ordinary teacher."""
+    def switch_rows(self, positions: set[str]) -> Rows | None:
+        """Rows of the samples with pictures: switched against ordinary teacher."""
         if self.batch.switch is None:
             return None
         inputs, host = self.batch.on_host.switch, self.batch.on_host.teacher
-        pictured = torch.tensor([n > 0 for n in host.images])  # [B]
-        response = inputs.response
-        targets = inputs.targets[response]
+        places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [Bi, Ls]
+        where = _any(places.values())
+        pictured = torch.tensor([n > 0 for n in host.images])[:, None]  # [B, 1]
+        theirs = _any(rows_at(host, name) for name in positions) & pictured  # [B, L]
+        targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
         return Rows(
-            gathered(self.switch_hidden, response),
+            gathered(self.switch_hidden, where),
             head_of(self.teacher),
-            {"hidden": gathered(self.teacher_hidden, host.response & pictured[:, None])},
+            {"hidden": gathered(self.teacher_hidden, theirs)},
             targets.to(self.zero.device, non_blocking=True),
-            {"response": torch.ones_like(targets, dtype=torch.bool)},
+            {name: place[where] for name, place in places.items()},
         )
 
     # ---- experts ----
@@ -482,7 +485,10 @@ def _resample(features: Tensor, count: int) -> Tensor:
 def _by_name(counts: Tensor) -> dict[str, Tensor]:
     """Counts by what a term may be divided by."""
     by = dict(zip(COUNTS, counts, strict=True))
-    return by | {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+    by |= {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+    return by | {
+        "switch_answer": by["switch"], "switch_text": by["switch"] + by["switch_prompt"], "switch_all": by["switch_token"]
+    }
 
 
 def _any(masks: Iterable[Tensor]) -> Tensor:
