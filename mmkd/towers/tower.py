@@ -438,6 +438,11 @@ class Tower:
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return _concatenate(pixels, wide=self.model.config.model_type in WIDE)
 
+    @property
+    def image_token_id(self) -> int:
+        """The id that marks a visual position."""
+        return self._image_token_id
+
     def visual_count(self, encoded: Encoded) -> int:
         """Visual tokens of one prepared sample, all its images together."""
         return int((encoded.input_ids == self._image_token_id).sum())
