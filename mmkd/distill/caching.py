@@ -92,15 +92,16 @@ def write_cache(
     teacher = load_teacher(live)
     facts: dict[str, Any] = {"folder": str(folder)}
     if plan.samples:
-        forecast = forecast_of(plan, teacher)
-        logger.info("forecast: %s", forecast)
-        facts["forecast"] = forecast
-        if forecast_only:
-            return facts
-        check_space(folder, forecast)
-        claim_folder(live, folder, plan, teacher)
+        facts["forecast"] = forecast_of(plan, teacher)
+        logger.info("forecast: %s", facts["forecast"])
+    if forecast_only:
+        return facts
+    if plan.samples:
+        check_space(folder, facts["forecast"])
+    claim_folder(live, folder, plan, teacher)
+    if plan.samples:
         facts |= _fill(plan, teacher, folder, batch_size, workers, recipe.guards.pixels_matter)
-    if not forecast_only:
+    if is_main_process():  # two numbers a pair: one process does it
         facts["pairs"] = _fill_references(live, folder, teacher, batch_size)
     return facts
 

@@ -3,8 +3,8 @@
 
     python scripts/bench/cache.py --samples 2000 --rows 64 --width 3584
 
-Entries of random hidden rows in bfloat16, or of top-k; no model is run. `read` is a batch of random samples through the memory map,
-with the file cache as it is: warm if the set fits the memory.
+Entries of random hidden rows in bfloat16, or of top-k; no model is run. `reading` is a batch of random samples through the memory
+map, with the file cache as it is: warm if the set fits the memory.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def race(options: argparse.Namespace, folder: Path, top_k: int) -> dict:
 def entry(options: argparse.Namespace, top_k: int) -> Said:
     n = options.rows
     if top_k:
-        signal = {"ids": torch.zeros(n, top_k, dtype=torch.int32), "log_probs": torch.zeros(n, top_k).half(), "tail": torch.zeros(n)}
+        ids, log_probs = torch.zeros(n, top_k, dtype=torch.int32), torch.zeros(n, top_k).half()
+        signal = {"ids": ids, "log_probs": log_probs, "tail": torch.zeros(n)}
     else:
         signal = {"hidden": torch.randn(n, options.width).bfloat16()}
     return Said(torch.ones(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.int32), torch.zeros(n), signal, [])
