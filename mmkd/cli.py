@@ -114,7 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--title", default="Comparison", help="of the report")
 
     sub = command("check", _check, "Check that a model works as a tower.")
-    sub.add_argument("model", help="folder or hub id of an image-text model")
+    sub.add_argument("model", nargs="?", help="folder or hub id of an image-text model")
+    sub.add_argument("--families", nargs="*", metavar="NAME", help="instead: tiny models of all families, or of these")
+    sub.add_argument("--json", metavar="FILE", help="write the families' results there")
+    sub.add_argument("--workers", type=int, default=None, metavar="N", help="families at a time (default: processor cores)")
     sub.add_argument("--trust-remote-code", action="store_true")
 
     sub = command("list", _list, "List cards.")
@@ -267,11 +270,27 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.families is not None:
+        return _check_families(arguments)
+    if arguments.model is None:
+        from mmkd.data.samples import DataError
+
+        raise DataError("give a model to check, or --families")
     from mmkd.testing import check_tower
     from mmkd.towers.tower import Tower
 
     facts = check_tower(Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code))
     print(json.dumps(facts, indent=1))
+    return 0
+
+
+def _check_families(arguments: argparse.Namespace) -> int:
+    from mmkd.family_check import check_families, families_table, write_results
+
+    results = check_families(arguments.families, workers=arguments.workers)
+    if arguments.json:
+        write_results(results, Path(arguments.json))
+    print(families_table(results))
     return 0
 
 

@@ -217,7 +217,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     if not seen.tokens:
         return {}
     if not seen.features:
-        return {"visual switch": "not with this family: it does not tell which features belong to which picture"}
+        return {"visual switch": "it does not tell which features belong to which picture"}
     try:
         projected = tower.project(seen.features)
         width = projected[0].shape[-1]  # a projector gives no tokens for the language model's first layers (deepstack)
@@ -226,7 +226,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     except (ValueError, RuntimeError, TypeError) as error:
         if tower.model.config.model_type == "llava":
             raise
-        return {"visual switch": f"not with this family: {error}"}
+        return {"visual switch": str(error)}
     return {"visual switch": "yes", "largest difference of projected features": difference}
 
 

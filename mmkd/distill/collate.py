@@ -20,7 +20,8 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 logger = logging.getLogger(__name__)
 
 # Order of the count vector.
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample")
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample",
+          "switch_prompt", "switch_visual", "switch_token")  # fmt: skip
 
 
 @dataclass
@@ -147,6 +148,13 @@ class PairDataset(Dataset):
             self._free -= 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
         self._kept[index] = pair
 
+    def prepare(self, sample: Sample) -> Pair | None:
+        """A sample that is none of the set's own; None where its picture cannot be read."""
+        pair = self._prepare(sample)
+        if pair is None:
+            logger.warning("skipped %s: %s", sample.id, self.skipped.pop(sample.id))
+        return pair
+
     def _prepare(self, sample: Sample) -> Pair | None:
         try:
             student = self.student.encode(sample)
@@ -180,7 +188,7 @@ class PairDataset(Dataset):
                 f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
                 "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
             )
-        if any(t.positions in ("prompt", "text", "all") and t.needs_teacher for t in self.terms):
+        if any(t.positions in ("prompt", "text", "all") and t.needs_teacher and t.path == "student" for t in self.terms):
             self._check_prompts(student, teacher)
         if any(t.positions in ("visual", "all") or t.kind == "relation" for t in self.terms):
             n_s, n_t = self.student.visual_count(student), self.teacher.visual_count(teacher)
@@ -242,6 +250,9 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "pair": 0,  # a preference stage's collator counts them
         "token": int(student.attention_mask.sum()),  # all but padding
         "sample": len(student.ids),
+        "switch_prompt": int(switch.prompt.sum()) if switch is not None else 0,
+        "switch_visual": int(switch.visual.sum()) if switch is not None else 0,
+        "switch_token": int(switch.attention_mask.sum()) if switch is not None else 0,
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from mmkd.data.samples import Sample
+from mmkd.towers.families import GRIDS
 from mmkd.towers.greedy import Prompt, greedy
 from mmkd.towers.vision_cache import Key
 
@@ -165,7 +166,7 @@ def _by_sample(tower: Tower, encoded: Sequence[Encoded], tokens: Sequence[Tensor
 
 def _without_pixels(encoded: Encoded) -> Encoded:
     """Only what tokens are placed by stays: the grids."""
-    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name.endswith("grid_thw")})
+    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name in GRIDS})
 
 
 def _encode_one(

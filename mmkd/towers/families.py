@@ -28,7 +28,7 @@ PROJECTORS: dict[str, str | tuple[str, ...]] = {
     "gemma3": "multi_modal_projector",
     "gemma3n": "embed_vision",
     "gemma4": "embed_vision",
-    "gemma4_unified": "embed_vision",
+    "gemma4_unified": "embed_vision.multimodal_embedder",
     "glm46v": "visual.merger",
     "glm4v": "visual.merger",
     "glm4v_moe": "visual.merger",
@@ -90,7 +90,7 @@ PROJECTORS: dict[str, str | tuple[str, ...]] = {
 # Families that take their visual tokens as one tensor; the others take a list.
 STACKED = frozenset(
     "aria aya_vision cohere2_vision deepseek_vl deepseek_vl_hybrid fast_vlm gemma3 gemma3n got_ocr2 inkling_mm_model internvl "
-    "janus llama4 ovis2 paligemma perception_lm pp_chart2table qianfan_ocr shieldgemma2 video_llava vipllava molmo2".split()
+    "janus llama4 ovis2 paligemma perception_lm pp_chart2table qianfan_ocr shieldgemma2 video_llava vipllava".split()
 )
 
 # Families that besides add features of the picture to the hidden states of their first layers.
@@ -112,13 +112,16 @@ ABSOLUTE = frozenset({"mistral_large4"})
 # one picture see each other, PaliGemma everything before the answer.
 TOKEN_TYPES = {"gemma3": "visual", "shieldgemma2": "visual", "paligemma": "answer"}
 
+# Inputs that say how a picture lies in patches: tokens are placed by them, beside ids and masks.
+GRIDS = frozenset({"image_grid_thw", "video_grid_thw", "target_sizes"})
+
 # Families that ask for further marks: argument -> the tokens (names in the configuration) that are of type 1.
 TOKEN_MARKS: dict[str, dict[str, tuple[str, ...]]] = {
     "ernie4_5_vl_moe": {"moe_mm_token_type_ids": ("image_token_id", "image_start_token_id", "image_end_token_id")}
 }
 
 # Names that projectors give to the side of the square of patches that they put into one token.
-SHUFFLE_NAMES = ("scale_factor", "downsample_factor", "factor")
+SHUFFLE_NAMES = ("scale_factor", "downsample_factor", "factor", "spatial_merge_size", "spatial_conv_size")
 
 # Names under which families keep their vision encoder and language model below the base model.
 VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "embed_vision")

@@ -120,7 +120,7 @@ def with_ids(node: Mapping[str, Any], ids: Mapping[str, int], vocabulary: int) -
         name = re.sub(r"_(id|index)$", "", str(key))
         if isinstance(value, Mapping):
             filled[key] = with_ids(value, ids, vocabulary)
-        elif key == "vocab_size":
+        elif key in ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"):
             filled[key] = vocabulary
         else:
             filled[key] = ids[name] if name != key and name in ids else value
@@ -200,7 +200,7 @@ def tiny_processor(family: str, data: Tiny, tokenizer: Any) -> Any:
             parts[attribute] = getattr(transformers, part)(**arguments)
         else:
             raise TowerError(f"{name} needs a {attribute}, of which nothing is known here")
-    template = TEMPLATE.replace("IMAGE", data.image)
+    template = data.begin + TEMPLATE.replace("IMAGE", data.image)
     known = inspect.signature(kind.__init__).parameters
     arguments = {key: value for key, value in PROCESSORS.items() if key in known} | data.processor
     processor = kind(**parts, **arguments)

@@ -33,6 +33,7 @@ from mmkd.towers.experts import idle_parameters
 from mmkd.towers.families import (
     ABSOLUTE,
     DEEPSTACK,
+    GRIDS,
     GROUPED,
     LANGUAGE_NAMES,
     NESTED,
@@ -126,6 +127,7 @@ class VisualTokens(BaseModelOutputWithPooling):
 
     deepstack_features: list[tuple[Tensor, ...]] | None = None  # of each layer one [n_i, D] an image
     router_logits: Tensor | None = None
+    visual_indicator_features: Tensor | None = None  # Ovis2's tokens between pictures, the same for all
 
 
 class Tower:
@@ -143,6 +145,7 @@ class Tower:
                 "or assemble the tower with a template of mmkd.towers.assemble.CHAT_TEMPLATES"
             )
         self._image_token_id = _image_token_id(model, processor)
+        self._indicators: Tensor | None = None  # of `VisualTokens`, from the latest `see`
 
     # ---- making, saving ------------------------------------------------------------------------------------------
 
@@ -243,14 +246,15 @@ class Tower:
 
     @property
     def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+        own = self.model.get_output_embeddings()
+        return own if own is not None else self.language.get_output_embeddings()
 
     @cached_property
     def logit_rule(self) -> tuple[float, float | None]:
         """(scale, soft cap) between the head and this model's logits: `cap * tanh(scale * head(h) / cap)`.
 
-        A text configuration names them (Granite, Cohere, Gemma, Muse), but not every class around it applies them, so they are found
-        by comparing with the model's own forward pass. Raises TowerError when none explains its logits.
+        A text configuration names them (Granite, Cohere, Gemma, Muse), but not every class around it applies them, so they
+        are found by comparing with the model's own forward pass. Raises TowerError when none explains its logits.
         """
         config = self.model.config.get_text_config()
         factors = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier")]
@@ -367,7 +371,7 @@ class Tower:
         images = [pictures] if nested else pictures
         batch = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=special)
         skip = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-        pixels = {k: v for k, v in batch.items() if k not in skip}
+        pixels = {k: torch.as_tensor(v) for k, v in batch.items() if k not in skip}
         if self.model.config.model_type in NESTED:
             pixels = {k: v.transpose(0, 1) for k, v in pixels.items()}
         return batch["input_ids"][0].tolist(), pixels
@@ -453,7 +457,7 @@ class Tower:
         own = int(is_visual.sum())
         if own == count:
             return encoded
-        if any(name.endswith("grid_thw") for name in encoded.pixels):
+        if any(name in GRIDS for name in encoded.pixels):
             raise TowerError(
                 f"{self.model.config.model_type!r} places its {own} visual tokens by the grid of its own patches, so {count} "
                 "tokens of another encoder have no place in it; use an encoder with the same count, or another teacher"
@@ -466,11 +470,6 @@ class Tower:
         repeats = torch.where(is_visual, first.long() * (count // encoded.images), 1)
         targets = encoded.targets.repeat_interleave(repeats)
         return replace(encoded, input_ids=encoded.input_ids.repeat_interleave(repeats), targets=targets)
-
-    @property
-    def image_token_id(self) -> int:
-        """The placeholder of a visual token."""
-        return self._image_token_id
 
     @property
     def pad_id(self) -> int:
@@ -488,6 +487,8 @@ class Tower:
         with _first_input(self.projector) as captured:
             output = self.base.get_image_features(**pixels, return_dict=True)
         tokens = _split_tokens(output.pooler_output, inputs)
+        if (indicators := getattr(output, "visual_indicator_features", None)) is not None:
+            self._indicators = indicators.detach()
         if layers := getattr(output, "deepstack_features", None):
             tokens = [torch.cat([token, *more], dim=-1) for token, *more in zip(tokens, *layers, strict=True)]
         return Seen(_per_image(captured, tokens), tokens, output)
@@ -554,7 +555,9 @@ class Tower:
             return {}
         pooled, layers = self._deepstack(tokens)
         stacked = torch.cat(pooled)[None] if self.model.config.model_type in STACKED else pooled
-        return {"image": VisualTokens(pooler_output=stacked, deepstack_features=layers)}
+        return {"image": VisualTokens(
+            pooler_output=stacked, deepstack_features=layers, visual_indicator_features=self._indicators
+        )}
 
     def _deepstack(self, tokens: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, ...]] | None]:
         """Visual tokens and what goes to the first layers, one tuple a layer. Tokens of another encoder bring none of that."""
@@ -566,14 +569,16 @@ class Tower:
 
     def layout(self, inputs: TowerInputs) -> dict[str, Tensor]:
         """What some families place their tokens by, beside ids and mask: token types, and the pictures' grids."""
-        marks = {"mm_token_type_ids": inputs.visual.long()}
+        ids = [i for i in getattr(self.processor, "image_token_ids", None) or [] if i is not None] or [self._image_token_id]
+        is_image = torch.isin(inputs.input_ids, torch.tensor(ids, device=inputs.input_ids.device))
+        marks = {"mm_token_type_ids": (is_image & inputs.attention_mask.bool()).long()}
         kind = self.model.config.model_type
         if kind in TOKEN_TYPES:
             marks["token_type_ids"] = getattr(inputs, TOKEN_TYPES[kind]).long()
         for name, tokens in TOKEN_MARKS.get(kind, {}).items():
             ids = torch.tensor([getattr(self.model.config, token) for token in tokens], device=inputs.input_ids.device)
             marks[name] = torch.isin(inputs.input_ids, ids).long()
-        marks |= {name: grid for name, grid in inputs.pixels.items() if name.endswith("grid_thw")}
+        marks |= {name: grid for name, grid in inputs.pixels.items() if name in GRIDS}
         return {name: mark for name, mark in marks.items() if name in self._arguments}
 
     def takes(self, argument: str) -> bool:
