@@ -44,6 +44,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=4, help="of each answer; random weights never stop")
+    parser.add_argument("--layers", type=int, default=6, help="of the language model")
+    parser.add_argument("--width", type=int, default=256, help="of the language model")
+    parser.add_argument("--model", help="a folder to race in place of the random model")
     parser.add_argument("--picture", type=int, default=320, help="pixels of a side of the files")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write the result here, too")
@@ -55,7 +58,7 @@ def race(options: argparse.Namespace, folder: Path) -> dict:
     from mmkd.evaluation.benchmarks import load_benchmark
 
     write_pope(folder / "pope", options)
-    tower = build_tower(options.device)
+    tower = load(options) if options.model else build_tower(options)
     tower.save(folder / "model")
     card = load_benchmark("pope").model_copy(update={"split": "random", "max_new_tokens": options.new_tokens})
     quiet = {"data_root": folder, "batch_size": options.batch_size, "progress": False, "resume": False}
@@ -111,8 +114,16 @@ def write_pope(folder: Path, options: argparse.Namespace) -> None:
     (folder / "coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
-def build_tower(device: str):
-    """A LLaVA with random weights: ViT-Tiny for 224 pixels and a Llama of 6 layers.
+def load(options: argparse.Namespace):
+    from mmkd.towers.tower import Tower
+
+    tower = Tower.load(options.model, dtype="float32")
+    tower.model.to(options.device).eval()
+    return tower
+
+
+def build_tower(options: argparse.Namespace):
+    """A LLaVA with random weights: ViT-Tiny for 224 pixels and a Llama.
 
     In proportion they are what LLaVA-KD's students are made of: SigLIP-so400m has 1.2 times the weights of Qwen2.5-0.5B's layers.
     """
@@ -123,19 +134,19 @@ def build_tower(device: str):
         "intermediate_size": 768, "image_size": 224, "patch_size": 16,
     }  # fmt: skip
     language = {
-        "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "intermediate_size": 680, "max_position_embeddings": 1024,
+        "model_type": "llama", "hidden_size": options.width, "num_hidden_layers": options.layers, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "intermediate_size": options.width * 8 // 3, "max_position_embeddings": 1024,
     }  # fmt: skip
     tokenizer = train_tokenizer([f"Is there a {name} in the image? Answer with a single word." for name in OBJECTS], 400)
     spec = VisionSpec(config=vision, image_size=(224, 224))
     tower = assemble(spec, LanguageSpec(config=language), tokenizer=tokenizer, seed=0)
-    tower.model.to(device).eval()
+    tower.model.to(options.device).eval()
     return tower
 
 
 def shapes(tower) -> dict:
     parts = {name: sum(p.numel() for _, p in found) for name, found in tower.part_parameters().items()}
-    return {"parameters": parts, "visual_tokens": 196, "pixels": 224}
+    return {"parameters": parts}
 
 
 def answer_plainly(tower, card, folder: Path, options: argparse.Namespace) -> dict[str, str]:
