@@ -35,6 +35,7 @@ from mmkd.towers.families import (
     DEEPSTACK,
     GRIDS,
     GROUPED,
+    INDEXED,
     LANGUAGE_NAMES,
     NESTED,
     PROJECTORS,
@@ -436,7 +437,10 @@ class Tower:
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return _concatenate(pixels, wide=self.model.config.model_type in WIDE)
+        kind = self.model.config.model_type
+        for name, target in INDEXED.get(kind, {}).items():
+            pixels = _counted_on(pixels, name, target)
+        return _concatenate(pixels, wide=kind in WIDE)
 
     def visual_count(self, encoded: Encoded) -> int:
         """Visual tokens of one prepared sample, all its images together."""
@@ -637,6 +641,17 @@ def _concatenate(pixels: Sequence[dict[str, Tensor]], wide: bool = False) -> dic
     if wide:
         return {name: torch.cat(parts, dim=-1 if parts[0].is_floating_point() else 0) for name, parts in pieces.items()}
     return {name: torch.cat(_same_shape(parts)) for name, parts in pieces.items()}
+
+
+def _counted_on(pixels: Sequence[dict[str, Tensor]], name: str, target: str) -> list[dict[str, Tensor]]:
+    """The pieces with their indices `name` into the rows [n, k, ...] of `target` moved on by the pieces before; -1 is none."""
+    moved, before = [], 0
+    for piece in pixels:
+        if name in piece:
+            piece = piece | {name: torch.where(piece[name] >= 0, piece[name] + before, piece[name])}
+            before += piece[target].shape[0] * piece[target].shape[1]
+        moved.append(piece)
+    return moved
 
 
 def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
