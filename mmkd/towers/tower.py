@@ -554,7 +554,9 @@ class Tower:
     def encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
         """Visual tokens in the form in which transformers takes them; {} when there is no image."""
         if isinstance(tokens, Seen):
-            return {"image": tokens.output} if tokens.output is not None else {}
+            if tokens.output is not None:
+                return {"image": tokens.output}
+            tokens = tokens.tokens
         if not len(tokens):
             return {}
         pooled, layers = self._deepstack(tokens)
