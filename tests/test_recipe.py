@@ -204,8 +204,7 @@ def test_a_key_that_is_given_twice_is_refused(load):
 # ---- the project's own recipes ---------------------------------------------------------------------------------------
 
 
-def test_every_recipe_of_the_project_loads(monkeypatch):
-    monkeypatch.setenv("DATA_ROOT", "somewhere")
+def test_every_recipe_of_the_project_loads():
     paths = sorted(RECIPES.rglob("*.yaml"))
     kinds = [read_raw(path).get("kind", "distillation") for path in paths]
     assert len(paths) >= 19 and {*kinds} == {"distillation", "ablation", "ranking", "matching"}

@@ -114,15 +114,19 @@ def read_conversations(
     rows = list(_rows(path))
     if not rows:
         raise DataError(f"{path} holds no conversations")
+    samples = [Sample(name, refs, _conversation(row, len(refs))) for row, name, refs in named_rows(rows, source)]
+    return subset(samples, limit, image_limit, seed)
+
+
+def named_rows(rows: Sequence[_Row], source: _Source) -> Iterator[tuple[_Row, str, tuple[ImageRef, ...]]]:
+    """Each row with its id, to which later rows of an id get "#2", "#3" ... appended, and its pictures."""
     images = source.image_folder(_first_names(rows))
-    samples, seen = [], Counter()
+    seen: Counter[str] = Counter()
     for number, row in enumerate(rows):
-        name = row.identifier("id", default=f"{split}-{number}")
+        name = row.identifier("id", default=f"{source.split}-{number}")
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        refs = tuple(images.ref(row.where, name=image) for image in _image_names(row))
-        samples.append(Sample(unique, refs, _conversation(row, len(refs))))
-    return subset(samples, limit, image_limit, seed)
+        yield row, unique, tuple(images.ref(row.where, name=image) for image in _image_names(row))
 
 
 def check_images(items: Iterable[Question | Sample], *, allowed_missing: int = 0) -> int:

@@ -135,7 +135,7 @@ def forecast_of(plan: Plan, teacher: Tower) -> Forecast:
     fit, *_ = np.linalg.lstsq(_facts(known), rows, rcond=None)
     total = max(0.0, float((_facts(plan.samples) @ fit).sum()))
     encoded = _encoded(teacher, known)
-    probe = Said.join(_said(plan, teacher, encoded))
+    probe = Said.join(said_of(plan, teacher, encoded))
     parts = (probe.kinds, probe.tokens, probe.scores, *probe.signal.values())
     row = sum(t[0].numel() * t.element_size() for t in parts if len(t))
     images = sum(len(s.images) for s in plan.samples)
@@ -264,7 +264,7 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
                 keys, texts, encoded = zip(*new.values(), strict=True)
                 if pixels_matter and done == 0:
                     check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
-                for key, text, said in zip(keys, texts, _said(plan, teacher, encoded), strict=True):
+                for key, text, said in zip(keys, texts, said_of(plan, teacher, encoded), strict=True):
                     writer.add(key, text, said)
             done += len(new)
             bar.update(len(items))
@@ -287,7 +287,7 @@ def rows_of(plan: Plan, inputs: TowerInputs) -> Tensor:
     return kinds
 
 
-def _said(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[Said]:
+def said_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[Said]:
     """What the teacher says of some samples, one entry each."""
     inputs = teacher.collate(encoded)
     kinds = rows_of(plan, inputs)  # [B, L]

@@ -22,6 +22,7 @@ from mmkd.distill.alignment import Alignment, span_losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.distill.sharded import blank_look, is_sharded
 from mmkd.distill.sharing import sees_alike
 from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
@@ -41,6 +42,7 @@ class Distiller(nn.Module):
         if teacher is not None and any(t.is_row_term and t.needs_teacher for t in terms):
             check_vocabularies(student, teacher)
         self.student = student.model
+        self._no_split_modules = student.model._no_split_modules  # the layers that FSDP2 shards one by one
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
         wants_spans = teacher is not None and any(t.kind == "spans" for t in terms)
@@ -93,7 +95,7 @@ class Distiller(nn.Module):
             log[term.name] = (value.detach(), own[term.count])
         self.routed = signals.routed()
         if not batch.student.pixels:
-            total = total + self._touch()
+            total = total + (self._touch() if signals.unseen is None else signals.unseen)
         return total, log | signals.observed
 
     def signals(self, batch: Batch) -> Signals:
@@ -120,7 +122,8 @@ class Distiller(nn.Module):
     def _row_losses(
         self, signals: Signals, terms: list[Term], divisors: dict[str, Tensor], progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = signals.switch_rows() if terms[0].path == "switch" else signals.student_rows({t.positions for t in terms})
+        named = signals.switch_rows if terms[0].path == "switch" else signals.student_rows
+        rows = named({t.positions for t in terms})
         if rows is None:  # no picture in this micro-batch: nothing was switched
             return signals.zero, {}
         total = signals.zero
@@ -204,6 +207,7 @@ class Signals:
         self.batch = batch
         self.student, self.teacher = distiller.tower, distiller.teacher
         self.observed: dict[str, tuple[Tensor, Tensor]] = {}  # what else goes into the log: name -> (sum, count)
+        self.unseen: Tensor | None = None  # 0, from a look at nothing where sharded weights need one
 
     @property
     def zero(self) -> Tensor:
@@ -221,6 +225,9 @@ class Signals:
 
     @cached_property
     def student_seen(self) -> Seen:
+        # Here, not at the end: the processes must gather their shards in one order.
+        if not self.batch.student.pixels and is_sharded(self.distiller):
+            self.unseen = blank_look(self.student)
         return self.student.see(self.batch.student)
 
     @cached_property
@@ -299,20 +306,22 @@ class Signals:
         where = _any(masks[name] for name in compared)
         return {name: spread(rows, where) for name, rows in found.items()}
 
-    def switch_rows(self) -> Rows | None:
-        """Response rows of the samples with pictures: switched against ordinary teacher."""
+    def switch_rows(self, positions: set[str]) -> Rows | None:
+        """Rows of the samples with pictures: switched against ordinary teacher."""
         if self.batch.switch is None:
             return None
         inputs, host = self.batch.on_host.switch, self.batch.on_host.teacher
-        pictured = torch.tensor([n > 0 for n in host.images])  # [B]
-        response = inputs.response
-        targets = inputs.targets[response]
+        places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [Bi, Ls]
+        where = _any(places.values())
+        pictured = torch.tensor([n > 0 for n in host.images])[:, None]  # [B, 1]
+        theirs = _any(rows_at(host, name) for name in positions) & pictured  # [B, L]
+        targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
         return Rows(
-            gathered(self.switch_hidden, response),
+            gathered(self.switch_hidden, where),
             head_of(self.teacher),
-            {"hidden": gathered(self.teacher_hidden, host.response & pictured[:, None])},
+            {"hidden": gathered(self.teacher_hidden, theirs)},
             targets.to(self.zero.device, non_blocking=True),
-            {"response": torch.ones_like(targets, dtype=torch.bool)},
+            {name: place[where] for name, place in places.items()},
         )
 
     # ---- other tokenizers ----
@@ -502,7 +511,10 @@ def _resample(features: Tensor, count: int) -> Tensor:
 def _by_name(counts: Tensor) -> dict[str, Tensor]:
     """Counts by what a term may be divided by."""
     by = dict(zip(COUNTS, counts, strict=True))
-    return by | {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+    by |= {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+    return by | {
+        "switch_answer": by["switch"], "switch_text": by["switch"] + by["switch_prompt"], "switch_all": by["switch_token"]
+    }
 
 
 def _any(masks: Iterable[Tensor]) -> Tensor:

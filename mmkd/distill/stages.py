@@ -27,6 +27,7 @@ from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
 from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, PreferenceTrainer
 from mmkd.distill.reference import fill_reference
+from mmkd.distill.sharded import make_whole
 from mmkd.distill.sparse import summarise_experts, upcycled, write_receipt
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
@@ -216,6 +217,7 @@ def _train_stage(
         logger.warning("stage %s skipped %d samples with unreadable images", name, dataset.skipped_count)
     if dataset.truncated:
         logger.warning("stage %s cut the ends of %d answers at max_length %d", name, len(dataset.truncated), student.max_length)
+    make_whole(trainer)
     if is_main_process():
         summarise_experts(run)
         _save_whole(student, folder / "model")

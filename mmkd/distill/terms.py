@@ -128,7 +128,9 @@ class Term:
             return "pictured" if self.kind in ("contrastive", "tags") else "image"
         if self.reduction == "sum":
             return "pictured" if self.path == "switch" else "sample"
-        return "switch" if self.path == "switch" else self.positions
+        if self.path == "switch":
+            return "switch" if self.positions == "response" else f"switch_{self.positions}"
+        return self.positions
 
     def row_loss(self) -> Callable[..., Any]:
         """(student logits [r, V], teacher logits [r, V] or None, targets [r]) -> [r]"""

@@ -118,11 +118,16 @@ class DistillTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # they write checkpoints of their own, a part from each process
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

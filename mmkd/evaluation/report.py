@@ -337,8 +337,8 @@ def _plain(value: Any) -> str:
 # ---- curves
 # ----------------------------------------------------------------------------------------------------
 
-CHART_WIDTH, CHART_HEIGHT = 340, 210
-LEFT, RIGHT, TOP, BOTTOM = 66, 10, 12, 38
+CHART_WIDTH, CHART_HEIGHT = 280, 186
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 38
 
 
 @dataclass(frozen=True)

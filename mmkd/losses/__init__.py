@@ -18,6 +18,7 @@ from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_n
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
 from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
 from mmkd.losses.spans import sorted_distance, span_events, spans
+from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 
 __all__ = [
     "JSD",
@@ -25,6 +26,7 @@ __all__ = [
     "DBiLD",
     "ForwardKL",
     "ReverseKL",
+    "TopKForwardKL",
     "balance_of_layers",
     "choose_experts",
     "contrastive",
@@ -47,5 +49,6 @@ __all__ = [
     "span_events",
     "spans",
     "tags",
+    "top_k_forward_kl",
     "valid_negatives",
 ]

@@ -442,6 +442,11 @@ class Tower:
             pixels = _counted_on(pixels, name, target)
         return _concatenate(pixels, wide=kind in WIDE)
 
+    @property
+    def image_token_id(self) -> int:
+        """The id that marks a visual position."""
+        return self._image_token_id
+
     def visual_count(self, encoded: Encoded) -> int:
         """Visual tokens of one prepared sample, all its images together."""
         return int((encoded.input_ids == self._image_token_id).sum())

@@ -454,3 +454,28 @@ def test_an_encoder_that_differs_or_learns_runs_for_both(tmp_path, change):
     for number in (1, 2):
         distiller(batch_of(student, teacher, samples, terms))
         assert len(looks) == number
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "text", "visual", "all"])
+def test_the_switch_at_other_positions(tmp_path, positions):
+    student, teacher = towers(chat_template="<|system|>" + CHAT_TEMPLATES["simple"])  # its prompts need not be the student's
+    samples = tiny_samples(tmp_path, 2, text_only=1)
+    if positions == "all":
+        teacher = towers()[1]
+    half = replace(term("forward_kl", path="switch", weight=0.5), name="half")
+    loss, log, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", positions, "switch"), half])
+    zt = plain(teacher, batch.teacher)
+    zw = teacher.head(teacher.read(batch.switch, teacher.project(student.see(batch.student).features))).double()
+    values = {"visual": [], "prompt": [], "response": [], "all": []}
+    for b, places in enumerate(batch.switch.attention_mask.sum(1).tolist()):  # pictured samples come first here
+        for t in range(places):
+            value = kl(zt[b, t], zw[b, t])
+            values["all"].append(value)
+            if batch.switch.visual[b, t]:
+                values["visual"].append(value)
+            if t + 1 < places and not batch.switch.visual[b, t + 1]:
+                values["response" if batch.switch.targets[b, t] >= 0 else "prompt"].append(value)
+    values["text"] = values["prompt"] + values["response"]
+    mean = {name: torch.stack(found).mean().item() for name, found in values.items()}
+    assert loss.item() == pytest.approx(mean[positions] + 0.5 * mean["response"], rel=1e-5)
+    assert int(log[f"forward_kl_{positions}_switch"][1]) == len(values[positions])
