@@ -476,11 +476,6 @@ class Tower:
         return replace(encoded, input_ids=encoded.input_ids.repeat_interleave(repeats), targets=targets)
 
     @property
-    def image_token_id(self) -> int:
-        """The placeholder of a visual token."""
-        return self._image_token_id
-
-    @property
     def pad_id(self) -> int:
         """Any id will do under the attention mask, but never the image placeholder."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
