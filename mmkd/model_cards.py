@@ -102,7 +102,8 @@ byte-level tokens.
 
 Scores of `sample-teacher` on the sample's test splits, with 95 % intervals over pictures: TextVQA form 96.6 % [95.5, 97.7]
 (without pictures 6.4 %; text of signs 92 %, all other kinds 100 %); ScienceQA form 61.1 % [58.8, 63.3] (without pictures
-34.5 %; count 98 %, shape 98 %, place 100 %). Questions whose choices come in random order, and those about texts, it answers at chance (35 to 45 %).
+34.5 %; count 98 %, shape 98 %, place 100 %). Questions whose choices come in random order, and those about texts, it
+answers at chance (35 to 45 %).
 
 Make the data first: `mmkd sample runs/sample-large --sizes train=8000,val=200,test=400`. Training took about 25 minutes for
 the teacher and five for the student, each on one core of a shared AMD EPYC.

@@ -28,6 +28,7 @@ from mmkd.towers.encoders import WrappedEncoder, tokens_of
 from mmkd.towers.tower import Tower, TowerError, TowerInputs
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest value
+NO_SWITCH = "not with this family: "  # begins the fact "visual switch" where features cannot be projected
 NEW_TOKENS = 8  # of each answer that is compared
 
 
@@ -222,7 +223,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     if not seen.tokens:
         return {}
     if not seen.features:
-        return {"visual switch": "it does not tell which features belong to which picture"}
+        return {"visual switch": f"{NO_SWITCH}it does not tell which features belong to which picture"}
     try:
         projected = tower.project(seen.features)
         width = projected[0].shape[-1]  # a projector gives no tokens for the language model's first layers (deepstack)
@@ -231,7 +232,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     except (ValueError, RuntimeError, TypeError) as error:
         if tower.model.config.model_type == "llava":
             raise
-        return {"visual switch": str(error)}
+        return {"visual switch": f"{NO_SWITCH}{error}"}
     return {"visual switch": "yes", "largest difference of projected features": difference}
 
 
