@@ -19,6 +19,7 @@ class TextConfig(Strict):
     source: str | None = None
     config: dict[str, Any] | None = None
     vocab_size: int | None = Field(None, gt=0)  # of the tokenizer trained on the captions; goes with `config`
+    tokenizer: Literal["bpe", "words"] = "bpe"  # what it cuts captions into: byte pairs, or the most frequent whole words
 
     @model_validator(mode="after")
     def one_origin(self) -> TextConfig:
@@ -33,6 +34,13 @@ class DualSpec(Strict):
     vision: VisionConfig
     text: TextConfig
     embedding: int = Field(256, gt=0)
+
+
+class FusionSpec(DualSpec):
+    """Cross-attention over the parts of a dual encoder, which may be pretrained or start from random weights."""
+
+    heads: int = Field(4, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the matching head
 
 
 class DualStudentSpec(Strict):
@@ -102,11 +110,19 @@ class StepSpec(Strict):
     micro_batch_size: ClassVar[None] = None
 
 
+class AugmentSpec(Strict):
+    """Random shifts (share of a picture's side) and scalings (1 - scale ... 1 + scale) of pictures in training."""
+
+    shift: float = Field(0.0, ge=0, lt=1)
+    scale: float = Field(0.0, ge=0, lt=1)
+
+
 class TrainingSpec(Strict):
     optimiser: StepSpec = StepSpec()
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
+    augment: AugmentSpec | None = None
     save_every: int = Field(200, gt=0)
     log_every: int = Field(20, gt=0)
 
@@ -151,11 +167,12 @@ class CrossSpec(Strict):
 class MatchingSpec(Strict):
     model: str | None = None
     config: CrossSpec | None = None
+    fuse: FusionSpec | None = None
 
     @model_validator(mode="after")
     def one_origin(self) -> MatchingSpec:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("give either `model` (a BLIP to fine-tune) or `config` (random weights)")
+        if [self.model, self.config, self.fuse].count(None) != 2:
+            raise ValueError("give one of `model` (a folder or BLIP to fine-tune), `config` (a BLIP), `fuse` (two encoders)")
         return self
 
 
