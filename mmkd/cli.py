@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=2, help="processes that read pictures")
     sub.add_argument("--forecast", action="store_true", help="say how large it will be, and stop")
 
+    sub = command("estimate", _estimate, "Measure a few steps: memory by part, time, disk, what to change.")
+    sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub.add_argument("--memory", type=float, default=None, metavar="GIB", help="must fit into so much (default: what is here)")
+
     sub = command("rank", _rank, "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall.")
     sub.add_argument("recipe", help="a YAML file with `kind: ranking` or `kind: matching`, see scripts/recipes/cprd_*.yaml")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example ranking.weight=0.5 seed=1")
@@ -103,12 +108,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "Write the HTML report of a run again.")
     sub.add_argument("folder", help="the run's folder")
 
+    sub = command("compare", _compare, "Compare models on the same questions: differences, agreement, one report for all.")
+    sub.add_argument("models", nargs="+", metavar="[NAME=]FOLDER", help="results of `mmkd evaluate`, or runs of `mmkd distill`")
+    sub.add_argument("--output", default="runs/compared", help="folder for comparison.json and report.html")
+    sub.add_argument("--title", default="Comparison", help="of the report")
+
     sub = command("check", _check, "Check that a model works as a tower.")
-    sub.add_argument("model", help="folder or hub id of an image-text model")
+    sub.add_argument("model", nargs="?", help="folder or hub id of an image-text model")
+    sub.add_argument("--families", nargs="*", metavar="NAME", help="instead: tiny models of all families, or of these")
+    sub.add_argument("--json", metavar="FILE", help="write the families' results there")
+    sub.add_argument("--workers", type=int, default=None, metavar="N", help="families at a time (default: processor cores)")
     sub.add_argument("--trust-remote-code", action="store_true")
 
     sub = command("list", _list, "List cards.")
     sub.add_argument("kind", choices=["models", "data", "evaluation"])
+    sub.add_argument("--search", default="", metavar="WORD", help="only cards that have the word somewhere")
 
     sub = command("sample", _sample, "Write the embedded sample: two data sets in the benchmarks' own formats.")
     sub.add_argument("folder")
@@ -167,6 +181,16 @@ def _cache(arguments: argparse.Namespace) -> int:
         forecast_only=arguments.forecast,
     )
     print(facts.get("forecast", "no rows to keep") if arguments.forecast else describe(facts, arguments.recipe))
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from mmkd.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from mmkd.probe import estimate
+
+    print(estimate(recipe, arguments.memory))
     return 0
 
 
@@ -240,7 +264,19 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from mmkd.evaluation.comparison import compare_command
+
+    return compare_command(arguments)
+
+
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.families is not None:
+        return _check_families(arguments)
+    if arguments.model is None:
+        from mmkd.data.samples import DataError
+
+        raise DataError("give a model to check, or --families")
     from mmkd.testing import check_tower
     from mmkd.towers.tower import Tower
 
@@ -249,11 +285,23 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_families(arguments: argparse.Namespace) -> int:
+    from mmkd.family_check import check_families, families_table, write_results
+
+    results = check_families(arguments.families, workers=arguments.workers)
+    if arguments.json:
+        write_results(results, Path(arguments.json))
+    print(families_table(results))
+    return 0
+
+
 def _list(arguments: argparse.Namespace) -> int:
     from mmkd.cards import list_cards, read_yaml
 
     for name, path in list_cards(arguments.kind).items():
-        print(f"{name:<32} {read_yaml(path).get('title', '')}")
+        card = read_yaml(path)
+        if arguments.search.lower() in f"{name} {' '.join(map(str, card.values()))}".lower():
+            print(f"{name:<32} {card.get('title', '')}")
     return 0
 
 

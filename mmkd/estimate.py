@@ -33,7 +33,7 @@ def plan(recipe: Recipe) -> str:
     for name, stage in recipe.stages.items():
         student, receipt = upcycled(stage, student, recipe.seed)
         lines += ["", *(receipt.lines() if receipt else []), *_stage(recipe, name, stage, samples[name], student, teacher)]
-    lines += ["", _disk(recipe, student)]
+    lines += ["", disk_line(recipe, student)]
     return "\n".join(lines)
 
 
@@ -43,7 +43,7 @@ def _tower(role: str, tower: Tower | None) -> list[str]:
     parts = {part: sum(p.numel() for _, p in found) for part, found in tower.part_parameters().items()}
     shares = ", ".join(f"{part} {count:,}" for part, count in parts.items())
     weights = sum(p.numel() * p.element_size() for p in tower.model.parameters())
-    return [f"{role}: {sum(parts.values()):,} parameters ({shares}), weights {_size(weights)}"]
+    return [f"{role}: {sum(parts.values()):,} parameters ({shares}), weights {bytes_text(weights)}"]
 
 
 def _stage(
@@ -63,7 +63,8 @@ def _stage(
         f"({trained:,} parameters)",
         "  terms: " + ", ".join(_term(t) for t in terms),
         f"  a step: about {rows:,} rows of {student.vocabulary:,} logits",
-        f"  memory: gradients and optimiser {_size(optimiser)}, losses {_size(ours)} (a naive computation: {_size(naive)})",
+        f"  memory: gradients and optimiser {bytes_text(optimiser)}, losses {bytes_text(ours)} "
+        f"(a naive computation: {bytes_text(naive)})",
     ]
     if any(t.path == "switch" for t in terms):
         lines.append("  the visual switch needs the live teacher: a third pass, with gradients through its language model")
@@ -97,15 +98,15 @@ def loss_memory(student: Tower, teacher: Tower | None, terms: list[Term], rows: 
     return min(budget, naive) + stored, naive + stored
 
 
-def _disk(recipe: Recipe, student: Tower) -> str:
+def disk_line(recipe: Recipe, student: Tower) -> str:
     weights = sum(p.numel() * 4 for p in student.model.parameters())
     models = len(recipe.stages) + 1
     total = models * weights + 2 * 3 * weights  # one model a stage and the last; two checkpoints with two moments each
     control = " (twice, with the SFT control)" if recipe.control and recipe.teacher else ""
-    return f"disk: at most {_size(total)}{control} in {Path(recipe.output)}"
+    return f"disk: at most {bytes_text(total)}{control} in {Path(recipe.output)}"
 
 
-def _size(count: float) -> str:
+def bytes_text(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit in ("B", "KiB") else f"{count:.1f} {unit}"

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmkd.data.samples import DataError
 
-FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference")
+FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference", "shards", "datasets")
 PARTS = ("vision", "projector", "language")
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
 Model = TypeVar("Model", bound=BaseModel)
+Spec = TypeVar("Spec", bound=BaseModel)
 
 
 class RecipeError(DataError):
@@ -36,6 +37,14 @@ def is_default(default: Any) -> Callable[[Any], bool]:
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def one_of(spec: Spec, **ways: str) -> Spec:
+    """The spec, if exactly one of these keys is given; `ways` says what each is. Raises ValueError."""
+    if sum(getattr(spec, name) is not None for name in ways) != 1:
+        named = [f"`{name}` ({what})" if what else f"`{name}`" for name, what in ways.items()]
+        raise ValueError("give either " + " or ".join(named))
+    return spec
 
 
 class DataSpec(Strict):
@@ -64,9 +73,7 @@ class VisionConfig(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> VisionConfig:
-        if (self.source is None) == (self.config is None):
-            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
-        return self
+        return one_of(self, source="pretrained weights", config="random weights")
 
 
 class LanguageConfig(Strict):
@@ -76,9 +83,7 @@ class LanguageConfig(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> LanguageConfig:
-        if (self.source is None) == (self.config is None):
-            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
-        return self
+        return one_of(self, source="pretrained weights", config="random weights")
 
 
 class TokenizerConfig(Strict):
@@ -89,9 +94,7 @@ class TokenizerConfig(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> TokenizerConfig:
-        if (self.source is None) == (self.vocab_size is None):
-            raise ValueError('give either `source` ("teacher", a folder or a hub id) or `vocab_size` (train one)')
-        return self
+        return one_of(self, source='"teacher", a folder or a hub id', vocab_size="train one")
 
 
 class AssembleSpec(Strict):
@@ -116,6 +119,8 @@ class TeacherSpec(Strict):
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
     gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
     cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
+    # For a teacher with another tokenizer: terms of kind `spans` compare pieces of text instead of tokens.
+    alignment: Literal["spans"] | None = Field(None, exclude_if=is_default(None))
 
 
 class StudentSpec(Strict):
@@ -126,9 +131,7 @@ class StudentSpec(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> StudentSpec:
-        if (self.model is None) == (self.assemble is None):
-            raise ValueError("give either `model` (a folder or hub id) or `assemble` (parts)")
-        return self
+        return one_of(self, model="a folder or hub id", assemble="parts")
 
 
 class WeightSpec(Strict):
@@ -160,8 +163,6 @@ class TermSpec(Strict):
             wrong.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
         if self.bridge and self.path != "switch":
             raise ValueError("`bridge` belongs to terms with `path: switch`; feature_match builds its own")
-        if self.path == "switch" and self.positions != "response":
-            wrong.append("the visual switch is compared on response positions only")
         if kind is not None and kind.rows and not kind.teacher and self.positions not in ("response", "prompt", "text"):
             wrong.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
         if kind is not None and not kind.rows and self.reduction != "mean":
@@ -202,14 +203,17 @@ def _wrong_preference(name: str, value: Any) -> str | None:
     return None
 
 
-class OptimiserSpec(Strict):
+class AdamWSpec(Strict):
     learning_rate: float = Field(1e-3, gt=0)
-    learning_rates: dict[Literal[PARTS], float] = {}  # type: ignore[valid-type]  # per part, over learning_rate
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the stage's steps
     max_grad_norm: float = Field(1.0, ge=0)
+
+
+class OptimiserSpec(AdamWSpec):
+    learning_rates: dict[Literal[PARTS], float] = {}  # type: ignore[valid-type]  # per part, over learning_rate
     batch_size: int = Field(32, gt=0)  # samples a step, over all processes and micro-batches
     micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
 
@@ -236,7 +240,21 @@ class UpcycleSpec(Strict):
         return self
 
 
-class StageSpec(Strict):
+class LoopSpec(Strict):
+    """How long training lasts, in which precision, and how often it is kept and logged."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    save_every: int = Field(200, gt=0)
+    log_every: int = Field(20, gt=0)
+
+    @model_validator(mode="after")
+    def one_length(self) -> LoopSpec:
+        return one_of(self, epochs="", steps="")
+
+
+class StageSpec(LoopSpec):
     data: list[DataSpec] = Field(min_length=1)
     upcycle: UpcycleSpec | None = None
     train: list[Literal[TRAINABLE]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
@@ -244,13 +262,8 @@ class StageSpec(Strict):
     terms: dict[str, TermSpec] = Field(min_length=1)
     control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
     optimiser: OptimiserSpec = OptimiserSpec()
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     group_by_length: bool = False  # batches of samples of similar length: less padding
-    save_every: int = Field(200, gt=0)
-    log_every: int = Field(20, gt=0)
 
     @field_validator("terms", "control_terms", mode="before")
     @classmethod
@@ -266,8 +279,6 @@ class StageSpec(Strict):
 
     @model_validator(mode="after")
     def consistent(self) -> StageSpec:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either `epochs` or `steps`")
         if self.lora is not None and ("mlp" in self.train or self.upcycle is not None):
             raise ValueError("LoRA's adapters do not reach experts; take `lora` out of a stage with `upcycle` or `train: [mlp]`")
         if any(t.path == "switch" for t in self.terms.values()) and "vision" not in self.train:
@@ -308,6 +319,7 @@ class Recipe(Strict):
     seed: int = 0
     max_length: int = Field(2048, gt=1)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
+    workers: int = Field(0, ge=0)  # processes that read and resize pictures, beside each training process
     teacher: TeacherSpec | None = None
     student: StudentSpec
     stages: dict[str, StageSpec] = Field(min_length=1)
@@ -329,6 +341,21 @@ class Recipe(Strict):
             tokenizer = self.student.assemble.tokenizer if self.student.assemble else None
             if tokenizer is not None and tokenizer.source == "teacher":
                 raise ValueError("the student's tokenizer is the teacher's, but no teacher is given")
+        return self
+
+    @model_validator(mode="after")
+    def alignment_is_meant(self) -> Recipe:
+        users = [
+            f"stages.{s}.terms.{t}" for s, stage in self.stages.items() for t, spec in stage.terms.items() if spec.kind == "spans"
+        ]
+        aligned = self.teacher is not None and self.teacher.alignment == "spans"
+        if users and not aligned:
+            raise ValueError(
+                f"{', '.join(users)} compare pieces of text, since tokens of different tokenizers do not correspond; say that "
+                "this is meant: teacher.alignment=spans"
+            )
+        if aligned and not users:
+            raise ValueError("teacher.alignment is spans, but no term is of kind `spans`; add one, or take it out")
         return self
 
 

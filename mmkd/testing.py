@@ -174,11 +174,16 @@ def _check_prompts(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
                 f"prompts: sample {sample.id!r} becomes {tower.tokenizer.decode(own.input_ids)!r}, transformers makes it "
                 f"{tower.tokenizer.decode(batch['input_ids'][0])!r}; a model that is served would be asked otherwise than taught"
             )
-        batch = {k: v.to(_dtype(tower)) if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
+        batch = {k: _as_model(tower, v) for k, v in batch.items() if k != "labels"}
         inputs = tower.collate([own]).to(tower.device)
         ours = _logits(tower, tower.read(inputs, tower.see(inputs)))
         largest = max(largest, _same("prompts", tower, ours, tower.model(**batch).logits, "transformers' own logits"))
     return {"largest difference from transformers' logits": largest}
+
+
+def _as_model(tower: Tower, value: Any) -> Any:
+    """Pixels in the model's dtype; anything else as the processor gave it."""
+    return value.to(_dtype(tower)) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _own_inputs(tower: Tower, messages: list[dict[str, Any]], asked: dict[str, Any]) -> Any:
@@ -217,7 +222,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     if not seen.tokens:
         return {}
     if not seen.features:
-        return {"visual switch": "not with this family: it does not tell which features belong to which picture"}
+        return {"visual switch": "it does not tell which features belong to which picture"}
     try:
         projected = tower.project(seen.features)
         width = projected[0].shape[-1]  # a projector gives no tokens for the language model's first layers (deepstack)
@@ -226,7 +231,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     except (ValueError, RuntimeError, TypeError) as error:
         if tower.model.config.model_type == "llava":
             raise
-        return {"visual switch": f"not with this family: {error}"}
+        return {"visual switch": str(error)}
     return {"visual switch": "yes", "largest difference of projected features": difference}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
+from mmkd.ablation import load_grid
 from mmkd.ranking_recipe import load_ranking_recipe
-from mmkd.recipe import RecipeError, load_recipe
+from mmkd.recipe import RecipeError, load_recipe, read_raw
 
 BASE = """
 title: t
@@ -206,11 +206,11 @@ def test_a_key_that_is_given_twice_is_refused(load):
 
 def test_every_recipe_of_the_project_loads():
     paths = sorted(RECIPES.rglob("*.yaml"))
-    kinds = [yaml.safe_load(path.read_text(encoding="utf-8")).get("kind", "distillation") for path in paths]
-    assert len(paths) >= 19 and {*kinds} == {"distillation", "ranking", "matching"}
+    kinds = [read_raw(path).get("kind", "distillation") for path in paths]
+    assert len(paths) >= 19 and {*kinds} == {"distillation", "ablation", "ranking", "matching"}
+    loaders = {"distillation": load_recipe, "ablation": lambda path: load_grid(path, [])[0]}
     for path, kind in zip(paths, kinds, strict=True):
-        recipe = load_recipe(path) if kind == "distillation" else load_ranking_recipe(path)
-        assert recipe.title
+        assert loaders.get(kind, load_ranking_recipe)(path).title
 
 
 # ---- options of terms ------------------------------------------------------------------------------------------------

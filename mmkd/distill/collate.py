@@ -20,7 +20,8 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 logger = logging.getLogger(__name__)
 
 # Order of the count vector.
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample")
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample",
+          "switch_prompt", "switch_visual", "switch_token")  # fmt: skip
 
 
 @dataclass
@@ -94,6 +95,7 @@ class PairDataset(Dataset):
         *,
         max_skipped: int = 0,
         memory: int = 2 * 2**30,
+        workers: int = 0,
     ):
         self.samples = samples
         self.student, self.teacher = student, teacher
@@ -103,15 +105,21 @@ class PairDataset(Dataset):
         if self.speaker is not None:
             self.speaker.check(samples)
         self.max_skipped = max_skipped
+        self._unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # workers tell of theirs
         self.skipped: dict[str, str] = {}
         self.truncated: dict[str, int] = {}  # answer tokens that did not fit, by sample
         self._kept: dict[int, Pair] = {}
         self._pixels: dict[bytes, Tensor] = {}
-        self._free = memory
+        self._free = memory // max(1, workers)  # each worker keeps what it prepared
 
     @property
     def collator(self) -> Collator:
         return Collator(self.student, self.teacher)
+
+    @property
+    def skipped_count(self) -> int:
+        """Samples with unreadable pictures so far, in this process and its workers."""
+        return int(self._unreadable.sum())
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -122,6 +130,8 @@ class PairDataset(Dataset):
             pair = self._prepare(self.samples[index])
             if pair is not None and self._free > 0:
                 self._keep(index, pair)
+        if pair is None:
+            self._skip(index)
         if pair is None or self.speaker is None:
             return pair
         return replace(pair, said=self.speaker(index, self.samples[index], pair.student))
@@ -138,6 +148,13 @@ class PairDataset(Dataset):
             self._free -= 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
         self._kept[index] = pair
 
+    def prepare(self, sample: Sample) -> Pair | None:
+        """A sample that is none of the set's own; None where its picture cannot be read."""
+        pair = self._prepare(sample)
+        if pair is None:
+            logger.warning("skipped %s: %s", sample.id, self.skipped.pop(sample.id))
+        return pair
+
     def _prepare(self, sample: Sample) -> Pair | None:
         try:
             student = self.student.encode(sample)
@@ -147,30 +164,27 @@ class PairDataset(Dataset):
                 return Pair(student)
             teacher = student if self.same else self.teacher.encode(sample)
         except ImageError as error:
-            self._skip(sample, error)
+            self.skipped[sample.id] = str(error)
             return None
         self._check(student, teacher)
         return Pair(student, teacher, self._switch(student, teacher))
 
-    def _skip(self, sample: Sample, error: ImageError) -> None:
-        if sample.id not in self.skipped:
-            self.skipped[sample.id] = str(error)
-            logger.warning("skipped %s (%d so far): %s", sample.id, len(self.skipped), error)
-        if len(self.skipped) > self.max_skipped:
+    def _skip(self, index: int) -> None:
+        error, seen = self.skipped[self.samples[index].id], bool(self._unreadable[index])
+        self._unreadable[index] = True
+        if not seen:
+            logger.warning("skipped %s (%d so far): %s", self.samples[index].id, self.skipped_count, error)
+        if self.skipped_count > self.max_skipped:
             raise DataError(
-                f"{len(self.skipped)} of {len(self.samples)} training samples have unreadable images, more than the "
+                f"{self.skipped_count} of {len(self.samples)} training samples have unreadable images, more than the "
                 f"{self.max_skipped} that guards.max_skipped_images allows; the last: {error}"
             )
 
     def _check(self, student: Encoded, teacher: Encoded) -> None:
-        """The compared rows of both towers must be the same tokens, one for one."""
-        rows_s, rows_t = student.targets[student.targets >= 0], teacher.targets[teacher.targets >= 0]
-        if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
-            raise DataError(
-                f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
-                "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
-            )
-        if any(t.positions in ("prompt", "text", "all") and t.needs_teacher for t in self.terms):
+        """The compared rows of both towers must be the same tokens, one for one; `spans` compares other tokens, too."""
+        if not any(t.kind == "spans" for t in self.terms):
+            self._check_answers(student, teacher)
+        if any(t.positions in ("prompt", "text", "all") and t.needs_teacher and t.path == "student" for t in self.terms):
             self._check_prompts(student, teacher)
         if any(t.positions in ("visual", "all") or t.kind == "relation" for t in self.terms):
             n_s, n_t = self.student.visual_count(student), self.teacher.visual_count(teacher)
@@ -179,6 +193,14 @@ class PairDataset(Dataset):
                     f"sample {student.id!r} has {n_s} visual tokens in the student and {n_t} in the teacher; terms on visual "
                     "positions (and relation) need equal counts"
                 )
+
+    def _check_answers(self, student: Encoded, teacher: Encoded) -> None:
+        rows_s, rows_t = student.targets[student.targets >= 0], teacher.targets[teacher.targets >= 0]
+        if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
+            raise DataError(
+                f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
+                "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
+            )
 
     def _check_prompts(self, student: Encoded, teacher: Encoded) -> None:
         own, other = self.student.text_ids(student), self.teacher.text_ids(teacher)
@@ -232,6 +254,9 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "pair": 0,  # a preference stage's collator counts them
         "token": int(student.attention_mask.sum()),  # all but padding
         "sample": len(student.ids),
+        "switch_prompt": int(switch.prompt.sum()) if switch is not None else 0,
+        "switch_visual": int(switch.visual.sum()) if switch is not None else 0,
+        "switch_token": int(switch.attention_mask.sum()) if switch is not None else 0,
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd import losses
+from mmkd.distill.alignment import Alignment, span_losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.distill.sharded import blank_look, is_sharded
+from mmkd.distill.sharing import sees_alike
 from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
 from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
@@ -39,9 +42,13 @@ class Distiller(nn.Module):
         if teacher is not None and any(t.is_row_term and t.needs_teacher for t in terms):
             check_vocabularies(student, teacher)
         self.student = student.model
+        self._no_split_modules = student.model._no_split_modules  # the layers that FSDP2 shards one by one
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
+        wants_spans = teacher is not None and any(t.kind == "spans" for t in terms)
+        self.alignment = Alignment(student, teacher) if wants_spans else None
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
+        self._sees_alike: bool | None = None  # found out on the first batch with pictures
         self._towers = (student, teacher.freeze() if teacher is not None else None)
         # What a term trains beside the student; it goes into checkpoints, not into the saved student.
         self.extras = nn.ModuleDict({t.name: m for t in self.terms if (m := _extra(t, student, teacher)) is not None})
@@ -88,11 +95,19 @@ class Distiller(nn.Module):
             log[term.name] = (value.detach(), own[term.count])
         self.routed = signals.routed()
         if not batch.student.pixels:
-            total = total + self._touch()
+            total = total + (self._touch() if signals.unseen is None else signals.unseen)
         return total, log | signals.observed
 
     def signals(self, batch: Batch) -> Signals:
         return Signals(self, batch)
+
+    def sees_alike(self, batch: Batch) -> bool:
+        """Whether one pass of the vision encoder serves both towers."""
+        if batch.teacher is not batch.student or not batch.student.pixels:
+            return False
+        if self._sees_alike is None:
+            self._sees_alike = sees_alike(self.tower, self.teacher, batch.student)
+        return self._sees_alike
 
     def _touch(self) -> Tensor:
         """0, attached to every trained parameter: a micro-batch without pictures reaches no vision parameter, and
@@ -107,7 +122,8 @@ class Distiller(nn.Module):
     def _row_losses(
         self, signals: Signals, terms: list[Term], divisors: dict[str, Tensor], progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = signals.switch_rows() if terms[0].path == "switch" else signals.student_rows({t.positions for t in terms})
+        named = signals.switch_rows if terms[0].path == "switch" else signals.student_rows
+        rows = named({t.positions for t in terms})
         if rows is None:  # no picture in this micro-batch: nothing was switched
             return signals.zero, {}
         total = signals.zero
@@ -137,6 +153,8 @@ class Distiller(nn.Module):
             return signals.contrastive(self.extras[term.name])
         if term.kind == "tags":
             return signals.tags(self.extras[term.name])
+        if term.kind == "spans":
+            return signals.spans(dict(term.options))
         return signals.feature_match(self.extras[term.name], dict(term.options))
 
 
@@ -189,6 +207,7 @@ class Signals:
         self.batch = batch
         self.student, self.teacher = distiller.tower, distiller.teacher
         self.observed: dict[str, tuple[Tensor, Tensor]] = {}  # what else goes into the log: name -> (sum, count)
+        self.unseen: Tensor | None = None  # 0, from a look at nothing where sharded weights need one
 
     @property
     def zero(self) -> Tensor:
@@ -198,7 +217,7 @@ class Signals:
     def vocabulary(self) -> int | None:
         """Columns that both heads share: the tokenizer's length, so that padding rows of a head never matter."""
         sizes = [self.student.vocabulary, self.student.head.weight.shape[0]]
-        if self.teacher is not None:
+        if self.teacher is not None and any(t.is_row_term and t.needs_teacher for t in self.distiller.terms):
             sizes += [self.teacher.vocabulary, self.teacher.head.weight.shape[0]]
         return min(sizes)
 
@@ -206,6 +225,9 @@ class Signals:
 
     @cached_property
     def student_seen(self) -> Seen:
+        # Here, not at the end: the processes must gather their shards in one order.
+        if not self.batch.student.pixels and is_sharded(self.distiller):
+            self.unseen = blank_look(self.student)
         return self.student.see(self.batch.student)
 
     @cached_property
@@ -225,6 +247,10 @@ class Signals:
 
     @cached_property
     def teacher_seen(self) -> Seen:
+        if self.distiller.sees_alike(self.batch):
+            features = [f.detach() for f in self.student_seen.features]
+            with self._frozen():
+                return Seen(features, self.teacher.project(features))
         with self._frozen():
             return self.teacher.see(self.batch.teacher)
 
@@ -237,8 +263,9 @@ class Signals:
 
     @cached_property
     def teacher_hidden(self) -> Tensor:
+        seen = self.teacher_seen
         with self._frozen():
-            return self.teacher.read(self.batch.teacher, self.teacher_seen)  # [B, L, Dt]
+            return self.teacher.read(self.batch.teacher, seen.tokens if seen.output is None else seen)  # [B, L, Dt]
 
     @cached_property
     def switch_hidden(self) -> Tensor:
@@ -279,20 +306,43 @@ class Signals:
         where = _any(masks[name] for name in compared)
         return {name: spread(rows, where) for name, rows in found.items()}
 
-    def switch_rows(self) -> Rows | None:
-        """Response rows of the samples with pictures: switched against ordinary teacher."""
+    def switch_rows(self, positions: set[str]) -> Rows | None:
+        """Rows of the samples with pictures: switched against ordinary teacher."""
         if self.batch.switch is None:
             return None
         inputs, host = self.batch.on_host.switch, self.batch.on_host.teacher
-        pictured = torch.tensor([n > 0 for n in host.images])  # [B]
-        response = inputs.response
-        targets = inputs.targets[response]
+        places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [Bi, Ls]
+        where = _any(places.values())
+        pictured = torch.tensor([n > 0 for n in host.images])[:, None]  # [B, 1]
+        theirs = _any(rows_at(host, name) for name in positions) & pictured  # [B, L]
+        targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
         return Rows(
-            gathered(self.switch_hidden, response),
+            gathered(self.switch_hidden, where),
             head_of(self.teacher),
-            {"hidden": gathered(self.teacher_hidden, host.response & pictured[:, None])},
+            {"hidden": gathered(self.teacher_hidden, theirs)},
             targets.to(self.zero.device, non_blocking=True),
-            {"response": torch.ones_like(targets, dtype=torch.bool)},
+            {name: place[where] for name, place in places.items()},
+        )
+
+    # ---- other tokenizers ----
+
+    def spans(self, options: dict) -> Tensor:
+        """Sum over the student's answer tokens of the loss of the span of text that each belongs to."""
+        host = self.batch.on_host
+        inputs = (host.student, host.teacher)
+        aligned = self.distiller.alignment.of(inputs[0].targets, inputs[1].targets)
+        self.observed["aligned"] = (aligned.tokens.sum().float(), inputs[0].response.sum())
+        hidden = (self.student_hidden, self.teacher_hidden)
+        targets = [x.targets[x.response].to(self.zero.device, non_blocking=True) for x in inputs]
+        return span_losses(
+            tuple(gathered(h, x.response) for h, x in zip(hidden, inputs, strict=True)),
+            (head_of(self.student), head_of(self.teacher)),
+            (self.student.vocabulary, self.teacher.vocabulary),
+            tuple(targets),
+            aligned,
+            self.distiller.alignment.matched,
+            self.distiller.chunk_bytes,
+            **options,
         )
 
     # ---- experts ----
@@ -303,8 +353,11 @@ class Signals:
         The balance is a product of means, so it is one of this micro-batch (as in the published codes); the mean over
         micro-batches and ranks, weighted by tokens, is our choice.
         """
-        mask = self.batch.student.attention_mask.flatten().bool()  # [B * L]
-        layers = [routing.logits for routing in self.student_read[1].values()]
+        return self._balance(self.batch.student, self.student_read[1])
+
+    def _balance(self, inputs: TowerInputs, routing: dict[int, Routing]) -> Tensor:
+        mask = inputs.attention_mask.flatten().bool()  # [B * L]
+        layers = [found.logits for found in routing.values()]
         return losses.balance_of_layers(layers, mask) * float(self.batch.counts[COUNTS.index("token")])
 
     def routed(self) -> dict[int, Tensor]:
@@ -458,7 +511,10 @@ def _resample(features: Tensor, count: int) -> Tensor:
 def _by_name(counts: Tensor) -> dict[str, Tensor]:
     """Counts by what a term may be divided by."""
     by = dict(zip(COUNTS, counts, strict=True))
-    return by | {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+    by |= {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+    return by | {
+        "switch_answer": by["switch"], "switch_text": by["switch"] + by["switch_prompt"], "switch_all": by["switch_token"]
+    }
 
 
 def _any(masks: Iterable[Tensor]) -> Tensor:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.data.pairs import PairSet
+from mmkd.data.samples import ImageRef
 from mmkd.distill.augment import augmented
 from mmkd.distill.cross_teacher import FusionEncoder, ItmEncoder, MatchingEncoder
 from mmkd.distill.dual_models import assemble_from
-from mmkd.distill.ranking import PairBatch, PixelCache, Sums
+from mmkd.distill.ranking import PairBatch, PairDataset, Sums
 from mmkd.losses import contrastive
 from mmkd.ranking_recipe import AugmentSpec, CrossSpec, FusionSpec
-from mmkd.towers.dual import TEMPERATURE_RANGE, text_defaults, train_text_tokenizer
+from mmkd.towers.dual import TEMPERATURE_RANGE, Inputs, text_defaults, train_text_tokenizer
 from mmkd.towers.tower import TowerError
 
 
@@ -60,24 +61,14 @@ def build_fusion(spec: FusionSpec, texts: Sequence[str], seed: int) -> FusionEnc
     return FusionEncoder(model, dual.processor)
 
 
-class MatchingDataset(torch.utils.data.Dataset):
-    """The pairs of a set by number; `collate` loads and prepares them for the cross-encoder."""
+class MatchingDataset(PairDataset):
+    """The pairs of a set, prepared for the cross-encoder."""
 
-    def __init__(self, pairs: PairSet, encoder: MatchingEncoder):
-        self.pairs, self.encoder = pairs, encoder
-        self.pixels = PixelCache(pairs.images, lambda refs: {"pixels": encoder.pixels(refs)})
+    def prepare_images(self, images: Sequence[ImageRef]) -> Inputs:
+        return {"pixels": self.model.pixels(images)}
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        image, text = self.pairs.pairs[index].tolist()
-        return image, text
-
-    def collate(self, numbers: Sequence[tuple[int, int]]) -> dict[str, PairBatch]:
-        images, texts = ([n[i] for n in numbers] for i in (0, 1))
-        tokens = self.encoder.tokens([self.pairs.texts[t] for t in texts])
-        return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), self.pixels(images), tokens)}
+    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
+        return self.model.tokens(texts)
 
 
 class MatchingModel(nn.Module):

@@ -74,11 +74,11 @@ class PixelCache:
 
 
 class PairDataset(Dataset):
-    """The pairs of a set by number; `collate` loads and prepares them."""
+    """The pairs of a set by number; `collate` loads and prepares them for the model that is trained."""
 
-    def __init__(self, pairs: PairSet, student: DualEncoder):
-        self.pairs, self.student = pairs, student
-        self.pixels = PixelCache(pairs.images, lambda refs: student.prepare_images([ref.load() for ref in refs]))
+    def __init__(self, pairs: PairSet, model: Any):
+        self.pairs, self.model = pairs, model
+        self.pixels = PixelCache(pairs.images, self.prepare_images)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -89,8 +89,16 @@ class PairDataset(Dataset):
 
     def collate(self, numbers: Sequence[tuple[int, int]]) -> dict[str, PairBatch]:
         images, texts = ([n[i] for n in numbers] for i in (0, 1))
-        tokens = self.student.prepare_texts([self.pairs.texts[t] for t in texts])
+        tokens = self.prepare_texts([self.pairs.texts[t] for t in texts])
         return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), self.pixels(images), tokens)}
+
+    def prepare_images(self, images: Sequence[ImageRef]) -> Inputs:
+        """Pictures in the model's terms."""
+        return self.model.prepare_images([image.load() for image in images])
+
+    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
+        """Texts in the model's terms."""
+        return self.model.prepare_texts(texts)
 
 
 class RankingModel(nn.Module):

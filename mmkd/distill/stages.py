@@ -27,7 +27,9 @@ from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
 from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, PreferenceTrainer
 from mmkd.distill.reference import fill_reference
+from mmkd.distill.sharded import make_whole
 from mmkd.distill.sparse import summarise_experts, upcycled, write_receipt
+from mmkd.distill.streaming import StreamDataset, stage_stream
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.distill.watch import Watch
@@ -184,16 +186,17 @@ def _train_stage(
     set_trainable(student, stage)
     of_pairs = any(t.is_preference for t in terms)
     dataset = (PreferenceDataset if of_pairs else PairDataset)(
-        samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples))
+        samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)), workers=recipe.workers
     )
     distiller = (PreferenceDistiller if of_pairs else Distiller)(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     wrong = split_evenly(stage.optimiser, world_size)
     if wrong:
         raise DataError(f"stage {name}: {'; '.join(wrong)}")
-    if len(samples) < stage.optimiser.batch_size:
+    stream = stage_stream(recipe, stage)
+    if stream is None and len(samples) < stage.optimiser.batch_size:
         raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
-    arguments = training_arguments(stage, name, folder, recipe.seed, world_size)
+    arguments = training_arguments(stage, name, folder, recipe.seed, world_size, recipe.workers)
     if of_pairs:
         fill_reference(
             dataset, teacher, references_of(teacher, run), batch_size=arguments.per_device_train_batch_size,
@@ -208,14 +211,20 @@ def _train_stage(
         run_guards(distiller, dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
     set_seed(recipe.seed)
     loop = PreferenceTrainer if of_pairs else DistillTrainer
+    if stream is not None:
+        done = 0 if resume is None else int(resume.rpartition("-")[2]) * stage.optimiser.batch_size
+        dataset = StreamDataset(dataset, stream, arguments.per_device_train_batch_size * world_size, done)
+        arguments.ignore_data_skip = True
+        arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
     trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
     if recipe.evaluation.every is not None:
         trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
-    if dataset.skipped:
-        logger.warning("stage %s skipped %d samples with unreadable images", name, len(dataset.skipped))
-    if dataset.truncated:
+    if stream is None and dataset.skipped_count:
+        logger.warning("stage %s skipped %d samples with unreadable images", name, dataset.skipped_count)
+    if stream is None and dataset.truncated:
         logger.warning("stage %s cut the ends of %d answers at max_length %d", name, len(dataset.truncated), student.max_length)
+    make_whole(trainer)
     if is_main_process():
         summarise_experts(run)
         _save_whole(student, folder / "model")
@@ -297,8 +306,10 @@ def control_key(recipe: Recipe, student: Tower) -> str:
 def _data_state(spec: Any, data_root: str | None) -> list:
     """Annotation files of a data set with size and time: a set that was changed makes a new control."""
     fields = resolve(spec)
+    if fields["format"] == "datasets":  # may be of the hub
+        return [fields]
     root = folder_of(fields, data_root)
-    files = sorted(p for pattern in ("*.json", "*.jsonl", "*/*.jsonl") for p in root.glob(pattern))
+    files = sorted(p for pattern in ("*.json", "*.jsonl", "*/*.jsonl", "*.tar") for p in root.glob(pattern))
     return [fields, [[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
 
 

@@ -45,6 +45,7 @@ KINDS: dict[str, TermKind] = {
     "dbild": TermKind(losses.DBiLD),
     "relation": TermKind(losses.relation_from_hidden, rows=False, choices={"source": SOURCES}),
     "feature_match": TermKind(losses.feature_match, rows=False, choices={"distance": DISTANCES}),
+    "spans": TermKind(losses.spans, rows=False),
     "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
     "tags": TermKind(losses.tags, teacher=False, rows=False),
     "dpo": TermKind(losses.dpo, rows=False, preference=True, choices={"form": FORMS}),
@@ -121,11 +122,15 @@ class Term:
             return "pair"
         if self.kind == "load_balance":
             return "token"
+        if self.kind == "spans":
+            return "response"
         if not self.is_row_term:
             return "pictured" if self.kind in ("contrastive", "tags") else "image"
         if self.reduction == "sum":
             return "pictured" if self.path == "switch" else "sample"
-        return "switch" if self.path == "switch" else self.positions
+        if self.path == "switch":
+            return "switch" if self.positions == "response" else f"switch_{self.positions}"
+        return self.positions
 
     def row_loss(self) -> Callable[..., Any]:
         """(student logits [r, V], teacher logits [r, V] or None, targets [r]) -> [r]"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ class DistillTrainer(Trainer):
             return torch.zeros(len(COUNTS))
         counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts.to(device), reduction="sum").cpu()
+            torch.distributed.all_reduce(counts, group=self._host_group)
         return counts
+
+    @cached_property
+    def _host_group(self) -> Any:
+        """Counts are added up between the processes' CPUs: a sum from the accelerators would have to be waited for."""
+        return torch.distributed.new_group(backend="gloo")
 
     def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
         return {"batch": inputs["batch"].to(self.args.device, non_blocking=True)}
@@ -112,11 +118,16 @@ class DistillTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # they write checkpoints of their own, a part from each process
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -147,7 +158,9 @@ def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str
     return groups
 
 
-def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, world_size: int) -> TrainingArguments:
+def training_arguments(
+    stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0
+) -> TrainingArguments:
     """A stage in transformers' terms."""
     spec = stage.optimiser
     per_process = max(1, spec.batch_size // world_size)
@@ -170,6 +183,8 @@ def training_arguments(stage: StageSpec, name: str, folder: Path, seed: int, wor
         seed=seed,
         data_seed=seed,
         dataloader_drop_last=True,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),

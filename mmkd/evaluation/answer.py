@@ -21,6 +21,8 @@ from mmkd.data.prompts import letter_of
 from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.compare import group_of, interval, read_object, read_predictions
+from mmkd.evaluation.hallucination import NAME as HALLUCINATED
+from mmkd.evaluation.hallucination import hallucinated
 from mmkd.evaluation.parsers import PARSERS, scienceqa_parse_lenient
 from mmkd.evaluation.particulars import LENIENT, particulars
 from mmkd.evaluation.processes import ALONE, Processes
@@ -484,6 +486,8 @@ def _row(benchmark: Benchmark, item: _Item, answer: dict | None) -> dict[str, An
         return row
     if benchmark.also:
         row["also"] = {metric: _score(metric, parsed, row["references"]) for metric in benchmark.also}
+    if (made_up := hallucinated(benchmark.metric, parsed, question)) is not None:
+        row.setdefault("also", {})[HALLUCINATED] = made_up
     if benchmark.parser in LENIENT:
         lenient = scienceqa_parse_lenient(text, len(question.choices), question.choices)
         row |= {"score_strict": row["score"], "parsed_lenient": lenient}
@@ -541,6 +545,8 @@ def _results(
     results["by"] = {category: _by(scored, category) for category in benchmark.categories}
     if benchmark.also:
         results["also"] = {metric: _score_of(scored, "also", metric) for metric in benchmark.also}
+    if told := [row for row in scored if HALLUCINATED in row.get("also", {})]:
+        results.setdefault("also", {})[HALLUCINATED] = _score_of(told, "also", HALLUCINATED)
     return results | particulars(benchmark, scored)
 
 

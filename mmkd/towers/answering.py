@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from mmkd.data.samples import Sample
+from mmkd.towers.families import GRIDS
+from mmkd.towers.greedy import Prompt, greedy
 from mmkd.towers.vision_cache import Key
 
 if TYPE_CHECKING:
@@ -44,22 +46,14 @@ class SeenOnce:
 def generate(
     tower: Tower, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
 ) -> list[str]:
-    """Greedy answers of one batch, left-padded."""
+    """Greedy answers of one batch."""
     with _evaluating(tower):
         encoded, tokens = _encode(tower, samples, cache)
-        inputs = tower.collate(encoded, padding_side="left").to(tower.device)
-        out = tower.model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            mm_encoder_outputs=tower.encoder_outputs(tokens),
-            **tower.layout(inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tower.pad_id,
-            eos_token_id=sorted(tower.stop_ids),
-        )  # [B, L + new]
-    answers = tower.tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        by_sample = _by_sample(tower, encoded, tokens)
+        keys = [tuple(ref.key for ref in sample.images) for sample in samples]
+        prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
+        out = greedy(tower, prompts, max_new_tokens)  # [B, new]
+    answers = tower.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [answer.strip() for answer in answers]  # templates may leave a space before the answer
 
 
@@ -155,20 +149,24 @@ def _see(tower: Tower, encoded: list[Encoded]) -> list[list[Tensor]]:
     """Visual tokens of each sample's pictures."""
     if not encoded:
         return []
-    entries = iter(tower.see(tower.collate(encoded).to(tower.device)).tokens)
-    found = []
+    return _by_sample(tower, encoded, tower.see(tower.collate(encoded).to(tower.device)).tokens)
+
+
+def _by_sample(tower: Tower, encoded: Sequence[Encoded], tokens: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Each sample's share of the visual tokens of all of them."""
+    entries, found = iter(tokens), []
     for one in encoded:  # a picture is one entry, or several where a family cuts it up
-        tokens, missing = [], tower.visual_count(one)
+        own, missing = [], tower.visual_count(one)
         while missing > 0:
-            tokens.append(next(entries))
-            missing -= len(tokens[-1])
-        found.append(tokens)
+            own.append(next(entries))
+            missing -= len(own[-1])
+        found.append(own)
     return found
 
 
 def _without_pixels(encoded: Encoded) -> Encoded:
     """Only what tokens are placed by stays: the grids."""
-    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name.endswith("grid_thw")})
+    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name in GRIDS})
 
 
 def _encode_one(

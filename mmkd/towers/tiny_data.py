@@ -32,6 +32,16 @@ RULES: dict[str, tuple[Any, Any]] = {
     r"patch_size": (PATCH, PATCH),
     r"num_position_embeddings": (64, 64),
     r"pooling_kernel_size": (2, 2),
+    r"mamba_num_heads": (4, 4),
+    r"mamba_head_dim|ssm_state_size": (8, 8),
+    r"n_groups": (2, 2),
+    r"chunk_size": (16, 16),
+    r"base_channels": (32, 32),
+    r"channel_multiplier": ([1, 1], [1, 1]),
+    r"num_embeddings": (64, 64),
+    r"insert_layer_id": (0, 0),
+    r"hidden_size_per_layer_input": (8, 8),
+    r"position_embedding_size": (128, 128),
     r"mm_embed_dim|output_proj_dims": (WIDTH, WIDTH),
     r"mrope_section": ([2, 1, 1], [2, 1, 1]),
     r"deepstack_visual_indexes": ([0, 1], [0, 1]),
@@ -122,12 +132,14 @@ IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
 class Tiny:
     """What one family needs beyond the rules.
 
-    image: what a chat template writes for a picture.  tokens: special tokens by the names that configuration and processor
-    know them by; more_tokens: those without a name.  start: changes to the default configuration before it is shrunk, config:
-    after it.  processor, image_processor, video_processor: their arguments.  parts: other members of a processor, name ->
-    (class, arguments).  decoder_only: the language model is one although the class has arguments for an encoder-decoder.
+    begin: what its chat template begins with.  image: what it writes for a picture.
+    tokens: special tokens by the names that configuration and processor know them by.  more_tokens: those without a name.
+    start: changes to the default configuration before it is shrunk.  config: after it.
+    processor, image_processor, video_processor: arguments of these classes.
+    parts: other members of a processor, name -> (class, arguments).
     """
 
+    begin: str = ""
     image: str = "<image>"
     tokens: dict[str, str] = field(default_factory=lambda: {"image_token": "<image>"})
     more_tokens: tuple[str, ...] = ()
@@ -140,7 +152,6 @@ class Tiny:
     image_processor_class: str | None = None
     video_processor_class: str | None = None
     parts: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
-    decoder_only: bool = False
 
 
 # Argument of a processor's class -> its value where the class takes it and the family says nothing else.
@@ -157,6 +168,24 @@ _IMAGE = {"image_token": "<image>"}
 _VISION = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _HYBRID = ["linear_attention", "full_attention"]
+_OMNI = {
+    "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+    "tokens": {
+        "image_token": "<|IMAGE|>",
+        "video_token": "<|VIDEO|>",
+        "audio_token": "<|AUDIO|>",
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+        "vision_start_token": "<|vision_bos|>",
+        "vision_end_token": "<|vision_eos|>",
+    },
+    "start": {"vision_start_token_id": 0, "text_config": {"rope_parameters": _MROPE}},
+    "image_processor_class": "Qwen2VLImageProcessor",
+    "video_processor_class": "Qwen2VLVideoProcessor",
+    "parts": {"feature_extractor": ("WhisperFeatureExtractor", {})},
+}
 _VIDEO = {"image_token": "<image>", "video_token": "<video>"}
 _QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 _QWEN_TOKENS = {
@@ -226,6 +255,20 @@ def _glm(**changes: Any) -> Tiny:
 def _gemma(**changes: Any) -> Tiny:
     return Tiny(**({"image": "<start_of_image>", "tokens": _GEMMA_TOKENS} | changes))
 
+
+# Families that are no towers although their classes have the arguments, and why.
+NO_TOWER = {
+    "blip-2": "its get_image_features gives the encoder's features, and a Q-Former stands between them and the text",
+    "instructblip": "its Q-Former reads the question with the picture, so a picture has no visual tokens of its own",
+    "instructblipvideo": "it reads videos, not pictures",
+    "chameleon": "pictures become discrete tokens by an argmax, through which no gradient reaches the encoder",
+    "emu3": "pictures become discrete tokens by an argmax, through which no gradient reaches the encoder",
+    "fuyu": "patches go into the language model by one matrix; there is no vision encoder",
+    "llama4": "it projects within its forward pass: what it takes are features of its encoder, not visual tokens",
+    "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
+    "granite4_vision": "pictures go into single layers of the language model only, none is a token of the prompt",
+    "shieldgemma2": "its processor asks for a verdict by policies of its own in place of the prompt",
+}
 
 FAMILIES: dict[str, Tiny] = {
     "qwen2_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, config={"vision_config": {"hidden_size": WIDTH}}),
@@ -302,9 +345,14 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "inkling2": Tiny(image="<|unused_200054|>", tokens={"image_token": "<|unused_200054|>"}),
     "gemma3": _gemma(processor={"image_seq_length": 4}, config={"mm_tokens_per_image": 4}),
-    "shieldgemma2": _gemma(processor={"image_seq_length": 4}, config={"mm_tokens_per_image": 4}),
     "gemma3n": _gemma(
-        config={"text_config": {"num_kv_shared_layers": 0}},
+        image="<image_soft_token>",
+        processor={"image_seq_length": 256},
+        config={
+            "text_config": {"num_kv_shared_layers": 0},
+            "vision_config": {"architecture": "test_convnext", "hidden_size": 64, "model_args": {}},
+        },
+        image_processor={"size": {"height": 512, "width": 512}},
         tokens={**_GEMMA_TOKENS, **_AUDIO_TOKENS},
         parts={"feature_extractor": ("Gemma3nAudioFeatureExtractor", {})},
     ),
@@ -338,17 +386,8 @@ FAMILIES: dict[str, Tiny] = {
             "img_line_break_token": "<|IMG_LINE_BREAK|>",
         },
     ),
-    "deepseek_vl_hybrid": Tiny(config={"high_res_vision_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1]}}),
-    "emu3": Tiny(
-        image="<image>",
-        tokens={
-            "image_token": "<image>",
-            "boi_token": "<|image start|>",
-            "eoi_token": "<|image end|>",
-            "image_wrapper_token": "<|image token|>",
-            "eof_token": "<|extra_201|>",
-            "bos_token": "<bos>",
-        },
+    "deepseek_vl_hybrid": Tiny(
+        config={"high_res_vision_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1]}}
     ),
     "ernie4_5_vl_moe": Tiny(
         image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
@@ -361,14 +400,14 @@ FAMILIES: dict[str, Tiny] = {
             "video_end_token": "<|VIDEO_END|>",
         },
         video_processor={"draw_on_frames": False},
-        start={"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}},
+        start={"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}}},
         config={"text_config": {"moe_intermediate_size": [16, 16], "rope_parameters": {"mrope_section": [1, 1, 2]}}},
     ),
     "got_ocr2": Tiny(**_GOT, image_processor={"size": {"height": 512, "width": 512}}),
     "pp_chart2table": Tiny(**{**_GOT, "image": "<img>" + 256 * "<imgpad>" + "</img>"}),
     "hunyuan_vl": Tiny(
-        start={"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}}},
-        config={"text_config": {"head_dim": 8, "rope_parameters": {"mrope_section": [1, 1, 1, 1]}}},
+        start={"text_config": {"head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}}},
+        config={"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1, 1]}}},
         image="<img_start><image><img_end>",
         tokens={"image_token": "<image>", "image_start_token": "<img_start>", "image_end_token": "<img_end>"},
     ),
@@ -387,11 +426,6 @@ FAMILIES: dict[str, Tiny] = {
         processor={"image_seq_len": 1},
     ),
     "lfm2_vl": Tiny(more_tokens=("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")),
-    "llama4": Tiny(
-        image="<|image|>",
-        tokens={"image_token": "<|patch|>"},
-        more_tokens=("<|image|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
-    ),
     "llava_next": Tiny(config={"image_grid_pinpoints": _PINPOINTS}),
     "llava_next_video": Tiny(tokens=_VIDEO, config={"image_grid_pinpoints": _PINPOINTS}),
     "llava_onevision": Tiny(
@@ -422,8 +456,9 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "molmo2": Tiny(
         image="<|image|>",
-        tokens={"image_token": "<|image|>"},
-        more_tokens=("<im_patch>", "<im_col>", "<im_start>", "<im_end>", "<low_res_im_start>", "<im_low>", "<|video|>"),
+        begin="<bos>",
+        tokens={"image_token": "<|image|>", "image_patch": "<im_patch>", "bos_token": "<bos>"},
+        more_tokens=("<im_col>", "<im_start>", "<im_end>", "<low_res_im_start>", "<im_low>", "<|video|>"),
         config={
             "vision_config": {"image_size": [PICTURE, PICTURE], "num_position_embeddings": 16},
             "adapter_config": {"vision_feature_layer": [1, 0]},
@@ -432,16 +467,60 @@ FAMILIES: dict[str, Tiny] = {
     "muse_glimmer": Tiny(**_MUSE, config={"out_hidden_size": 64}),
     "muse_spark": Tiny(
         **_MUSE,
-        config={"out_hidden_size": 64, "audio_config": {"num_hidden_layers": 4}},
+        config={
+            "out_hidden_size": 64,
+            "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]},
+        },
         parts={"feature_extractor": ("MuseSparkFeatureExtractor", {})},
     ),
-    "nemotron_h_omni": Tiny(tokens=_VIDEO, parts={"feature_extractor": ("ParakeetFeatureExtractor", {})}, more_tokens=("<img>", "</img>")),
-    "ovis2": Tiny(tokens={"image_token": "<IMG_ATOM>"}, more_tokens=("<image>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")),
+    "nemotron_h_omni": Tiny(
+        tokens=_VIDEO, parts={"feature_extractor": ("ParakeetFeatureExtractor", {})}, more_tokens=("<img>", "</img>")
+    ),
+    "ovis2": Tiny(
+        tokens={"image_token": "<IMG_ATOM>"},
+        more_tokens=("<image>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"),
+    ),
     "paligemma": Tiny(tokens={"image_token": "<image>", "bos_token": "<bos>"}, image_processor={"image_seq_length": 16}),
-    "step3p7": Tiny(image="<im_patch>", tokens={"image_token": "<im_patch>"}, more_tokens=("<im_start>", "<im_end>", "<patch_newline>")),
-    "fast_vlm": Tiny(processor_class="LlavaProcessor", image_processor_class="CLIPImageProcessor"),
-    "deepseek_ocr2": Tiny(),
-    "unlimited_ocr": Tiny(),
+    "step3p7": Tiny(
+        image="<im_patch>",
+        tokens={"image_token": "<im_patch>"},
+        more_tokens=("<im_start>", "<im_end>", "<patch_newline>"),
+        config={"vision_config": {"image_size": 728, "patch_size": 14}, "text_config": {"sliding_window": 512}},
+    ),
+    "fast_vlm": Tiny(
+        config={"vision_config": {"architecture": "fastvit_t8", "hidden_size": 768}},
+        processor_class="LlavaProcessor",
+        image_processor_class="CLIPImageProcessor",
+        image_processor={"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+        processor={"patch_size": 32, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
+    ),
+    "deepseek_ocr2": Tiny(
+        config={
+            "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+            "vision_config": {"sam_config": {"downsample_channels": [16, ENCODER_WIDTH]}},
+        },
+        processor={"patch_size": 16},
+    ),
+    "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": {"downsample_channels": [16, ENCODER_WIDTH]}}}),
+    "janus": Tiny(
+        image="<image>",
+        tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
+        image_processor={"size": {"height": PICTURE, "width": PICTURE}, "min_size": PATCH},
+    ),
+    "dots3_note": Tiny(
+        image="<|img|><|imgpad|><|endofimg|>",
+        tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_comp_pad|>"},
+        more_tokens=("<|img|>", "<|endofimg|>"),
+        config={
+            "text_config": {"num_key_value_heads": 4},
+            "vision_config": {"per_layer_config": {}},
+            "audio_config": {"adapter_input_size": 16},
+        },
+        parts={"feature_extractor": ("Dots3NoteFeatureExtractor", {})},
+        video_processor_class="Qwen3VLVideoProcessor",
+    ),
+    "qwen2_5_omni_thinker": Tiny(**_OMNI, processor_class="Qwen2_5OmniProcessor"),
+    "qwen3_omni_moe_thinker": Tiny(**_OMNI, processor_class="Qwen3OmniMoeProcessor"),
     "mistral3": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS),
     "mistral_large4": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS, config={"text_config": {"num_key_value_heads": 4}}),
     "lighton_ocr": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS),

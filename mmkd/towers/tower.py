@@ -30,7 +30,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmkd.data.samples import DataError, Sample, Turn
 from mmkd.towers import answering
 from mmkd.towers.experts import idle_parameters
-from mmkd.towers.families import ABSOLUTE, DEEPSTACK, GROUPED, LANGUAGE_NAMES, NESTED, PROJECTORS, SHUFFLE_NAMES, STACKED, TOKEN_MARKS, TOKEN_TYPES, VISION_NAMES, WIDE, child
+from mmkd.towers.families import (
+    ABSOLUTE,
+    DEEPSTACK,
+    GRIDS,
+    GROUPED,
+    INDEXED,
+    LANGUAGE_NAMES,
+    NESTED,
+    PROJECTORS,
+    SHUFFLE_NAMES,
+    STACKED,
+    TOKEN_MARKS,
+    TOKEN_TYPES,
+    VISION_NAMES,
+    WIDE,
+    child,
+)
 
 IGNORE = -100  # target of a position that predicts nothing that is supervised
 
@@ -112,6 +128,7 @@ class VisualTokens(BaseModelOutputWithPooling):
 
     deepstack_features: list[tuple[Tensor, ...]] | None = None  # of each layer one [n_i, D] an image
     router_logits: Tensor | None = None
+    visual_indicator_features: Tensor | None = None  # Ovis2's tokens between pictures, the same for all
 
 
 class Tower:
@@ -129,6 +146,7 @@ class Tower:
                 "or assemble the tower with a template of mmkd.towers.assemble.CHAT_TEMPLATES"
             )
         self._image_token_id = _image_token_id(model, processor)
+        self._indicators: Tensor | None = None  # of `VisualTokens`, from the latest `see`
 
     # ---- making, saving ------------------------------------------------------------------------------------------
 
@@ -229,14 +247,15 @@ class Tower:
 
     @property
     def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+        own = self.model.get_output_embeddings()
+        return own if own is not None else self.language.get_output_embeddings()
 
     @cached_property
     def logit_rule(self) -> tuple[float, float | None]:
         """(scale, soft cap) between the head and this model's logits: `cap * tanh(scale * head(h) / cap)`.
 
-        A text configuration names them (Granite, Cohere, Gemma, Muse), but not every class around it applies them, so they are found
-        by comparing with the model's own forward pass. Raises TowerError when none explains its logits.
+        A text configuration names them (Granite, Cohere, Gemma, Muse), but not every class around it applies them, so they
+        are found by comparing with the model's own forward pass. Raises TowerError when none explains its logits.
         """
         config = self.model.config.get_text_config()
         factors = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier")]
@@ -353,7 +372,7 @@ class Tower:
         images = [pictures] if nested else pictures
         batch = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=special)
         skip = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-        pixels = {k: v for k, v in batch.items() if k not in skip}
+        pixels = {k: torch.as_tensor(v) for k, v in batch.items() if k not in skip}
         if self.model.config.model_type in NESTED:
             pixels = {k: v.transpose(0, 1) for k, v in pixels.items()}
         return batch["input_ids"][0].tolist(), pixels
@@ -418,7 +437,15 @@ class Tower:
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return _concatenate(pixels, wide=self.model.config.model_type in WIDE)
+        kind = self.model.config.model_type
+        for name, target in INDEXED.get(kind, {}).items():
+            pixels = _counted_on(pixels, name, target)
+        return _concatenate(pixels, wide=kind in WIDE)
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that marks a visual position."""
+        return self._image_token_id
 
     def visual_count(self, encoded: Encoded) -> int:
         """Visual tokens of one prepared sample, all its images together."""
@@ -434,7 +461,7 @@ class Tower:
         own = int(is_visual.sum())
         if own == count:
             return encoded
-        if any(name.endswith("grid_thw") for name in encoded.pixels):
+        if any(name in GRIDS for name in encoded.pixels):
             raise TowerError(
                 f"{self.model.config.model_type!r} places its {own} visual tokens by the grid of its own patches, so {count} "
                 "tokens of another encoder have no place in it; use an encoder with the same count, or another teacher"
@@ -447,11 +474,6 @@ class Tower:
         repeats = torch.where(is_visual, first.long() * (count // encoded.images), 1)
         targets = encoded.targets.repeat_interleave(repeats)
         return replace(encoded, input_ids=encoded.input_ids.repeat_interleave(repeats), targets=targets)
-
-    @property
-    def image_token_id(self) -> int:
-        """The placeholder of a visual token."""
-        return self._image_token_id
 
     @property
     def pad_id(self) -> int:
@@ -469,6 +491,8 @@ class Tower:
         with _first_input(self.projector) as captured:
             output = self.base.get_image_features(**pixels, return_dict=True)
         tokens = _split_tokens(output.pooler_output, inputs)
+        if (indicators := getattr(output, "visual_indicator_features", None)) is not None:
+            self._indicators = indicators.detach()
         if layers := getattr(output, "deepstack_features", None):
             tokens = [torch.cat([token, *more], dim=-1) for token, *more in zip(tokens, *layers, strict=True)]
         return Seen(_per_image(captured, tokens), tokens, output)
@@ -530,12 +554,16 @@ class Tower:
     def encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
         """Visual tokens in the form in which transformers takes them; {} when there is no image."""
         if isinstance(tokens, Seen):
-            return {"image": tokens.output} if tokens.output is not None else {}
+            if tokens.output is not None:
+                return {"image": tokens.output}
+            tokens = tokens.tokens
         if not len(tokens):
             return {}
         pooled, layers = self._deepstack(tokens)
         stacked = torch.cat(pooled)[None] if self.model.config.model_type in STACKED else pooled
-        return {"image": VisualTokens(pooler_output=stacked, deepstack_features=layers)}
+        return {"image": VisualTokens(
+            pooler_output=stacked, deepstack_features=layers, visual_indicator_features=self._indicators
+        )}
 
     def _deepstack(self, tokens: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, ...]] | None]:
         """Visual tokens and what goes to the first layers, one tuple a layer. Tokens of another encoder bring none of that."""
@@ -547,14 +575,16 @@ class Tower:
 
     def layout(self, inputs: TowerInputs) -> dict[str, Tensor]:
         """What some families place their tokens by, beside ids and mask: token types, and the pictures' grids."""
-        marks = {"mm_token_type_ids": inputs.visual.long()}
+        ids = [i for i in getattr(self.processor, "image_token_ids", None) or [] if i is not None] or [self._image_token_id]
+        is_image = torch.isin(inputs.input_ids, torch.tensor(ids, device=inputs.input_ids.device))
+        marks = {"mm_token_type_ids": (is_image & inputs.attention_mask.bool()).long()}
         kind = self.model.config.model_type
         if kind in TOKEN_TYPES:
             marks["token_type_ids"] = getattr(inputs, TOKEN_TYPES[kind]).long()
         for name, tokens in TOKEN_MARKS.get(kind, {}).items():
             ids = torch.tensor([getattr(self.model.config, token) for token in tokens], device=inputs.input_ids.device)
             marks[name] = torch.isin(inputs.input_ids, ids).long()
-        marks |= {name: grid for name, grid in inputs.pixels.items() if name.endswith("grid_thw")}
+        marks |= {name: grid for name, grid in inputs.pixels.items() if name in GRIDS}
         return {name: mark for name, mark in marks.items() if name in self._arguments}
 
     def takes(self, argument: str) -> bool:
@@ -613,6 +643,17 @@ def _concatenate(pixels: Sequence[dict[str, Tensor]], wide: bool = False) -> dic
     if wide:
         return {name: torch.cat(parts, dim=-1 if parts[0].is_floating_point() else 0) for name, parts in pieces.items()}
     return {name: torch.cat(_same_shape(parts)) for name, parts in pieces.items()}
+
+
+def _counted_on(pixels: Sequence[dict[str, Tensor]], name: str, target: str) -> list[dict[str, Tensor]]:
+    """The pieces with their indices `name` into the rows [n, k, ...] of `target` moved on by the pieces before; -1 is none."""
+    moved, before = [], 0
+    for piece in pixels:
+        if name in piece:
+            piece = piece | {name: torch.where(piece[name] >= 0, piece[name] + before, piece[name])}
+            before += piece[target].shape[0] * piece[target].shape[1]
+        moved.append(piece)
+    return moved
 
 
 def _same_shape(tensors: list[Tensor]) -> list[Tensor]:

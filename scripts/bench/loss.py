@@ -5,7 +5,10 @@
     python scripts/bench/loss.py --preset large --losses kl --heads frozen --json loss.json
 
 Methods: `naive-all` makes the logits of all positions and masks the loss (what most trainers do),
-`naive-rows` gathers the response rows first, `mmkd` is `mmkd.distill.rows.row_losses` on those rows. The
+`naive-rows` gathers the response rows first, `mmkd` is `mmkd.distill.rows.row_losses` on those rows. Where
+they are installed and have the loss, also on those rows: `trl` (ChunkedDivergenceFunction), `liger`
+(LigerFusedLinearJSDLoss; its JSD of 0.5, and 0 and 1 for the KLs) and `torchtune` (its chunked losses; their
+value lacks the teacher's entropy). `mdist` is forward KL on all positions, as on 576 visual tokens. The
 forward and backward pass are timed together. Every measurement is a fresh process; the methods take turns,
 and the median over repeats is printed.
 
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,9 +36,12 @@ PRESETS = {
     "large": dict(positions=512, rows=64, vocabulary=151936, width=896, teacher_width=2048),
     "huge": dict(positions=8192, rows=8192, vocabulary=151936, width=896, teacher_width=3584),
 }
-LOSSES = ("kl", "reverse_kl", "jsd", "dbild", "ce+kl")
+LOSSES = ("kl", "reverse_kl", "jsd", "dbild", "ce+kl", "mdist")
 HEADS = ("frozen", "trained")
-METHODS = ("naive-all", "naive-rows", "mmkd")
+METHODS = ("naive-all", "naive-rows", "mmkd", "trl", "liger", "torchtune")
+BETAS = {"kl": 0.0, "mdist": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+NOT_OFFERED = {("torchtune", "jsd")}  # its symmetric KL is another loss
+PEERS = {"trl": "trl", "liger": "liger_kernel", "torchtune": "torchtune"}  # method -> package
 CHECKED_ROWS = 4
 
 
@@ -43,11 +50,19 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(json.loads(options.worker))))
         return
-    cases = [case(options, m, x, h) for h in options.heads for x in options.losses for m in options.methods]
+    methods = [m for m in options.methods if m not in PEERS or find_spec(PEERS[m])]
+    cases = [
+        case(options, m, x, h)
+        for h in options.heads
+        for x in options.losses
+        for m in methods
+        if (m not in PEERS or x in BETAS) and (m, x) not in NOT_OFFERED
+    ]
     results = [[] for _ in cases]
     for _ in range(options.repeats):
         for found, one in zip(results, cases, strict=False):
             found.append(run_fresh(one))
+            print(json.dumps(summary(one, found)), file=sys.stderr, flush=True)  # of what was measured so far
     table = [summary(one, found) for one, found in zip(cases, results, strict=False)]
     show(table)
     if options.json:
@@ -69,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--chunk-mib", type=int, default=256, help="byte budget of the row engine")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: own time, on a busy machine")
     parser.add_argument("--json", help="write settings and results here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -76,7 +92,9 @@ def parse() -> argparse.Namespace:
 
 def case(options, method: str, loss: str, head: str) -> dict:
     sizes = {k: getattr(options, k) or v for k, v in PRESETS[options.preset].items()}
-    keep = ("device", "dtype", "threads", "timed", "chunk_mib")
+    if loss == "mdist":
+        sizes["rows"] = sizes["positions"]
+    keep = ("device", "dtype", "threads", "timed", "chunk_mib", "clock")
     return {**sizes, **{k: getattr(options, k) for k in keep}, "method": method, "loss": loss, "head": head}
 
 
@@ -128,20 +146,24 @@ def measure(one: dict) -> dict:
         torch.set_num_threads(one["threads"])
     device = torch.device(one["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = make_inputs(one, device)
-    step = {"naive-all": naive_all, "naive-rows": naive_rows, "mmkd": ours}[one["method"]]
+    steps = {"naive-all": naive_all, "naive-rows": naive_rows, "mmkd": ours, "trl": trl, "liger": liger, "torchtune": torchtune}
+    step = steps[one["method"]]
+    if one["method"] in PEERS:  # imports are not part of a pass
+        step(case_of_two_rows(one), make_inputs(case_of_two_rows(one), device))
     torch.mm(torch.ones(8, 8, device=device), torch.ones(8, 8, device=device))  # starts the library's threads
     with Peak(device) as peak:
         value = step(one, data)
         synchronize(device)
     error = gradient_error(one, data)
     seconds = []
+    clock = time.process_time if one["clock"] == "cpu" else time.perf_counter
     for _ in range(one["timed"]):
         data["hs"].grad = data["ws"].grad = None
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         step(one, data)
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "seconds": seconds,
@@ -214,6 +236,7 @@ def ours(one: dict, data: dict) -> float:
 
     known = {
         "kl": [("kl", ForwardKL(), True)],
+        "mdist": [("mdist", ForwardKL(), True)],
         "reverse_kl": [("reverse_kl", ReverseKL(), True)],
         "jsd": [("jsd", JSD(0.5), True)],
         "dbild": [("dbild", DBiLD(), True)],
@@ -234,6 +257,49 @@ def ours(one: dict, data: dict) -> float:
     return total.item()
 
 
+def case_of_two_rows(one: dict) -> dict:
+    return {**one, "positions": 4, "rows": 2, "vocabulary": 64, "width": 8, "teacher_width": 8}
+
+
+def trl(one: dict, data: dict) -> float:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    keep, beta = data["response"], BETAS[one["loss"]]
+    values, _ = ChunkedDivergenceFunction.apply(data["hs"][keep], data["ws"], None, data["ht"][keep], data["wt"], None, beta)
+    total = values.sum() / one["rows"]
+    total.backward()
+    return total.item()
+
+
+def liger(one: dict, data: dict) -> float:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    keep, on_gpu = data["response"], data["hs"].is_cuda
+    weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": BETAS[one["loss"]]}
+    loss = LigerFusedLinearJSDLoss(**weights, temperature=1.0, compiled=on_gpu, chunk_size=1024)
+    total = loss(data["hs"][keep], data["ws"], data["ht"][keep], data["wt"], data["targets"][keep])
+    total.backward()
+    return total.item()
+
+
+def torchtune(one: dict, data: dict) -> float:
+    import torch
+    from torchtune.modules import loss as losses
+
+    classes = {
+        "kl": losses.ForwardKLWithChunkedOutputLoss,
+        "mdist": losses.ForwardKLWithChunkedOutputLoss,
+        "reverse_kl": losses.ReverseKLWithChunkedOutputLoss,
+    }
+    keep, chunks = data["response"], 8
+    student = [h @ data["ws"].T for h in data["hs"][keep].unsqueeze(0).chunk(chunks, 1)]
+    with torch.no_grad():
+        teacher = [h @ data["wt"].T for h in data["ht"][keep].unsqueeze(0).chunk(chunks, 1)]
+    total = classes[one["loss"]](num_output_chunks=chunks)(student, teacher, data["targets"][keep].unsqueeze(0))
+    total.backward()
+    return total.item()
+
+
 def naive_loss(loss: str, student, teacher, targets):
     """The textbook formula on whole logits `[R, V]`; also the float64 reference, and free of mmkd's code."""
     import torch
@@ -242,7 +308,7 @@ def naive_loss(loss: str, student, teacher, targets):
     if loss == "dbild":
         return naive_dbild(student, teacher)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    if loss == "kl":
+    if loss in ("kl", "mdist"):
         return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     if loss == "reverse_kl":
         return kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)

@@ -3,8 +3,8 @@
 
     python scripts/lmms_eval/agree.py predictions.jsonl mmkd_NAME.jsonl SAMPLES.jsonl
 
-mmkd_NAME.jsonl are the rows that export.py wrote, SAMPLES what lmms-eval wrote with --log_samples. Prints how many questions have the same answer and
-the same score, and those that have not; exit code 1 where a score differs.
+mmkd_NAME.jsonl are the rows that export.py wrote, SAMPLES what lmms-eval wrote with --log_samples. Prints how many questions
+have another answer or another score, and which; exit code 1 where a score differs.
 """
 
 import argparse

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.data.samples import DataError, ImageError
 from mmkd.distill.collate import COUNTS, Collator, PairDataset
@@ -376,3 +377,105 @@ def test_relation_of_hidden_states(tmp_path):
         values += [1 - F.cosine_similarity((y @ y.T).flatten(), (x @ x.T).flatten(), dim=0) for y, x in zip(*each, strict=True)]
     assert loss.item() == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
     assert loss.item() != pytest.approx(float(loss_of(student, teacher, samples, [term("relation")])[0]), rel=1e-2)
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most rows of any tensor with a column for each token, whatever makes it, forward or backward."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return out
+
+
+def test_llava_kd_makes_no_logits_of_all_visual_rows(tmp_path):
+    """MDist at response and visual rows and RDist of several images a sample, where [N, V] alone would burst the budget."""
+    fine = {"vision": VISIONS["vit"] | {"image_size": 64}, "image_size": (64, 64), "tokenizer": TOKENIZER}
+    student, teacher = tiny_tower(1, 16, **fine), tiny_tower(2, 32, **fine)
+    samples = tiny_samples(tmp_path, 1, two_images=2, text_only=1)
+    terms = [term("cross_entropy"), term("forward_kl"), term("forward_kl", "visual"), term("relation", weight=0.5)]
+    vocabulary, budget = len(TOKENIZER), 2**18
+    with LargestLogits(vocabulary) as largest:
+        loss, log, batch, _ = loss_of(student, teacher, samples, terms, chunk_bytes=budget)
+    assert batch.student.visual.sum(1).tolist() == [64, 128, 128, 0] and int(log["relation_response_student"][1]) == 5
+    chunk = budget // 2 // (2 * 4 * vocabulary)  # half the budget holds both towers' logits of a chunk
+    assert 32 < largest.rows <= chunk < 64, "not even one image's logits are ever there (32 rows are the teacher's head)"
+    with LargestLogits(vocabulary) as naive:
+        plain(student, batch.student)
+    assert naive.rows == batch.student.input_ids.numel() > 320
+    whole = loss_of(student, teacher, samples, terms, chunk_bytes=2**28)[0]
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def frozen_pair(tmp_path):
+    """Towers of one encoder, which is frozen in the student; their projectors and language models differ."""
+    student, teacher = towers()
+    student.vision.load_state_dict(teacher.vision.state_dict())
+    student.vision.requires_grad_(False)
+    return student, teacher, tiny_samples(tmp_path, 3, text_only=1)
+
+
+def test_a_frozen_encoder_in_common_runs_once(tmp_path):
+    student, teacher, samples = frozen_pair(tmp_path)
+    terms = [term("cross_entropy"), term("forward_kl"), term("feature_match")]
+    distiller = Distiller(student, teacher, terms)
+    batch = batch_of(student, teacher, samples, terms)
+    looks = []
+    teacher.vision.register_forward_hook(lambda *_: looks.append(1))
+    first, _ = distiller(batch)
+    compared = len(looks)
+    again, log = distiller(batch)
+    again.backward()
+    assert len(looks) == compared, "the teacher's encoder ran beside the student's"
+    distiller._sees_alike = False
+    apart, _ = distiller(batch)
+    assert len(looks) == compared + 1
+    assert first.item() == pytest.approx(apart.item(), rel=1e-6) == again.item()
+    assert float(log["feature_match_response_student"][0]) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", ["trained", "other weights"])
+def test_an_encoder_that_differs_or_learns_runs_for_both(tmp_path, change):
+    student, teacher, samples = frozen_pair(tmp_path)
+    if change == "trained":
+        student.vision.requires_grad_(True)
+    else:
+        next(student.vision.parameters()).data.add_(1e-3)
+    terms = [term("forward_kl")]
+    distiller = Distiller(student, teacher, terms)
+    looks = []
+    teacher.vision.register_forward_hook(lambda *_: looks.append(1))
+    for number in (1, 2):
+        distiller(batch_of(student, teacher, samples, terms))
+        assert len(looks) == number
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "text", "visual", "all"])
+def test_the_switch_at_other_positions(tmp_path, positions):
+    student, teacher = towers(chat_template="<|system|>" + CHAT_TEMPLATES["simple"])  # its prompts need not be the student's
+    samples = tiny_samples(tmp_path, 2, text_only=1)
+    if positions == "all":
+        teacher = towers()[1]
+    half = replace(term("forward_kl", path="switch", weight=0.5), name="half")
+    loss, log, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", positions, "switch"), half])
+    zt = plain(teacher, batch.teacher)
+    zw = teacher.head(teacher.read(batch.switch, teacher.project(student.see(batch.student).features))).double()
+    values = {"visual": [], "prompt": [], "response": [], "all": []}
+    for b, places in enumerate(batch.switch.attention_mask.sum(1).tolist()):  # pictured samples come first here
+        for t in range(places):
+            value = kl(zt[b, t], zw[b, t])
+            values["all"].append(value)
+            if batch.switch.visual[b, t]:
+                values["visual"].append(value)
+            if t + 1 < places and not batch.switch.visual[b, t + 1]:
+                values["response" if batch.switch.targets[b, t] >= 0 else "prompt"].append(value)
+    values["text"] = values["prompt"] + values["response"]
+    mean = {name: torch.stack(found).mean().item() for name, found in values.items()}
+    assert loss.item() == pytest.approx(mean[positions] + 0.5 * mean["response"], rel=1e-5)
+    assert int(log[f"forward_kl_{positions}_switch"][1]) == len(values[positions])

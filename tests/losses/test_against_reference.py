@@ -124,6 +124,25 @@ def test_every_dtype_gives_the_value_of_its_own_numbers(dtype):
         torch.testing.assert_close(function(s, t).double(), function(s.double(), t.double()), rtol=BAR, atol=0)
 
 
+@pytest.mark.parametrize("k", [1, 7, 50])
+def test_top_k_forward_kl(k):
+    """Also where every token is among the k and nothing is left."""
+    s, t = draw(8, 5, 50), draw(9, 5, 50)
+    top = t.double().log_softmax(-1).topk(k)
+    tail = torch.log((1 - top.values.exp().sum(-1)).clamp(min=0)) if k < 50 else torch.full((5,), EDGE, dtype=torch.float64)
+    expected = []
+    for row, ids, log_p, left in zip(plain(s), top.indices.numpy(), plain(top.values), plain(tail), strict=True):
+        q, p, rest = np.exp(log_softmax(row)), np.exp(log_p), math.exp(left)
+        others = np.delete(q, ids).sum()
+        expected.append((p * (log_p - np.log(q[ids]))).sum() + (rest * (left - math.log(others)) if rest else 0.0))
+    leaf = s.clone().requires_grad_()
+    found = losses.top_k_forward_kl(leaf, top.indices, top.values, tail)
+    assert_close(found, expected)
+    found.sum().backward()
+    _, closed = losses.TopKForwardKL().value_and_grad(s, None, None, None, top.indices, top.values, tail)
+    torch.testing.assert_close(leaf.grad, closed, rtol=1e-4, atol=1e-6)
+
+
 # ---- difference of logits --------------------------------------------------------------------------------------------
 
 
@@ -476,6 +495,7 @@ def gradients_of():
         "kto detached": (lambda x, y: losses.kto_pair(x, y, four[2], four[3], kl=kl), wide(*four[:2])),
         "kto attached": (lambda x, y: losses.kto_pair(x, y, four[2], four[3], detach_kl=False), wide(*four[:2])),
         "tags": (lambda x: losses.tags(x, positives), wide(s)),
+        "top k": (lambda x: losses.top_k_forward_kl(x, mined.clamp(min=2), t.gather(-1, mined.clamp(min=2)), t[:, 0]), wide(s)),
     }  # fmt: skip
     for beta in (0.0, 0.3, 1.0):
         found[f"jsd {beta}"] = (lambda x, b=beta: losses.jsd(x, t, b, 1.5), wide(s))
@@ -507,8 +527,47 @@ def test_every_function_of_the_package_is_here():
     tested = {
         "contrastive", "contrastive_partial_ranking", "cross_entropy", "dbild", "dpo", "feature_match", "forward_kl", "jsd",
         "kto_pair", "load_balance", "relation", "relation_from_hidden", "reverse_kl", "tags", "choose_experts",
-        "balance_of_layers",
+        "balance_of_layers", "top_k_forward_kl",
     }  # fmt: skip
     parts = {"head_gram", "kneedle_k", "hard_negatives", "valid_negatives"}  # no losses: tested with those that use them
     functions = {name for name in losses.__all__ if not isinstance(getattr(losses, name), type)}
     assert functions == tested | parts
+
+
+# ---- what the specifications warn of ---------------------------------------------------------------------------------
+
+
+def test_other_losses_under_the_name_of_dbild():
+    """Third-party versions: top-k without differences (a union, symmetric, times T²), the knee on probabilities or over all."""
+    s, t = draw(120, 1, 3000, scale=3.0), draw(121, 1, 3000, scale=3.0)
+    own = losses.dbild(s, t).item()
+    a, b = plain(s)[0], plain(t)[0]
+    union = sorted({*np.argsort(-a)[:64], *np.argsort(-b)[:64]})
+    log_q, log_p = log_softmax(a[union] / 2), log_softmax(b[union] / 2)
+    symmetric = ((np.exp(log_q) - np.exp(log_p)) * (log_q - log_p)).sum() / 2
+    assert differs(symmetric, own) and differs(4 * symmetric, own)
+    k = losses.kneedle_k(t.topk(64).values).item()
+    on_probabilities, everywhere = knee(np.exp(log_softmax(b)).tolist(), 64, 4), knee(b.tolist(), 3000, 4)
+    assert on_probabilities != k and differs(dbild_row(a, b, fixed_k=on_probabilities), own)
+    assert everywhere > 10 * k and differs(losses.dbild(s, t, window=3000).item(), own)
+    assert differs(losses.dbild(s, t, tau_squared=True).item(), own)
+    assert differs(losses.dbild(s, t, direction="forward").item(), own, by=1e-4)
+
+
+def test_reference_points_of_single_samples_are_another_loss():
+    """LLaVA-MoD's code runs paired KTO with one sample a device: each is then its own reference point."""
+    four = [draw(n, 5, scale=10.0) for n in range(130, 134)]
+    whole = losses.kto_pair(*four).view(2, 5)
+    alone = torch.stack([losses.kto_pair(*(x[i : i + 1] for x in four)) for i in range(5)], 1)  # [2, 5]
+    assert (whole - alone).abs().max() > 1e-2
+
+
+def test_a_mean_over_the_batch_is_no_mean_over_rows():
+    """Losses give one value a row: sums and counts belong to the caller, so that a batch can be cut anywhere."""
+    s, t = draw(140, 6, 40), draw(141, 6, 40)
+    for function in (losses.forward_kl, losses.reverse_kl, losses.jsd, losses.dbild):
+        whole = function(s, t)
+        parts = torch.cat([function(s[:1], t[:1]), function(s[1:4], t[1:4]), function(s[4:], t[4:])])
+        torch.testing.assert_close(whole, parts, rtol=1e-6, atol=0)
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(function(s[order], t[order]), whole[order], rtol=1e-6, atol=0)

@@ -7,9 +7,9 @@ from torch import nn
 
 from mmkd.distill.collate import Collator, PairDataset
 from mmkd.distill.distiller import Distiller
-from mmkd.distill.stages import set_trainable
+from mmkd.distill.stages import load_teacher, set_trainable
 from mmkd.distill.terms import Schedule, Term
-from mmkd.recipe import StageSpec, TeacherSpec
+from mmkd.recipe import Recipe, StageSpec, TeacherSpec
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import TowerError
 
@@ -108,3 +108,13 @@ def test_it_is_a_key_of_the_teacher():
     assert not TeacherSpec(model="m").gradient_checkpointing
     assert TeacherSpec(model="m", gradient_checkpointing=True).model_dump()["gradient_checkpointing"]
     assert "gradient_checkpointing" not in TeacherSpec(model="m").model_dump()  # records of earlier versions stay valid
+
+
+def test_a_recipe_turns_it_on(tmp_path):
+    teacher_of().save(tmp_path / "teacher")
+    stage = {"data": [{"card": "a"}], "steps": 1, "terms": {"vsd": {"kind": "dbild", "path": "switch"}}}
+    for asked in (True, False):
+        teacher = {"model": str(tmp_path / "teacher"), "gradient_checkpointing": asked}
+        fields = {"title": "t", "output": "o", "teacher": teacher, "student": {"model": "s"}, "stages": {"a": stage}}
+        tower = load_teacher(Recipe.model_validate(fields))
+        assert all(("forward" in vars(layer)) == asked for layer in tower.language.layers)

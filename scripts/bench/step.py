@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Race a whole distillation step against the sum of its unavoidable parts, and a step from the cache against fine-tuning.
+
+    python scripts/bench/step.py --preset small --threads 1 --clock cpu
+    python scripts/bench/step.py --preset large --dtype bfloat16 --json step.json       on a GPU: 7B- and 0.5B-shaped towers
+
+Random towers, one batch. `teacher` is the teacher's pass and its head on the compared rows; `student` the student's forward
+and backward pass with cross-entropy on the same rows; `whole` the step with the terms of the case. `cached` is the same step
+with the teacher's rows read from a cache on disk, `sft` the student's step with cross-entropy on the answers alone, as mmkd does
+it, `plain` as transformers does it (logits of all positions). All take turns, round by round; medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from mmkd.data.samples import ImageRef, Sample, Turn  # noqa: E402
+from mmkd.distill.cache import About, Said, ShardWriter, TeacherCache  # noqa: E402
+from mmkd.distill.caching import Plan, said_of  # noqa: E402
+from mmkd.distill.collate import Batch, Collator, Pair  # noqa: E402
+from mmkd.distill.distiller import Distiller, gathered  # noqa: E402
+from mmkd.distill.terms import Schedule, Term  # noqa: E402
+from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer  # noqa: E402
+from mmkd.towers.tower import Tower  # noqa: E402
+
+# (width, layers) of the language models; pictures of image x image pixels in patches; answers of so many words
+PRESETS = {
+    "tiny": dict(teacher=(64, 2), student=(32, 2), vocabulary=1000, image=32, patch=8, batch=4, answer=4),
+    "small": dict(teacher=(384, 6), student=(192, 3), vocabulary=32000, image=112, patch=14, batch=4, answer=16),
+    "large": dict(teacher=(3584, 28), student=(896, 24), vocabulary=151936, image=336, patch=14, batch=8, answer=64),
+}
+CASES = {
+    "kl": [("cross_entropy", "response"), ("forward_kl", "response")],
+    "mdist+rdist": [("cross_entropy", "response"), ("forward_kl", "response"), ("forward_kl", "visual"), ("relation", "visual")],
+    "dbild": [("cross_entropy", "response"), ("dbild", "response")],
+}
+HEAD_ROWS = 64  # rows of logits at a time where the teacher runs alone
+
+
+class WideTower(Tower):
+    """A tower whose tokenizer is small and whose vocabulary is said to be all of its head."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.weight.shape[0]
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sizes = PRESETS[options.preset]
+    teacher, student = (tower(sizes, role, device, options.dtype) for role in ("teacher", "student"))
+    teacher.freeze()
+    table = []
+    for name in options.cases:
+        table.append(race(name, options, sizes, student, teacher, device))
+        print(json.dumps(table[-1]), file=sys.stderr, flush=True)
+    about = {
+        "preset": options.preset, **sizes, "dtype": options.dtype, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "clock": options.clock,
+        "rounds": options.rounds,
+    }
+    show(about, table)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"settings": about, "results": table}, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: own time, on a busy machine")
+    parser.add_argument("--json", help="write settings and results here")
+    return parser.parse_args()
+
+
+def tower(sizes: dict, role: str, device: torch.device, dtype: str) -> Tower:
+    width, layers = sizes[role]
+    heads = max(2, width // 64)
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": width // 2, "intermediate_size": width * 2,
+        "num_hidden_layers": layers // 2, "num_attention_heads": heads // 2,
+        "image_size": sizes["image"], "patch_size": sizes["patch"],
+    }
+    language = {
+        "model_type": "llama", "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": sizes["vocabulary"],
+        "max_position_embeddings": 4096,
+    }
+    made = assemble(
+        VisionSpec(config=vision, image_size=(sizes["image"], sizes["image"])),
+        LanguageSpec(config=language),
+        tokenizer=train_tokenizer(["red green blue"], 300),
+        seed=len(role),
+        dtype=getattr(torch, dtype),
+    )
+    made.model.to(device)
+    made.__class__ = WideTower
+    return made
+
+
+def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, teacher: Tower, device: torch.device) -> dict:
+    terms = [Term(f"{kind}_{where}", kind, Schedule(1, 1), where) for kind, where in CASES[name]]
+    positions = sorted({t.positions for t in terms})
+    batch, said = batch_of(sizes, student, teacher, positions)
+    batch = batch.to(device)
+    where = torch.stack([getattr(batch.on_host.teacher, p) for p in positions]).any(0)
+    answers = [t for t in terms if t.kind == "cross_entropy"]
+    same_rows = [Term(f"ce_{p}", "cross_entropy", Schedule(1, 1), p) for p in positions]
+    whole, alone, sft = Distiller(student, teacher, terms), Distiller(student, None, same_rows), Distiller(student, None, answers)
+    for model in (whole, alone, sft):
+        model.train()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = write(Path(folder), said)
+        runs: dict[str, Callable[[], None]] = {
+            "teacher": lambda: teacher_alone(teacher, batch, where),
+            "student": lambda: step(alone, batch),
+            "whole": lambda: step(whole, batch),
+            "cached": lambda: step(whole, replace(batch, said=read(cache, len(said), positions).to(device))),
+            "sft": lambda: step(sft, batch),
+            "plain": lambda: plain(student, batch),
+        }
+        seconds = {run: [] for run in runs}
+        for number in range(options.rounds + 1):
+            for run, call in runs.items():
+                taken = timed(call, device, options.clock)
+                if number:  # the first round warms up
+                    seconds[run].append(taken)
+    found = {run: statistics.median(times) for run, times in seconds.items()}
+    return {
+        "case": name,
+        "rows": int(where.sum()),
+        "seconds": found,
+        "range": {run: [min(times), max(times)] for run, times in seconds.items()},
+        "whole / parts": found["whole"] / (found["teacher"] + found["student"]),
+        "cached / sft": found["cached"] / found["sft"],
+        "cached / plain": found["cached"] / found["plain"],
+    }
+
+
+def batch_of(sizes: dict, student: Tower, teacher: Tower, positions: list[str]) -> tuple[Batch, list[Said]]:
+    generator = torch.Generator().manual_seed(0)
+    pairs, said = [], []
+    plan = Plan([], positions, False, "float32", None)
+    for number in range(sizes["batch"]):
+        pixels = torch.randint(0, 256, (sizes["image"], sizes["image"], 3), generator=generator, dtype=torch.uint8)
+        pictures = [Image.fromarray(pixels.numpy())]
+        turns = (Turn("user", "red green blue", 1), Turn("assistant", " ".join(["red"] * sizes["answer"])))
+        sample = Sample(str(number), (ImageRef(Path(), "none"),), turns)
+        pairs.append(Pair(student.encode(sample, pictures=pictures), teacher.encode(sample, pictures=pictures)))
+        said += said_of(plan, teacher, [pairs[-1].teacher])
+    return Collator(student, teacher)(pairs)["batch"], said
+
+
+def write(folder: Path, said: list[Said]) -> TeacherCache:
+    nobody = {"model": "", "files": {}, "fingerprint": "", "dtype": "", "quantise": None, "max_length": 0, "precision": ""}
+    About(**nobody, top_k=None, rows=[], features=False, logit_rule=[1.0, None], vocabulary=0).save(folder)
+    writer = ShardWriter(folder)
+    for number, one in enumerate(said):
+        writer.add(number.to_bytes(16, "big"), number.to_bytes(16, "big"), one)
+    writer.close()
+    return TeacherCache(folder)
+
+
+def read(cache: TeacherCache, count: int, positions: list[str]) -> Said:
+    return Said.join([cache.entry(number.to_bytes(16, "big"), positions) for number in range(count)])
+
+
+def timed(call: Callable[[], None], device: torch.device, clock: str) -> float:
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = now()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return now() - started
+
+
+def step(model: Distiller, batch: Batch) -> None:
+    loss, _ = model(batch)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def plain(student: Tower, batch: Batch) -> None:
+    """The step of an ordinary trainer: transformers' own forward pass and loss."""
+    inputs = batch.student
+    labels = torch.where(inputs.answer, inputs.input_ids, -100)
+    out = student.model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels, **inputs.pixels)
+    out.loss.backward()
+    student.model.zero_grad(set_to_none=True)
+
+
+@torch.inference_mode()
+def teacher_alone(teacher: Tower, batch: Batch, where: torch.Tensor) -> None:
+    hidden = teacher.read(batch.teacher, teacher.see(batch.teacher))
+    for rows in gathered(hidden, where).split(HEAD_ROWS):
+        torch.mm(rows, teacher.head.weight.T)
+
+
+def show(about: dict, table: list[dict]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    names = list(table[0]["seconds"])
+    ratios = f"{'whole/parts':>13}{'cached/sft':>12}{'/plain':>8}"
+    print(f"{'case':<13}{'rows':>6}" + "".join(f"{name + ' ms':>12}" for name in names) + ratios)
+    for row in table:
+        times = "".join(f"{1000 * row['seconds'][name]:>12.1f}" for name in names)
+        ratios = f"{row['whole / parts']:>13.3f}{row['cached / sft']:>12.3f}{row['cached / plain']:>8.3f}"
+        print(f"{row['case']:<13}{row['rows']:>6}{times}{ratios}")
+
+
+if __name__ == "__main__":
+    main()
