@@ -97,11 +97,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, help="the JSON lines file to write, for example DATA_ROOT/preference/train.jsonl")
     sub.add_argument("--split", default="train", help="the split that the questions must be of (default: train)")
 
+    sub = command("preferences", _preferences, "Count how often a model prefers the chosen answers of pairs.")
+    sub.add_argument("model")
+    sub.add_argument("--reference", required=True, help="the teacher, which rewards are measured against")
+    sub.add_argument("--pairs", required=True, help="a JSON lines file, as `mmkd pairs` writes it")
+    sub.add_argument("--data-root", required=True, help="folder that holds the pictures")
+    sub.add_argument("--cache", default="runs/references", help="folder for log-probabilities (default: runs/references)")
+    sub.add_argument("--output", default=None, help="JSON file for the figures")
+
     sub = command("report", _report, "Write the HTML report of a run again.")
     sub.add_argument("folder", help="the run's folder")
 
+    sub = command("compare", _compare, "Compare models on the same questions: differences, agreement, one report for all.")
+    sub.add_argument("models", nargs="+", metavar="[NAME=]FOLDER", help="results of `mmkd evaluate`, or runs of `mmkd distill`")
+    sub.add_argument("--output", default="runs/compared", help="folder for comparison.json and report.html")
+    sub.add_argument("--title", default="Comparison", help="of the report")
+
     sub = command("check", _check, "Check that a model works as a tower.")
-    sub.add_argument("model", help="folder or hub id of an image-text model")
+    sub.add_argument("model", nargs="?", help="folder or hub id of an image-text model")
+    sub.add_argument("--families", nargs="*", metavar="NAME", help="instead: tiny models of all families, or of these")
+    sub.add_argument("--json", metavar="FILE", help="write the families' results there")
+    sub.add_argument("--workers", type=int, default=None, metavar="N", help="families at a time (default: processor cores)")
     sub.add_argument("--trust-remote-code", action="store_true")
 
     sub = command("list", _list, "List cards.")
@@ -115,8 +131,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    from mmkd.recipe import load_recipe
+    from mmkd.recipe import load_recipe, read_raw
 
+    if read_raw(arguments.recipe, arguments.overrides).get("kind") == "ablation":
+        return _ablate(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         from mmkd.estimate import plan
@@ -132,6 +150,20 @@ def _distill(arguments: argparse.Namespace) -> int:
         print(table(summary))
         if "report" in summary:
             print(f"report: {summary['report']}")
+    return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from mmkd.ablation import ablate, ablation_table, load_grid
+
+    seeds = [] if arguments.seeds is None else [f"seeds=[{arguments.seeds}]"]
+    grid, runs = load_grid(arguments.recipe, [*arguments.overrides, *seeds])
+    if arguments.dry_run:
+        print("\n".join(f"{run.name}: {run.folder}{' (done)' if run.summary else ''}" for run in runs))
+        return 0
+    name = Path(arguments.recipe).stem
+    print(ablation_table(ablate(grid, runs, name)))
+    print(Path(grid.output) / f"{name}.svg")
     return 0
 
 
@@ -208,6 +240,22 @@ def _pairs(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _preferences(arguments: argparse.Namespace) -> int:
+    from mmkd.data.preference import read_preferences
+    from mmkd.distill.preferred import preference_accuracy
+    from mmkd.distill.run import write_whole
+    from mmkd.towers.tower import Tower
+
+    files = {"annotations": str(Path(arguments.pairs).absolute()), "images": "."}
+    samples = read_preferences(Path(arguments.data_root), "pairs", files=files)
+    towers = [Tower.load(model, dtype="float32").freeze() for model in (arguments.model, arguments.reference)]
+    found = preference_accuracy(*towers, samples, Path(arguments.cache))
+    if arguments.output:
+        write_whole(Path(arguments.output), json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from mmkd.evaluation.report import build_report
 
@@ -215,12 +263,34 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from mmkd.evaluation.comparison import compare_command
+
+    return compare_command(arguments)
+
+
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.families is not None:
+        return _check_families(arguments)
+    if arguments.model is None:
+        from mmkd.data.samples import DataError
+
+        raise DataError("give a model to check, or --families")
     from mmkd.testing import check_tower
     from mmkd.towers.tower import Tower
 
     facts = check_tower(Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code))
     print(json.dumps(facts, indent=1))
+    return 0
+
+
+def _check_families(arguments: argparse.Namespace) -> int:
+    from mmkd.family_check import check_families, families_table, write_results
+
+    results = check_families(arguments.families, workers=arguments.workers)
+    if arguments.json:
+        write_results(results, Path(arguments.json))
+    print(families_table(results))
     return 0
 
 

@@ -8,7 +8,7 @@ from mmkd.data.samples import Sample
 from mmkd.distill.run import check_answers, check_benchmarks
 from mmkd.distill.sparse import check_experts, upcycled
 from mmkd.distill.stages import build_student, load_teacher, set_trainable, stage_samples, terms_of
-from mmkd.distill.terms import Term
+from mmkd.distill.terms import Term, rows_at
 from mmkd.recipe import Recipe, StageSpec
 from mmkd.towers.tower import Encoded, Tower
 
@@ -81,7 +81,7 @@ def _rows(student: Tower, encoded: list[Encoded], terms: list[Term], batch: int)
     if any(t.is_preference for t in terms):
         positions += ["response", "response"]  # the rejected answers are about as long as the chosen ones
     inputs = student.collate(encoded)
-    return round(batch * sum(int(getattr(inputs, name).sum()) for name in positions) / len(encoded))
+    return round(batch * sum(int(rows_at(inputs, name).sum()) for name in positions) / len(encoded))
 
 
 def loss_memory(student: Tower, teacher: Tower | None, terms: list[Term], rows: int, budget: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.recipe import DataSpec, RecipeError, Strict, VisionConfig, read_raw, validate
+from mmkd.recipe import AdamWSpec, DataSpec, LoopSpec, RecipeError, Strict, VisionConfig, is_default, one_of, read_raw, validate
 
 KINDS = ("ranking", "matching")
 
@@ -22,8 +22,7 @@ class TextConfig(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> TextConfig:
-        if (self.source is None) == (self.config is None):
-            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
+        one_of(self, source="pretrained weights", config="random weights")
         if (self.config is None) != (self.vocab_size is None):
             raise ValueError("`vocab_size` (of a tokenizer trained on the captions) goes with `config`, and only with it")
         return self
@@ -42,9 +41,7 @@ class DualStudentSpec(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> DualStudentSpec:
-        if (self.model is None) == (self.assemble is None):
-            raise ValueError("give either `model` (a folder, hub id or open_clip:NAME/TAG) or `assemble` (parts)")
-        return self
+        return one_of(self, model="a folder, hub id or open_clip:NAME/TAG", assemble="parts")
 
 
 class CrossTeacherSpec(Strict):
@@ -81,38 +78,25 @@ class RankingSpec(Strict):
     threshold: float = Field(0.1, ge=0, le=1)  # teacher score from which a hard negative is valid
     top_m: int | None = Field(None, gt=0)  # instead of the threshold: so many are valid
     margin: float | None = Field(None, gt=0)  # end the list where neighbouring scores differ by less
+    # Leave out what the teacher scores so high: probably unlabelled positives.
+    ceiling: float | None = Field(None, gt=0, le=1, exclude_if=is_default(None))
     rank_reduction: Literal["sum", "mean_valid"] = "sum"
     query_reduction: Literal["all", "with_valid"] = "all"
     detach_temperature: bool = False
     include_easy: bool = False  # the rest of the pool stands in every denominator
 
 
-class StepSpec(Strict):
+class StepSpec(AdamWSpec):
     """The optimiser. A contrastive pool is the batch, so a batch is never cut into micro-batches."""
 
-    learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
-    max_grad_norm: float = Field(1.0, ge=0)
     batch_size: int = Field(128, gt=1)  # pairs a step, over all processes
     micro_batch_size: ClassVar[None] = None
 
 
-class TrainingSpec(Strict):
+class TrainingSpec(LoopSpec):
     optimiser: StepSpec = StepSpec()
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    save_every: int = Field(200, gt=0)
-    log_every: int = Field(20, gt=0)
-
-    @model_validator(mode="after")
-    def one_length(self) -> TrainingSpec:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either `epochs` or `steps`")
-        return self
 
 
 class RetrievalSpec(Strict):
@@ -152,9 +136,7 @@ class MatchingSpec(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> MatchingSpec:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("give either `model` (a BLIP to fine-tune) or `config` (random weights)")
-        return self
+        return one_of(self, model="a BLIP to fine-tune", config="random weights")
 
 
 class MatchingRecipe(Strict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,14 +23,28 @@ PARTS = ("vision", "projector", "language")
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
 Model = TypeVar("Model", bound=BaseModel)
+Spec = TypeVar("Spec", bound=BaseModel)
 
 
 class RecipeError(DataError):
     """A recipe is wrong; the message lists every error."""
 
 
+def is_default(default: Any) -> Callable[[Any], bool]:
+    """Keys that came later are left out of a run's record at their default: records of earlier versions stay valid."""
+    return lambda value: value == default
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def one_of(spec: Spec, **ways: str) -> Spec:
+    """The spec, if exactly one of these keys is given; `ways` says what each is. Raises ValueError."""
+    if sum(getattr(spec, name) is not None for name in ways) != 1:
+        named = [f"`{name}` ({what})" if what else f"`{name}`" for name, what in ways.items()]
+        raise ValueError("give either " + " or ".join(named))
+    return spec
 
 
 class DataSpec(Strict):
@@ -58,9 +73,7 @@ class VisionConfig(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> VisionConfig:
-        if (self.source is None) == (self.config is None):
-            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
-        return self
+        return one_of(self, source="pretrained weights", config="random weights")
 
 
 class LanguageConfig(Strict):
@@ -70,9 +83,7 @@ class LanguageConfig(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> LanguageConfig:
-        if (self.source is None) == (self.config is None):
-            raise ValueError("give either `source` (pretrained weights) or `config` (random weights)")
-        return self
+        return one_of(self, source="pretrained weights", config="random weights")
 
 
 class TokenizerConfig(Strict):
@@ -83,9 +94,7 @@ class TokenizerConfig(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> TokenizerConfig:
-        if (self.source is None) == (self.vocab_size is None):
-            raise ValueError('give either `source` ("teacher", a folder or a hub id) or `vocab_size` (train one)')
-        return self
+        return one_of(self, source='"teacher", a folder or a hub id', vocab_size="train one")
 
 
 class AssembleSpec(Strict):
@@ -107,6 +116,8 @@ class TeacherSpec(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantise: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+    # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
+    gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
     cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
 
 
@@ -118,9 +129,7 @@ class StudentSpec(Strict):
 
     @model_validator(mode="after")
     def one_origin(self) -> StudentSpec:
-        if (self.model is None) == (self.assemble is None):
-            raise ValueError("give either `model` (a folder or hub id) or `assemble` (parts)")
-        return self
+        return one_of(self, model="a folder or hub id", assemble="parts")
 
 
 class WeightSpec(Strict):
@@ -134,9 +143,11 @@ class TermSpec(Strict):
 
     kind: str
     weight: float | WeightSpec = 1.0
-    positions: Literal["response", "prompt", "visual"] = "response"
+    positions: Literal["response", "prompt", "visual", "answer", "text", "all"] = "response"
     path: Literal["student", "switch"] = "student"
     bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
+    # Over rows; "sum": of each sample's rows, and the mean over samples.
+    reduction: Literal["mean", "sum"] = Field("mean", exclude_if=is_default("mean"))
 
     @model_validator(mode="after")
     def known(self) -> TermSpec:
@@ -150,8 +161,10 @@ class TermSpec(Strict):
             wrong.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
         if self.bridge and self.path != "switch":
             raise ValueError("`bridge` belongs to terms with `path: switch`; feature_match builds its own")
-        if self.path == "switch" and self.positions != "response":
-            wrong.append("the visual switch is compared on response positions only")
+        if kind is not None and kind.rows and not kind.teacher and self.positions not in ("response", "prompt", "text"):
+            wrong.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
+        if kind is not None and not kind.rows and self.reduction != "mean":
+            wrong.append(f"{self.kind} is no loss of rows and has no `reduction`")
         if _is_number(self.weight) and self.weight < 0:
             wrong.append(f"weight is {self.weight}; it must not be negative")
         if wrong:
@@ -168,8 +181,15 @@ class TermSpec(Strict):
                 wrong.append(f"{self.kind} has no option {name!r}{_suggest(name, keys)}")
             elif _is_number(parameters[name].default) and not _is_number(value):
                 wrong.append(f"{name} is {value!r}, not a number")
+            elif name in kind.choices and value not in kind.choices[name]:
+                wrong.append(f"{name} is {value!r}{_suggest(str(value), kind.choices[name])}")
             elif kind.preference and (problem := _wrong_preference(name, value)):
                 wrong.append(problem)
+        if kind is not None and kind.rows and not wrong:
+            try:
+                kind.function(**(self.model_extra or {}))
+            except ValueError as error:
+                wrong.append(str(error))
         return wrong
 
 
@@ -181,14 +201,17 @@ def _wrong_preference(name: str, value: Any) -> str | None:
     return None
 
 
-class OptimiserSpec(Strict):
+class AdamWSpec(Strict):
     learning_rate: float = Field(1e-3, gt=0)
-    learning_rates: dict[Literal[PARTS], float] = {}  # type: ignore[valid-type]  # per part, over learning_rate
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the stage's steps
     max_grad_norm: float = Field(1.0, ge=0)
+
+
+class OptimiserSpec(AdamWSpec):
+    learning_rates: dict[Literal[PARTS], float] = {}  # type: ignore[valid-type]  # per part, over learning_rate
     batch_size: int = Field(32, gt=0)  # samples a step, over all processes and micro-batches
     micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
 
@@ -215,7 +238,21 @@ class UpcycleSpec(Strict):
         return self
 
 
-class StageSpec(Strict):
+class LoopSpec(Strict):
+    """How long training lasts, in which precision, and how often it is kept and logged."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    save_every: int = Field(200, gt=0)
+    log_every: int = Field(20, gt=0)
+
+    @model_validator(mode="after")
+    def one_length(self) -> LoopSpec:
+        return one_of(self, epochs="", steps="")
+
+
+class StageSpec(LoopSpec):
     data: list[DataSpec] = Field(min_length=1)
     upcycle: UpcycleSpec | None = None
     train: list[Literal[TRAINABLE]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
@@ -223,13 +260,8 @@ class StageSpec(Strict):
     terms: dict[str, TermSpec] = Field(min_length=1)
     control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
     optimiser: OptimiserSpec = OptimiserSpec()
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     group_by_length: bool = False  # batches of samples of similar length: less padding
-    save_every: int = Field(200, gt=0)
-    log_every: int = Field(20, gt=0)
 
     @field_validator("terms", "control_terms", mode="before")
     @classmethod
@@ -245,8 +277,6 @@ class StageSpec(Strict):
 
     @model_validator(mode="after")
     def consistent(self) -> StageSpec:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either `epochs` or `steps`")
         if self.lora is not None and ("mlp" in self.train or self.upcycle is not None):
             raise ValueError("LoRA's adapters do not reach experts; take `lora` out of a stage with `upcycle` or `train: [mlp]`")
         if any(t.path == "switch" for t in self.terms.values()) and "vision" not in self.train:

@@ -152,6 +152,7 @@ def _loss(tower: Tower, inputs: TowerInputs) -> tuple[float, Tensor]:
 def _check_prompts(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
     """The logits after a prompt are those that plain transformers computes from its own `apply_chat_template`."""
     largest = 0.0
+    asked = {"return_mm_token_type_ids": True} if tower.takes("mm_token_type_ids") else {}
     try:
         tower.processor(text=["a"])
     except (ValueError, TypeError):
@@ -166,9 +167,7 @@ def _check_prompts(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
             }
             for turn in sample.prompt_turns
         ]
-        batch = tower.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(tower.device)
+        batch = _own_inputs(tower, messages, asked).to(tower.device)
         own = tower.encode(sample, with_answer=False)
         if own.input_ids.tolist() != batch["input_ids"][0].tolist():
             raise TowerError(
@@ -180,6 +179,18 @@ def _check_prompts(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
         ours = _logits(tower, tower.read(inputs, tower.see(inputs)))
         largest = max(largest, _same("prompts", tower, ours, tower.model(**batch).logits, "transformers' own logits"))
     return {"largest difference from transformers' logits": largest}
+
+
+def _own_inputs(tower: Tower, messages: list[dict[str, Any]], asked: dict[str, Any]) -> Any:
+    """What transformers makes of a prompt: in one step, or in two where a processor refuses the one (GOT-OCR)."""
+    template = tower.processor.apply_chat_template
+    try:
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": asked}
+        return template(messages, add_generation_prompt=True, **options)
+    except ValueError:
+        text = template(messages, add_generation_prompt=True, tokenize=False)
+        images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+        return tower.processor(text=[text], images=images or None, return_tensors="pt", **asked)
 
 
 @torch.no_grad()
@@ -205,13 +216,17 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     seen = tower.see(inputs)
     if not seen.tokens:
         return {}
+    if not seen.features:
+        return {"visual switch": "it does not tell which features belong to which picture"}
     try:
         projected = tower.project(seen.features)
-        difference = _same("projection", tower, torch.cat(projected), torch.cat(list(seen.tokens)), "the visual tokens")
-    except (TowerError, RuntimeError, TypeError) as error:
+        width = projected[0].shape[-1]  # a projector gives no tokens for the language model's first layers (deepstack)
+        tokens = [token[:, :width] for token in seen.tokens]
+        difference = _same("projection", tower, torch.cat(projected), torch.cat(tokens), "the visual tokens")
+    except (ValueError, RuntimeError, TypeError) as error:
         if tower.model.config.model_type == "llava":
             raise
-        return {"visual switch": f"not with this family: {error}"}
+        return {"visual switch": str(error)}
     return {"visual switch": "yes", "largest difference of projected features": difference}
 
 

@@ -194,6 +194,25 @@ def write_pope(root: Path) -> None:
     picture(root / "val2014" / row["image"])
 
 
+def write_chair_coco(root: Path) -> None:
+    instances = {
+        "categories": [{"id": 18, "name": "dog"}, {"id": 44, "name": "bottle"}],
+        "images": [{"id": 42}, {"id": 7}],
+        "annotations": [{"id": 1, "image_id": 42, "category_id": 18}, {"id": 2, "image_id": 42, "category_id": 18}],
+    }
+    captions = [{"id": 1, "image_id": 42, "caption": "A puppy beside two women."}, {"id": 2, "image_id": 7, "caption": "Sky."}]
+    dump(root / "annotations" / "instances_val2014.json", instances)
+    dump(root / "annotations" / "captions_val2014.json", {"annotations": captions})
+    for number in (7, 42):
+        picture(root / "val2014" / f"COCO_val2014_{number:012d}.jpg", number)
+
+
+def write_object_halbench(root: Path) -> None:
+    write_chair_coco(root)
+    row = {"org_idx": 0, "image_id": 42, "question": "Tell me all that you see.", "image": "aGk="}
+    (root / "obj_halbench_300_with_image.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
 # card -> (writer, questions, one prompt in full)
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -220,6 +239,8 @@ CARDS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "mmmu": (write_mmmu, 2, f"Which is <image 1>?\n\n(A) <image 2>\n(B) b\n(C) c\n\n\n{LETTER}"),
     "mme": (write_mme, 28, f"Is it a cat?\n{SHORT}"),
     "pope": (write_pope, 6, f"Is there a dog in the image?\n{SHORT}"),
+    "chair_coco": (write_chair_coco, 2, "Please describe this image in detail."),
+    "object_halbench": (write_object_halbench, 1, "Tell me all that you see."),
 }
 
 

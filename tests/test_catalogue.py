@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.cards import list_cards, read_yaml
+from mmkd.ablation import load_grid
+from mmkd.cards import list_cards
 from mmkd.evaluation.benchmarks import load_benchmark, readme
 from mmkd.ranking_recipe import load_ranking_recipe
-from mmkd.recipe import load_recipe
+from mmkd.recipe import load_recipe, read_raw
 from mmkd.towers.tower import Tower
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
-RANKING = [path for path in EVERY if "kind" in read_yaml(path)]
-RECIPES = [path for path in EVERY if path not in RANKING]
+KIND = {path: read_raw(path).get("kind") for path in EVERY}
+RECIPES = [path for path in EVERY if KIND[path] is None]
+GRIDS = [path for path in EVERY if KIND[path] == "ablation"]
+RANKING = [path for path in EVERY if path not in RECIPES + GRIDS]
 
 
 def test_there_are_recipes_and_all_load():
@@ -21,6 +24,14 @@ def test_there_are_recipes_and_all_load():
     for path in RECIPES:
         recipe = load_recipe(path)
         assert recipe.title and recipe.output.startswith("runs/"), path
+        assert "mmkd distill" in path.read_text(encoding="utf-8"), f"{path} does not say how it is run"
+
+
+def test_there_are_grids_and_all_load():
+    assert len(GRIDS) >= 2
+    for path in GRIDS:
+        grid, runs = load_grid(path, [])
+        assert grid.title and all(run.recipe.output.startswith("runs/") for run in runs), path
         assert "mmkd distill" in path.read_text(encoding="utf-8"), f"{path} does not say how it is run"
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
+from mmkd.ablation import load_grid
 from mmkd.ranking_recipe import load_ranking_recipe
-from mmkd.recipe import RecipeError, load_recipe
+from mmkd.recipe import RecipeError, load_recipe, read_raw
 
 BASE = """
 title: t
@@ -206,8 +206,46 @@ def test_a_key_that_is_given_twice_is_refused(load):
 
 def test_every_recipe_of_the_project_loads():
     paths = sorted(RECIPES.rglob("*.yaml"))
-    kinds = [yaml.safe_load(path.read_text(encoding="utf-8")).get("kind", "distillation") for path in paths]
-    assert len(paths) >= 19 and {*kinds} == {"distillation", "ranking", "matching"}
+    kinds = [read_raw(path).get("kind", "distillation") for path in paths]
+    assert len(paths) >= 19 and {*kinds} == {"distillation", "ablation", "ranking", "matching"}
+    loaders = {"distillation": load_recipe, "ablation": lambda path: load_grid(path, [])[0]}
     for path, kind in zip(paths, kinds, strict=True):
-        recipe = load_recipe(path) if kind == "distillation" else load_ranking_recipe(path)
-        assert recipe.title
+        assert loaders.get(kind, load_ranking_recipe)(path).title
+
+
+# ---- options of terms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("kl.temperature=0", "temperature is 0; it must be above 0"),
+        ("jsd.beta=1.5", "beta is 1.5; it must lie in [0, 1]"),
+        ("x={kind: dbild, direction: up}", "direction is 'up'; it must be one of reverse, forward"),
+        ("x={kind: dbild, window: 0}", "window is 0; it must be at least 1"),
+        ("x={kind: relation, source: hiden}", "source is 'hiden'; did you mean 'hidden'?"),
+        ("x={kind: feature_match, distance: l3}", "distance is 'l3'; known: cosine, mse, smooth_l1"),
+        ("x={kind: dpo, form: square}", "form is 'square'; known: sigmoid, hinge, ipo"),
+        ("ce.positions=visual", "cross_entropy has no target at positions: visual; choose response, prompt or text"),
+        ("x={kind: relation, reduction: sum}", "relation is no loss of rows and has no `reduction`"),
+    ],
+)
+def test_wrong_options_are_found_before_anything_is_loaded(load, override, message):
+    with pytest.raises(RecipeError) as error:
+        load(BASE, f"stages.sft.terms.{override}")
+    assert message in str(error.value)
+
+
+def test_options_of_the_specifications(load):
+    dbild = "window: 64, min_k: 4, max_k: 32, direction: forward, tau_squared: true, fixed_k: 8, inclusive: false"
+    overrides = {
+        "a": "{kind: dbild, temperature: 3, %s}" % dbild,  # noqa: UP031
+        "b": "{kind: relation, source: hidden, weight: 0.5}",
+        "c": "{kind: dbild, positions: all}",
+        "d": "{kind: dpo, form: ipo}",
+        "e": "{kind: feature_match, distance: mse}",
+        "kl.positions": "answer",
+        "kl.reduction": "sum",
+    }
+    terms = load(BASE, *(f"stages.sft.terms.{key}={value}" for key, value in overrides.items())).stages["sft"].terms
+    assert terms["a"].model_extra["inclusive"] is False and terms["kl"].reduction == "sum"

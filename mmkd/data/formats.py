@@ -10,7 +10,7 @@ Each format looks in its usual places; `files` names others:
     scienceqa   problems.json (and files["splits"]:     images/{split}/{pid}/{image} or
                 pid_splits.json)                        {split}/{pid}/{image}
     textvqa     TextVQA_0.5.1_{split}.json              train_images/{image_id}.jpg, images/{split}/..., ...
-                (and files["ocr"]: tokens, see there)
+                (and files["ocr"]: tokens, see there; files["shown"]: the embedded sample's captions)
     easy_vqa    {split}/questions.json or               {split}/images/{image_id}.png or
                 {split}_questions.json                  {split}_images.zip/{image_id}.png
     jsonl       {split}.jsonl                           the folder or zip that the rows' names are in
@@ -41,6 +41,7 @@ from mmkd.data.annotations import load_object as _load_object
 from mmkd.data.annotations import rows as _rows
 from mmkd.data.annotations import shown
 from mmkd.data.samples import IMAGE_MARKER, DataError, ImageRef, Question, Sample, Turn
+from mmkd.data.scenes import things_of_caption
 
 TARGETS = ("first", "majority", "sampled")
 MAX_CHOICES = 26  # one letter each
@@ -113,15 +114,19 @@ def read_conversations(
     rows = list(_rows(path))
     if not rows:
         raise DataError(f"{path} holds no conversations")
+    samples = [Sample(name, refs, _conversation(row, len(refs))) for row, name, refs in named_rows(rows, source)]
+    return subset(samples, limit, image_limit, seed)
+
+
+def named_rows(rows: Sequence[_Row], source: _Source) -> Iterator[tuple[_Row, str, tuple[ImageRef, ...]]]:
+    """Each row with its id, to which later rows of an id get "#2", "#3" ... appended, and its pictures."""
     images = source.image_folder(_first_names(rows))
-    samples, seen = [], Counter()
+    seen: Counter[str] = Counter()
     for number, row in enumerate(rows):
-        name = row.identifier("id", default=f"{split}-{number}")
+        name = row.identifier("id", default=f"{source.split}-{number}")
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        refs = tuple(images.ref(row.where, name=image) for image in _image_names(row))
-        samples.append(Sample(unique, refs, _conversation(row, len(refs))))
-    return subset(samples, limit, image_limit, seed)
+        yield row, unique, tuple(images.ref(row.where, name=image) for image in _image_names(row))
 
 
 def check_images(items: Iterable[Question | Sample], *, allowed_missing: int = 0) -> int:
@@ -434,11 +439,17 @@ def _read_textvqa(source: _Source, choose: _Choose) -> list[Question]:
     fields = {"image_id": rows[0].identifier("image_id")} if rows else None
     images = source.images(fields, *_TEXTVQA_IMAGES)
     tokens = _ocr_tokens(source.annotations(key="ocr")) if "ocr" in source.files else {}
-    return [_textvqa_question(row, images, tokens, choose) for row in rows]
+    shown = _things_shown(source.annotations(key="shown")) if "shown" in source.files else {}
+    return [_textvqa_question(row, images, tokens, shown, choose) for row in rows]
+
+
+def _things_shown(path: Path) -> dict[str, tuple[str, ...]]:
+    """Image id -> everything in the picture, from captions of the embedded sample, whose ids end in the image's."""
+    return {row.identifier("id").rpartition("-")[2]: things_of_caption(row.text("answer")) for row in _rows(path)}
 
 
 def _textvqa_question(
-    row: _Row, images: _Images, tokens: dict[str, tuple[str, ...]], choose: _Choose
+    row: _Row, images: _Images, tokens: dict[str, tuple[str, ...]], shown: dict[str, tuple[str, ...]], choose: _Choose
 ) -> Question:
     name, image_id = row.identifier("question_id"), row.identifier("image_id")
     # The official test split has no answers.
@@ -450,6 +461,7 @@ def _textvqa_question(
         answer=choose(name, answers[0], answers) if answers else "",
         references=tuple(answers),
         ocr_tokens=tokens.get(image_id, ()),
+        shown=shown.get(image_id, ()),
         categories={key: row.text(key) for key in ("category", "field") if row.has(key)},
     )
 
@@ -592,7 +604,7 @@ def _jsonl_categories(row: _Row, groups: list[str]) -> dict[str, str]:
 
 _READERS: dict[str, tuple[tuple[str, ...], Callable[[_Source, _Choose], list[Question]]]] = {
     "scienceqa": (("annotations", "splits", "images"), _read_scienceqa),
-    "textvqa": (("annotations", "images", "ocr"), _read_textvqa),
+    "textvqa": (("annotations", "images", "ocr", "shown"), _read_textvqa),
     "easy_vqa": (("annotations", "images"), _read_easy_vqa),
     "jsonl": (
         ("annotations", "images", *(f"field.{key}" for key in _JSONL_FIELDS), "field.categories"),

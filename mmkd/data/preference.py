@@ -14,13 +14,12 @@ A file with other names: files={"field.prompt": "question", "field.image": "imag
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from mmkd.data.annotations import Row as _Row
 from mmkd.data.annotations import rows as _rows
-from mmkd.data.formats import _first_names, _image_names, _source, _without_markers, subset
+from mmkd.data.formats import _source, _without_markers, named_rows, subset
 from mmkd.data.samples import IMAGE_MARKER, DataError, Sample, Turn
 
 REJECTED = "rejected"  # key of `Sample.meta` that holds the answer not preferred
@@ -53,16 +52,11 @@ def read_preferences(
     rows = list(_rows(path, names))
     if not rows:
         raise DataError(f"{path} holds no pairs")
-    images = source.image_folder(_first_names(rows))
-    samples, seen = [], Counter()
-    for number, row in enumerate(rows):
-        name = row.identifier("id", default=f"{split}-{number}")
-        seen[name] += 1
-        unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        refs = tuple(images.ref(row.where, name=image) for image in _image_names(row))
+    samples = []
+    for row, name, refs in named_rows(rows, source):
         chosen, rejected = _answers(row)
         turns = (*_prompt(row, len(refs)), Turn("assistant", chosen))
-        samples.append(Sample(unique, refs, turns, {REJECTED: rejected}))
+        samples.append(Sample(name, refs, turns, {REJECTED: rejected}))
     return subset(samples, limit, image_limit, seed)
 
 

@@ -137,6 +137,7 @@ class Question:
     answer_index: int | None = None
     hint: str = ""
     ocr_tokens: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample)
     categories: dict[str, str] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -259,3 +260,29 @@ def captions_of_parts(scene: Scene) -> list[tuple[str, str]]:
     if scene.sign:
         parts += [("sign", f"{scene.sign.fill} sign."), ("letters", f"{scene.sign.letters} letters: {scene.sign.text}.")]
     return parts
+
+
+# ---- what a text names -----------------------------------------------------------------------------------------------
+
+_SINGULARS = {plural_of(shape): shape for shape in SHAPES}
+_NAMES = frozenset((*COLOR_VALUES, *SHAPES, *WORDS, *NUMBERS))
+_WORD = re.compile(r"[^\W_]+")
+
+
+def singular_of(word: str) -> str:
+    """A shape for its plural, any other word as it is."""
+    return _SINGULARS.get(word, word)
+
+
+def things(text: str) -> list[str]:
+    """The colours, shapes, words and numbers of the sample that a text names, shapes in the singular."""
+    return [word for word in map(singular_of, _WORD.findall(text.lower())) if word in _NAMES]
+
+
+def things_of_caption(text: str) -> tuple[str, ...]:
+    """Everything that the picture of a `caption` shows: its shape, its colours and the sign's text, each once.
+
+    The number at the caption's head, of how many things there are, is no thing in the picture.
+    """
+    _, _, rest = text.partition(" ")
+    return tuple(dict.fromkeys(things(rest)))

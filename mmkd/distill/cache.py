@@ -32,7 +32,8 @@ from torch import Tensor
 from mmkd.data.samples import DataError, Sample
 
 FORMAT = 1
-KINDS = {"response": 1, "prompt": 2, "visual": 4}  # bits of a row's kind; a row may be of two
+# Bits of a row's kind; a row may be of several.
+KINDS = {"response": 1, "prompt": 2, "visual": 4, "text": 8, "all": 16, "answer": 32}
 HIDDEN = ("hidden",)  # signals of exact mode: last hidden states [N, D]
 TOP_K = ("ids", "log_probs", "tail")  # of top-k mode: [N, k] int32, [N, k] float16, [N] float32
 SHARD_BYTES = 64 * 2**20

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
 from mmkd.data.samples import DataError, Sample
 from mmkd.distill.cache import About, Said, TeacherCache, content_key
-from mmkd.distill.terms import KINDS, Term
+from mmkd.distill.terms import KINDS, Term, rows_at
 from mmkd.losses.topk import TopKForwardKL
 from mmkd.recipe import Recipe, StageSpec
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerError, TowerInputs
@@ -223,7 +223,7 @@ class Speaker:
         inputs = self.student.collate([Encoded(encoded.id, encoded.input_ids, encoded.targets, {}, encoded.images)])
         tokens = torch.where(inputs.response, inputs.targets, inputs.next_ids)  # [1, L]
         for name in sorted(self.positions):
-            own, other = tokens[getattr(inputs, name)], said.tokens[said.where([name])].long()
+            own, other = tokens[rows_at(inputs, name)], said.tokens[said.where([name])].long()
             if len(own) != len(other) or (name != "visual" and not torch.equal(own, other)):
                 raise DataError(
                     f"sample {encoded.id!r}: the student has {len(own)} {name} rows, the cached teacher {len(other)}, or others; "

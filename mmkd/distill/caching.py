@@ -33,6 +33,7 @@ from mmkd.distill.reference import fill_reference
 from mmkd.distill.rows import Head, row_log_probs
 from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, terms_of
 from mmkd.distill.streaming import stage_stream
+from mmkd.distill.terms import rows_at
 from mmkd.recipe import Recipe, RecipeError
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
@@ -287,7 +288,7 @@ def rows_of(plan: Plan, inputs: TowerInputs) -> Tensor:
     """Bits of the kinds that are kept, 0 for a row of none of them. [B, L] uint8"""
     kinds = torch.zeros_like(inputs.input_ids, dtype=torch.uint8)
     for name in plan.positions:
-        kinds |= getattr(inputs, name).to(torch.uint8) * KINDS[name]
+        kinds |= rows_at(inputs, name).to(torch.uint8) * KINDS[name]
     return kinds
 
 

@@ -20,7 +20,8 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 logger = logging.getLogger(__name__)
 
 # Order of the count vector.
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair")
+COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample",
+          "switch_prompt", "switch_visual", "switch_token")  # fmt: skip
 
 
 @dataclass
@@ -187,9 +188,9 @@ class PairDataset(Dataset):
                 f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
                 "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
             )
-        if any(t.positions == "prompt" and t.needs_teacher for t in self.terms):
+        if any(t.positions in ("prompt", "text", "all") and t.needs_teacher and t.path == "student" for t in self.terms):
             self._check_prompts(student, teacher)
-        if any(t.positions == "visual" or t.kind == "relation" for t in self.terms):
+        if any(t.positions in ("visual", "all") or t.kind == "relation" for t in self.terms):
             n_s, n_t = self.student.visual_count(student), self.teacher.visual_count(teacher)
             if n_s != n_t:
                 raise DataError(
@@ -248,6 +249,10 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "pictured": sum(n > 0 for n in student.images),  # samples with a picture
         "pair": 0,  # a preference stage's collator counts them
         "token": int(student.attention_mask.sum()),  # all but padding
+        "sample": len(student.ids),
+        "switch_prompt": int(switch.prompt.sum()) if switch is not None else 0,
+        "switch_visual": int(switch.visual.sum()) if switch is not None else 0,
+        "switch_token": int(switch.attention_mask.sum()) if switch is not None else 0,
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
 

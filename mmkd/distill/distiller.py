@@ -23,7 +23,7 @@ from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
 from mmkd.distill.sharded import blank_look, is_sharded
 from mmkd.distill.sharing import sees_alike
-from mmkd.distill.terms import Term
+from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
 from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
 
@@ -75,8 +75,8 @@ class Distiller(nn.Module):
         counts: [len(COUNTS)] global counts over ranks and accumulation steps; the batch's own when None.
         progress: 0..1 of the stage, for scheduled weights.
         """
-        divisors = dict(zip(COUNTS, (batch.counts if counts is None else counts).clamp(min=1), strict=True))
-        own = dict(zip(COUNTS, batch.counts, strict=True))
+        divisors = {name: n.clamp(min=1) for name, n in _by_name(batch.counts if counts is None else counts).items()}
+        own = _by_name(batch.counts)
         signals = self.signals(batch)
         total = signals.zero
         log: dict[str, tuple[Tensor, Tensor]] = {}
@@ -119,7 +119,8 @@ class Distiller(nn.Module):
     def _row_losses(
         self, signals: Signals, terms: list[Term], divisors: dict[str, Tensor], progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = signals.switch_rows() if terms[0].path == "switch" else signals.student_rows({t.positions for t in terms})
+        named = signals.switch_rows if terms[0].path == "switch" else signals.student_rows
+        rows = named({t.positions for t in terms})
         if rows is None:  # no picture in this micro-batch: nothing was switched
             return signals.zero, {}
         total = signals.zero
@@ -142,7 +143,7 @@ class Distiller(nn.Module):
     def _image_loss(self, signals: Signals, term: Term) -> Tensor:
         """Sum over images of a term that compares pictures, not rows."""
         if term.kind == "relation":
-            return signals.relation()
+            return signals.relation(**dict(term.options))
         if term.kind == "load_balance":
             return signals.load_balance()
         if term.kind == "contrastive":
@@ -275,7 +276,7 @@ class Signals:
 
     def student_rows(self, positions: set[str]) -> Rows:
         inputs = self.batch.on_host.student
-        places = {name: getattr(inputs, name) for name in sorted(positions)}  # each [B, L]
+        places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [B, L]
         where = _any(places.values())
         masks = {name: place[where] for name, place in places.items()}  # each [R]
         targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
@@ -296,24 +297,26 @@ class Signals:
             found = self.batch.said.at(compared)
         else:
             inputs = self.batch.on_host.teacher
-            found = {"hidden": gathered(self.teacher_hidden, _any(getattr(inputs, name) for name in compared))}
+            found = {"hidden": gathered(self.teacher_hidden, _any(rows_at(inputs, name) for name in compared))}
         where = _any(masks[name] for name in compared)
         return {name: spread(rows, where) for name, rows in found.items()}
 
-    def switch_rows(self) -> Rows | None:
-        """Response rows of the samples with pictures: switched against ordinary teacher."""
+    def switch_rows(self, positions: set[str]) -> Rows | None:
+        """Rows of the samples with pictures: switched against ordinary teacher."""
         if self.batch.switch is None:
             return None
         inputs, host = self.batch.on_host.switch, self.batch.on_host.teacher
-        pictured = torch.tensor([n > 0 for n in host.images])  # [B]
-        response = inputs.response
-        targets = inputs.targets[response]
+        places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [Bi, Ls]
+        where = _any(places.values())
+        pictured = torch.tensor([n > 0 for n in host.images])[:, None]  # [B, 1]
+        theirs = _any(rows_at(host, name) for name in positions) & pictured  # [B, L]
+        targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
         return Rows(
-            gathered(self.switch_hidden, response),
+            gathered(self.switch_hidden, where),
             head_of(self.teacher),
-            {"hidden": gathered(self.teacher_hidden, host.response & pictured[:, None])},
+            {"hidden": gathered(self.teacher_hidden, theirs)},
             targets.to(self.zero.device, non_blocking=True),
-            {"response": torch.ones_like(targets, dtype=torch.bool)},
+            {name: place[where] for name, place in places.items()},
         )
 
     # ---- experts ----
@@ -324,8 +327,11 @@ class Signals:
         The balance is a product of means, so it is one of this micro-batch (as in the published codes); the mean over
         micro-batches and ranks, weighted by tokens, is our choice.
         """
-        mask = self.batch.student.attention_mask.flatten().bool()  # [B * L]
-        layers = [routing.logits for routing in self.student_read[1].values()]
+        return self._balance(self.batch.student, self.student_read[1])
+
+    def _balance(self, inputs: TowerInputs, routing: dict[int, Routing]) -> Tensor:
+        mask = inputs.attention_mask.flatten().bool()  # [B * L]
+        layers = [found.logits for found in routing.values()]
         return losses.balance_of_layers(layers, mask) * float(self.batch.counts[COUNTS.index("token")])
 
     def routed(self) -> dict[int, Tensor]:
@@ -337,15 +343,20 @@ class Signals:
 
     # ---- pictures ----
 
-    def relation(self) -> Tensor:
+    def relation(self, source: str = "logits") -> Tensor:
         """Sum over images of the relation distance of their visual rows (LLaVA-KD's RDist, per image)."""
         student = _per_image_rows(self.student_hidden, self.batch.on_host.student)
         teacher = self._teacher_image_rows()
         total = self.zero
-        if any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher)):
-            raise TowerError("relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow")
+        capped = any(tower.logit_rule[1] is not None for tower in (self.student, self.teacher))
+        if source == "logits" and capped:
+            raise TowerError(
+                "relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow; compare the "
+                "hidden states themselves with `source: hidden`"
+            )
+        grams = (self.student_gram, self.teacher_gram) if source == "logits" else (None, None)
         for own, other in zip(student, teacher, strict=True):
-            total = total + losses.relation_from_hidden(own, self.student_gram, other, self.teacher_gram)
+            total = total + losses.relation_from_hidden(own, grams[0], other, grams[1], source)
         return total
 
     def _teacher_image_rows(self) -> Sequence[Tensor]:
@@ -469,6 +480,15 @@ def _resample(features: Tensor, count: int) -> Tensor:
         out = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False)
         return out.flatten(2)[0].T
     return F.interpolate(features.T[None], size=count, mode="linear", align_corners=False)[0].T
+
+
+def _by_name(counts: Tensor) -> dict[str, Tensor]:
+    """Counts by what a term may be divided by."""
+    by = dict(zip(COUNTS, counts, strict=True))
+    by |= {"answer": by["response"], "text": by["response"] + by["prompt"], "all": by["token"]}
+    return by | {
+        "switch_answer": by["switch"], "switch_text": by["switch"] + by["switch_prompt"], "switch_all": by["switch_token"]
+    }
 
 
 def _any(masks: Iterable[Tensor]) -> Tensor:

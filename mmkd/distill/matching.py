@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.data.pairs import PairSet
+from mmkd.data.samples import ImageRef
 from mmkd.distill.cross_teacher import ItmEncoder
-from mmkd.distill.ranking import PairBatch, Sums
+from mmkd.distill.ranking import PairBatch, PairDataset, Sums
 from mmkd.losses import contrastive
 from mmkd.ranking_recipe import CrossSpec
-from mmkd.towers.dual import TEMPERATURE_RANGE, text_defaults, train_text_tokenizer
+from mmkd.towers.dual import TEMPERATURE_RANGE, Inputs, text_defaults, train_text_tokenizer
 from mmkd.towers.tower import TowerError
 
 
@@ -45,24 +46,11 @@ def build_cross_encoder(spec: CrossSpec, texts: Sequence[str], seed: int) -> Itm
     return ItmEncoder(model, BlipProcessor(pictures, tokenizer))
 
 
-class MatchingDataset(torch.utils.data.Dataset):
-    """The pairs of a set by number; `collate` loads and prepares them for the cross-encoder."""
+class MatchingDataset(PairDataset):
+    """The pairs of a set, prepared for the cross-encoder."""
 
-    def __init__(self, pairs: PairSet, encoder: ItmEncoder):
-        self.pairs, self.encoder = pairs, encoder
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        image, text = self.pairs.pairs[index].tolist()
-        return image, text
-
-    def collate(self, numbers: Sequence[tuple[int, int]]) -> dict[str, PairBatch]:
-        images, texts = ([n[i] for n in numbers] for i in (0, 1))
-        pixels = {"pixels": self.encoder.pixels([self.pairs.images[i] for i in images])}
-        tokens = self.encoder.tokens([self.pairs.texts[t] for t in texts])
-        return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), pixels, tokens)}
+    def prepare(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[Inputs, Inputs]:
+        return {"pixels": self.model.pixels(images)}, self.model.tokens(texts)
 
 
 class MatchingModel(nn.Module):

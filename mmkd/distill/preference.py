@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
@@ -27,6 +27,7 @@ from mmkd.distill.rows import row_log_probs
 from mmkd.distill.terms import KINDS, Term
 from mmkd.distill.trainer import DistillTrainer
 from mmkd.losses.preference import BETA
+from mmkd.towers.experts import Routing, recorded_routing
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 # ---- pairs of answers ------------------------------------------------------------------------------------------------
@@ -174,11 +175,28 @@ class PreferenceSignals(Signals):
     def log_probs(self) -> Tensor:
         """Of chosen and rejected answers under the student. [2, B]"""
         batch, chunk_bytes = self.batch, self.distiller.chunk_bytes
-        rejected = self.student.read(batch.rejected, self.student_seen)  # [B, Lr, D]
         return torch.stack([
             answer_log_probs(self.student, batch.student, self.student_hidden, chunk_bytes),
-            answer_log_probs(self.student, batch.rejected, rejected, chunk_bytes),
+            answer_log_probs(self.student, batch.rejected, self.rejected_read[0], chunk_bytes),
         ])
+
+    @cached_property
+    def rejected_read(self) -> tuple[Tensor, dict[int, Routing]]:
+        """Hidden states of the rejected answers, and how a sparse student routed them."""
+        with recorded_routing(self.student) as routing:
+            return self.student.read(self.batch.rejected, self.student_seen), routing  # [B, Lr, D]
+
+    def load_balance(self) -> Tensor:
+        """That of the chosen plus that of the rejected answers (as in LLaVA-MoD's code), each a mean over its own tokens."""
+        return super().load_balance() + self._balance(self.batch.rejected, self.rejected_read[1])
+
+    def routed(self) -> dict[int, Tensor]:
+        """Places that experts got in both readings."""
+        places = super().routed()
+        if places and "rejected_read" in self.__dict__:
+            mask = self.batch.rejected.attention_mask.flatten().bool()
+            places = {layer: places[layer] + found.tokens(mask) for layer, found in self.rejected_read[1].items()}
+        return places
 
     @cached_property
     def reference(self) -> Tensor:
@@ -224,6 +242,10 @@ class PreferenceTrainer(DistillTrainer):
         super().__init__(distiller, *args, **options)
         self.kto = [term for term in distiller.terms if term.kind == "kto_pair"]
         _check_kl(self.kto, self.args)
+
+    def _count_experts(self, model: nn.Module, batch: PreferenceBatch) -> None:
+        read = int(batch.student.attention_mask.sum()) + int(batch.rejected.attention_mask.sum())
+        self._experts.add(self.accelerator.unwrap_model(model).routed, read)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         counts = super()._get_num_items_in_batch(batch_samples, device)

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 
 from mmkd.data.pairs import PairSet
+from mmkd.data.samples import ImageRef
 from mmkd.distill.cross_teacher import ScoreTable
 from mmkd.distill.trainer import DistillTrainer
 from mmkd.losses import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
@@ -47,10 +48,10 @@ class PairBatch:
 
 
 class PairDataset(Dataset):
-    """The pairs of a set by number; `collate` loads and prepares them."""
+    """The pairs of a set by number; `collate` loads and prepares them for the model that is trained."""
 
-    def __init__(self, pairs: PairSet, student: DualEncoder):
-        self.pairs, self.student = pairs, student
+    def __init__(self, pairs: PairSet, model: Any):
+        self.pairs, self.model = pairs, model
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -61,9 +62,12 @@ class PairDataset(Dataset):
 
     def collate(self, numbers: Sequence[tuple[int, int]]) -> dict[str, PairBatch]:
         images, texts = ([n[i] for n in numbers] for i in (0, 1))
-        pixels = self.student.prepare_images([self.pairs.images[i].load() for i in images])
-        tokens = self.student.prepare_texts([self.pairs.texts[t] for t in texts])
-        return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), pixels, tokens)}
+        inputs = self.prepare([self.pairs.images[i] for i in images], [self.pairs.texts[t] for t in texts])
+        return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), *inputs)}
+
+    def prepare(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[Inputs, Inputs]:
+        """Pictures and texts in the model's terms."""
+        return self.model.prepare_images([image.load() for image in images]), self.model.prepare_texts(texts)
 
 
 class RankingModel(nn.Module):
@@ -114,7 +118,7 @@ class RankingModel(nn.Module):
         mined = hard_negatives(similarities, positives, spec.candidates)  # [B, K]
         asked = own[:, None].expand_as(mined), others[mined.clamp(min=0)]
         scores = self.table.scores(*(asked if pictures_ask else asked[::-1])).to(mined.device)  # [B, K]
-        choice = {"threshold": spec.threshold, "top_m": spec.top_m, "margin": spec.margin}
+        choice = {"threshold": spec.threshold, "top_m": spec.top_m, "margin": spec.margin, "ceiling": spec.ceiling}
         ranking = contrastive_partial_ranking(
             similarities,
             scores,

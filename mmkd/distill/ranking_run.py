@@ -25,13 +25,14 @@ from mmkd.distill.cross_teacher import CrossEncoder, ItmEncoder, PromptedTower, 
 from mmkd.distill.matching import MatchingDataset, MatchingModel, build_cross_encoder
 from mmkd.distill.ranking import PairDataset, RankingModel, RankingTrainer, freeze_unreached
 from mmkd.distill.run import claim, write_whole
-from mmkd.distill.stages import dtype_of, is_main_process
+from mmkd.distill.stages import is_main_process
 from mmkd.distill.trainer import last_checkpoint, split_evenly, training_arguments
 from mmkd.evaluation.compare import verdict
 from mmkd.evaluation.retrieval import CUTOFFS, DIRECTIONS, compare_retrieval, retrieval_ranks
 from mmkd.ranking_recipe import CrossTeacherSpec, MatchingRecipe, RankingRecipe, RetrievalSpec, TrainingSpec
 from mmkd.towers.assemble import VisionSpec
 from mmkd.towers.dual import DualEncoder, TextSpec, assemble_dual, load_dual, train_text_tokenizer
+from mmkd.towers.loading import dtype_of
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)

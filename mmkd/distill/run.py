@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ logger = logging.getLogger(__name__)
 ROLES = ("teacher", "control", "student")
 
 
-def distill(recipe: Recipe) -> dict[str, Any]:
+def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
     """Runs a recipe to its report; started again with the same recipe it goes on where it stopped.
 
+    `scored`: which of the models answer the benchmarks.
     Returns the summary that it writes to OUTPUT/summary.json. Raises DataError, RecipeError, TowerError, GuardError.
     """
     started = time.monotonic()
@@ -55,7 +57,7 @@ def distill(recipe: Recipe) -> dict[str, Any]:
     towers["student"] = train(recipe, "student", student, teacher, run)
     if not is_main_process():
         return {}
-    results = evaluate_all(recipe, run, {role: tower for role, tower in towers.items() if tower is not None})
+    results = evaluate_all(recipe, run, {role: tower for role, tower in towers.items() if tower is not None and role in scored})
     summary = summarise(recipe, run, results, time.monotonic() - started)
     if results:
         summary["report"] = str(build_report(run))

@@ -41,18 +41,19 @@ def over_seeds(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {"n": entries[0]["n"]}
         for role in ("teacher", "control", "student", "student_blind"):
             if role in entries[0]:
-                found[role] = _spread([e[role] for e in entries])
+                found[role] = spread([e[role] for e in entries])
         if "student_minus_control" in entries[0]:
             values = [e["student_minus_control"]["mean"] for e in entries]
-            found["student_minus_control"] = _spread(values)
+            found["student_minus_control"] = spread(values)
             leads.append(values)
         result["benchmarks"][name] = found
     if leads:
-        result["student_minus_control"] = _spread([statistics.mean(values) for values in zip(*leads, strict=True)])
+        result["student_minus_control"] = spread([statistics.mean(values) for values in zip(*leads, strict=True)])
     return result
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def spread(values: list[float]) -> dict[str, Any]:
+    """{mean, values} and, of two values or more, ci95: the 95 % interval of Student's t."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return {"mean": mean, "values": values}

@@ -35,6 +35,8 @@ from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, 
 from mmkd.distill.watch import Watch
 from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
+from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower, TowerError
 
 logger = logging.getLogger(__name__)
@@ -51,11 +53,13 @@ def load_teacher(recipe: Recipe) -> Tower | None:
     spec = recipe.teacher
     if spec.cache is not None:
         cached = open_teacher(recipe, {name: terms_of(stage.terms) for name, stage in recipe.stages.items()})
-        return cached.to(device_here()).freeze()
+        return cached.to(device_of_process()).freeze()
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
     )
+    if spec.gradient_checkpointing:
+        recompute_layers(tower)
     return to_device(tower, spec.quantise).freeze()
 
 
@@ -102,21 +106,6 @@ def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> 
     return teacher.tokenizer if spec.source == "teacher" else load_tokenizer(spec.source)
 
 
-def dtype_of(name: str) -> torch.dtype | str:
-    return name if name == "auto" else getattr(torch, name)
-
-
-def to_device(tower: Tower, quantise: str | None = None) -> Tower:
-    if torch.cuda.is_available() and quantise is None:
-        tower.model.to(device_here())
-    return tower
-
-
-def device_here() -> torch.device:
-    """The accelerator of this process, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-
-
 # ---- data and terms --------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +126,7 @@ def terms_of(specs: dict[str, TermSpec]) -> list[Term]:
         weight = spec.weight
         schedule = Schedule(weight.start, weight.end, weight.over) if isinstance(weight, WeightSpec) else Schedule(weight, weight)
         options = tuple(sorted((spec.model_extra or {}).items()))
-        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options))
+        terms.append(Term(name, spec.kind, schedule, spec.positions, spec.path, spec.bridge, options, spec.reduction))
     return terms
 
 
@@ -270,6 +259,8 @@ def set_trainable(student: Tower, stage: StageSpec) -> None:
         raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
     if stage.gradient_checkpointing:
         student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not any(p.requires_grad for p in student.language.parameters()):
+            recompute_layers(student)  # frozen, it stays in evaluation mode, where transformers checkpoints nothing
 
 
 def add_lora(student: Tower, spec: LoraSpec) -> None:

@@ -7,11 +7,16 @@ each pass once, and hands all row terms to the row engine together. A new method
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from mmkd import losses
+from mmkd.losses.features import DISTANCES
+from mmkd.losses.preference import FORMS
+from mmkd.losses.relation import SOURCES
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class TermKind:
     rows: bool = True  # a function of logit rows, computed by the row engine
     preference: bool = False  # a function of the log-probabilities of a chosen and a rejected answer, [B] each
     given: tuple[str, ...] = ()  # keyword arguments that the distiller gives, no options
+    choices: dict[str, Sequence[str]] = field(default_factory=dict)  # options that are words: which
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -37,17 +43,29 @@ KINDS: dict[str, TermKind] = {
     "reverse_kl": TermKind(losses.ReverseKL),
     "jsd": TermKind(losses.JSD),
     "dbild": TermKind(losses.DBiLD),
-    "relation": TermKind(losses.relation_from_hidden, rows=False),
-    "feature_match": TermKind(losses.feature_match, rows=False),
+    "relation": TermKind(losses.relation_from_hidden, rows=False, choices={"source": SOURCES}),
+    "feature_match": TermKind(losses.feature_match, rows=False, choices={"distance": DISTANCES}),
     "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
     "tags": TermKind(losses.tags, teacher=False, rows=False),
-    "dpo": TermKind(losses.dpo, rows=False, preference=True),
+    "dpo": TermKind(losses.dpo, rows=False, preference=True, choices={"form": FORMS}),
     "kto_pair": TermKind(losses.kto_pair, rows=False, preference=True, given=("kl",)),
     "load_balance": TermKind(losses.balance_of_layers, teacher=False, rows=False),
 }
 
-POSITIONS = ("response", "prompt", "visual")
+# Rows that predict the response or the prompt's text; rows of visual tokens; rows that hold the response's tokens (the mask
+# without its shift, as LLaVA-MoD's code has it); response and prompt; everything but padding.
+POSITIONS = ("response", "prompt", "visual", "answer", "text", "all")
 PATHS = ("student", "switch")
+REDUCTIONS = ("mean", "sum")
+
+
+def rows_at(inputs: Any, positions: str) -> Tensor:
+    """The rows of a batch (TowerInputs) that a term's `positions` names. [B, L] bool"""
+    if positions == "text":
+        return inputs.response | inputs.prompt
+    if positions == "all":
+        return inputs.attention_mask.bool()
+    return getattr(inputs, positions)
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,7 @@ class Term:
     name: what it is called in logs and on the command line.  kind: an entry of KINDS.
     positions: the positions whose rows count.  path: whose rows they are, the student's or those of the visual switch.
     bridge: for the switch, whether a trained linear map may stand between encoders of different width.
+    reduction: of a row term, "mean" over its rows, or their "sum" in each sample and the mean over samples.
     """
 
     name: str
@@ -80,6 +99,7 @@ class Term:
     path: str = "student"
     bridge: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    reduction: str = "mean"
 
     @property
     def needs_teacher(self) -> bool:
@@ -103,7 +123,11 @@ class Term:
             return "token"
         if not self.is_row_term:
             return "pictured" if self.kind in ("contrastive", "tags") else "image"
-        return "switch" if self.path == "switch" else self.positions
+        if self.reduction == "sum":
+            return "pictured" if self.path == "switch" else "sample"
+        if self.path == "switch":
+            return "switch" if self.positions == "response" else f"switch_{self.positions}"
+        return self.positions
 
     def row_loss(self) -> Callable[..., Any]:
         """(student logits [r, V], teacher logits [r, V] or None, targets [r]) -> [r]"""

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +21,14 @@ from mmkd.data.prompts import letter_of
 from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.compare import group_of, interval, read_object, read_predictions
+from mmkd.evaluation.hallucination import NAME as HALLUCINATED
+from mmkd.evaluation.hallucination import hallucinated
 from mmkd.evaluation.parsers import PARSERS, scienceqa_parse_lenient
 from mmkd.evaluation.particulars import LENIENT, particulars
+from mmkd.evaluation.processes import ALONE, Processes
 from mmkd.evaluation.scorers import METRICS, references_of
-from mmkd.evaluation.submission import write_submission
-from mmkd.towers.answering import DEFAULT_CACHE_BYTES, VisionCache
+from mmkd.evaluation.submission import submission_file, write_submission
+from mmkd.towers.vision_cache import DEFAULT_CACHE_BYTES, VisionCache
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
@@ -85,6 +88,7 @@ def evaluate(
     choices: str = "generation",
     submission: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Answers and scores a benchmark; writes `predictions.jsonl` and `results.json` to the folder `out`.
 
@@ -97,6 +101,10 @@ def evaluate(
     answered by generation all the same.  `submission` writes the test server's file, which a split without
     answers needs: its score is None.  Every picture is seen once; visual tokens of pictures with open questions are
     kept in up to `cache_bytes`.
+
+    With several `processes` each answers its share of the same batches, so that their number changes no answer; every one
+    must make this call. The first writes the results, all return when they are there. An evaluation can go on with
+    another number of processes than it began with.
 
     A question whose picture cannot be read is left out of the score, and counted with its reason in
     `n_skipped` and `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content)
@@ -122,26 +130,35 @@ def evaluate(
         "blind": blind,
         "choices_by": choices,
     }
-    store = _Store(out, header, resume)
-    _answer_all(_asker(tower, benchmark, choices), benchmark.name, items, store, batch_size, cache_bytes, progress)
-    rows = [_row(benchmark, item, store.answers.get(item.question.id)) for item in items]
+    store = _Store(out, header, resume, processes)
+    batches = processes.share(_open_batches(items, store.answers, batch_size))
+    progress = progress and processes.is_first
+    _answer_all(_asker(tower, benchmark, choices), benchmark.name, batches, store, cache_bytes, progress)
+    parts = processes.gather((store.answers, _peak_bytes()))
+    answers = {name: answer for part, _ in parts for name, answer in part.items()}
+    rows = [_row(benchmark, item, answers.get(item.question.id)) for item in items]
     results = _results(benchmark, items, rows, header, limit)
-    seconds = math.fsum(answer["seconds"] for answer in store.answers.values())
+    seconds = math.fsum(answer["seconds"] for answer in answers.values())
+    peak = max((found for _, found in parts if found is not None), default=None)
     results |= {
         "model": model_name,
         "parameters": tower.parameter_count(),
         "seconds": round(seconds, 6),
         "batch_size": batch_size,
-        "efficiency": _efficiency(tower, rows, seconds),
-        "versions": _versions(),
+        "processes": processes.count,
+        "efficiency": _efficiency(tower, rows, seconds, peak),
+        "versions": library_versions(),
     }
     if submission:
-        predictions = {row["id"]: row["prediction"] for row in rows if not row["skipped"]}
-        path = write_submission(benchmark.submission, out, predictions, [item.question for item in items])
-        results["submission"] = path.name
-    _write_atomically(out / PREDICTIONS, _lines(rows))
-    write_object(out / RESULTS, results)
-    store.close()
+        results["submission"] = submission_file(benchmark.submission)
+    if processes.is_first:
+        if submission:
+            predictions = {row["id"]: row["prediction"] for row in rows if not row["skipped"]}
+            write_submission(benchmark.submission, out, predictions, [item.question for item in items])
+        write_atomically(out / PREDICTIONS, _lines(rows))
+        write_object(out / RESULTS, results)
+        store.close()
+    processes.wait()
     return results
 
 
@@ -252,22 +269,21 @@ def _asker(tower: Answerer, benchmark: Benchmark, choices: str) -> _Ask:
     return ask if choices == "likelihood" else generate
 
 
+def _open_batches(items: Sequence[_Item], answers: Mapping[str, dict], batch_size: int) -> list[list[_Item]]:
+    """The batches in which a question has no answer yet.
+
+    The order depends on the questions alone, and a batch is asked as a whole or not at all: an answer may depend, in
+    its last bits, on what stands beside it, and a resumed evaluation must give what an uninterrupted one gives.
+    """
+    batches = _batches([item for item in items if item.skipped is None], batch_size)
+    return [batch for batch in batches if any(item.question.id not in answers for item in batch)]
+
+
 def _answer_all(
-    ask: _Ask,
-    name: str,
-    items: Sequence[_Item],
-    store: _Store,
-    batch_size: int,
-    cache_bytes: int,
-    progress: bool,
+    ask: _Ask, name: str, todo: Sequence[list[_Item]], store: _Store, cache_bytes: int, progress: bool
 ) -> None:
     from tqdm import tqdm
 
-    # The order depends on the questions alone, and a batch is asked as a whole or not at all: an answer may
-    # depend, in its last bits, on what stands beside it, and a resumed evaluation must give what an
-    # uninterrupted one gives.
-    batches = _batches([item for item in items if item.skipped is None], batch_size)
-    todo = [batch for batch in batches if any(item.question.id not in store.answers for item in batch)]
     open_questions = Counter(item.image_keys for batch in todo for item in batch)
     cache = VisionCache(cache_bytes)
     bar = tqdm(total=sum(map(len, todo)), desc=name, unit="question", disable=not progress)
@@ -314,16 +330,18 @@ def _why_unreadable(sample: Sample) -> str | None:
 
 
 class _Store:
-    """Answers by id, kept on disk batch by batch below a header that says whose they are."""
+    """Answers by id, kept on disk batch by batch below a header that says whose they are; one file a process."""
 
-    def __init__(self, out: Path, header: dict[str, Any], resume: bool) -> None:
-        self.path = out / PARTIAL
-        self.header = header
+    def __init__(self, out: Path, header: dict[str, Any], resume: bool, processes: Processes) -> None:
+        self.out, self.header = out, header
+        self.path = out / _partial_name(processes.index)
         self.answers: dict[str, dict] = {}
         if resume:
-            self.answers = self._read_partial() or _finished_answers(out, header)
-        if not (resume and self.path.exists()):
-            self.path.write_text(json.dumps({"header": header}) + "\n", encoding="utf-8")
+            self.answers = self._kept() or _finished_answers(out, header)
+        elif processes.is_first:
+            self.close()
+        processes.wait()  # everyone has read all files before anyone writes
+        self._begin()
 
     def add(self, answers: dict[str, dict], seconds: float) -> None:
         share = seconds / len(answers)
@@ -335,16 +353,28 @@ class _Store:
         self.answers |= {row["id"]: row for row in rows}
 
     def close(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Removes the files of all processes."""
+        for path in self.out.glob(_partial_name("*")):
+            path.unlink(missing_ok=True)
+        (self.out / PARTIAL).unlink(missing_ok=True)
 
-    def _read_partial(self) -> dict[str, dict]:
-        """The answers of an interrupted evaluation. A last line cut short by the interruption is dropped."""
-        if not self.path.exists():
-            return {}
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
+    def _begin(self) -> None:
+        """This process's file with its header, and without a last line that an interruption has cut short."""
+        whole = _whole_lines(self.path)
         if not whole:
-            self.path.unlink()
+            self.path.write_text(json.dumps({"header": self.header}) + "\n", encoding="utf-8")
+        elif len(whole) < self.path.stat().st_size:
+            os.truncate(self.path, len(whole))
+
+    def _kept(self) -> dict[str, dict]:
+        """The answers of an interrupted evaluation, whatever the number of its processes."""
+        paths = [self.out / PARTIAL, *sorted(self.out.glob(_partial_name("*")))]
+        return {name: answer for path in paths for name, answer in self._read(path).items()}
+
+    def _read(self, path: Path) -> dict[str, dict]:
+        """The answers in one process's file."""
+        whole = _whole_lines(path)
+        if not whole:
             return {}
         try:
             header, *rows = [json.loads(line) for line in whole.split(b"\n") if line]
@@ -352,17 +382,26 @@ class _Store:
             difference = _difference(dict(header["header"]), self.header)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{self.path} is damaged ({one_line(error) or type(error).__name__}); delete it or start anew with resume=False"
+                f"{path} is damaged ({one_line(error) or type(error).__name__}); delete it or start anew with resume=False"
             ) from error
         if difference:
             raise DataError(
-                f"{self.path} holds answers of another evaluation ({difference}); finish that one, "
+                f"{path} holds answers of another evaluation ({difference}); finish that one, "
                 "choose another output folder, or start anew with resume=False"
             )
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        log.info("going on with %d answers of %s", len(answers), self.path)
+        log.info("going on with %d answers of %s", len(answers), path)
         return answers
+
+
+def _partial_name(index: int | str) -> str:
+    """The file of a process: PARTIAL of the first, with a number of the others."""
+    return PARTIAL if index == 0 else PARTIAL.replace(".jsonl", f".{index}.jsonl")
+
+
+def _whole_lines(path: Path) -> bytes:
+    """A file's content up to its last line break; nothing where there is no file."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _checked_answer(row: dict[str, Any]) -> dict[str, Any]:
@@ -403,10 +442,11 @@ def _lines(rows: Iterable[dict]) -> str:
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that appears whole or not at all."""
-    _write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that appears whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("w", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as stream:
         stream.write(text)
@@ -446,6 +486,8 @@ def _row(benchmark: Benchmark, item: _Item, answer: dict | None) -> dict[str, An
         return row
     if benchmark.also:
         row["also"] = {metric: _score(metric, parsed, row["references"]) for metric in benchmark.also}
+    if (made_up := hallucinated(benchmark.metric, parsed, question)) is not None:
+        row.setdefault("also", {})[HALLUCINATED] = made_up
     if benchmark.parser in LENIENT:
         lenient = scienceqa_parse_lenient(text, len(question.choices), question.choices)
         row |= {"score_strict": row["score"], "parsed_lenient": lenient}
@@ -503,6 +545,8 @@ def _results(
     results["by"] = {category: _by(scored, category) for category in benchmark.categories}
     if benchmark.also:
         results["also"] = {metric: _score_of(scored, "also", metric) for metric in benchmark.also}
+    if told := [row for row in scored if HALLUCINATED in row.get("also", {})]:
+        results.setdefault("also", {})[HALLUCINATED] = _score_of(told, "also", HALLUCINATED)
     return results | particulars(benchmark, scored)
 
 
@@ -542,12 +586,13 @@ def _short_reason(row: dict) -> str:
     return reason.partition(":")[0]
 
 
-def _efficiency(tower: Answerer, rows: Sequence[dict], seconds: float) -> dict[str, Any]:
-    """What answering took. Tokens are those of the answers, the end not counted; reading the prompts is in the time."""
+def _efficiency(tower: Answerer, rows: Sequence[dict], seconds: float, peak: int | None) -> dict[str, Any]:
+    """What answering took; rates are those of one process. Tokens are those of the answers, the end not counted; reading
+    the prompts is in the time."""
     texts = [row["prediction"] for row in rows if row["prediction"] is not None]
     tokens = tower.token_count(texts)
     rates = {"questions_per_second": len(texts) / seconds, "tokens_per_second": tokens / seconds} if seconds else {}
-    return {**tower.footprint(), "peak_bytes": _peak_bytes(), "answer_tokens": tokens, **rates}
+    return {**tower.footprint(), "peak_bytes": peak, "answer_tokens": tokens, **rates}
 
 
 def _peak_bytes() -> int | None:
@@ -557,7 +602,8 @@ def _peak_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """What a result depends on beside data and weights."""
     versions = {"python": platform.python_version()}
     for package in ("mmkd", "torch", "transformers", "tokenizers", "pillow", "numpy"):
         try:

@@ -19,6 +19,7 @@ from mmkd.evaluation.submission import SUBMISSIONS
 
 KIND = "evaluation"
 SUITES = "suites/"  # cards below are suites, see mmkd.evaluation.suites
+RETRIEVAL = "retrieval/"  # cards below are for dual encoders, see mmkd.evaluation.retrieve
 OWN_FORMATS = ("scienceqa", "textvqa", "easy_vqa", "jsonl")
 
 
@@ -150,12 +151,14 @@ def load_benchmark(name_or_path: str | Path) -> Benchmark:
     """
     if str(name_or_path) not in benchmark_names() and f"{SUITES}{name_or_path}" in list_cards(KIND):
         raise DataError(f"{name_or_path!r} is a suite of benchmarks; give it by --suite {name_or_path}")
+    if str(name_or_path) not in benchmark_names() and f"{RETRIEVAL}{name_or_path}" in list_cards(KIND):
+        raise DataError(f"{name_or_path!r} is for dual encoders: `mmkd evaluate MODEL --benchmarks {name_or_path}`")
     return load_card(KIND, str(name_or_path), Benchmark)
 
 
 def benchmark_names() -> list[str]:
-    """The cards that are benchmarks, not suites of them."""
-    return [name for name in list_cards(KIND) if not name.startswith(SUITES)]
+    """The cards that ask questions: not suites of them, not retrieval."""
+    return [name for name in list_cards(KIND) if not name.startswith((SUITES, RETRIEVAL))]
 
 
 README_HEAD = """\
@@ -220,9 +223,30 @@ def suites_table() -> str:
     return SUITES_HEAD + "".join(lines)
 
 
+RETRIEVAL_HEAD = """
+# Retrieval
+
+For dual encoders (CLIP, SigLIP, those of `mmkd rank`): `mmkd evaluate MODEL --benchmarks flickr30k --data-root DIR` gives
+recall at 1, 5 and 10 both ways.
+
+| benchmark | what | split (pictures) |
+|---|---|---|
+"""
+
+
+def retrieval_table() -> str:
+    """The retrieval cards of this project as a Markdown table."""
+    from mmkd.evaluation.retrieve import load_retrieval, retrieval_names
+
+    cards = [load_retrieval(name) for name in retrieval_names()]
+    return RETRIEVAL_HEAD + "".join(
+        f"| `{card.name}` | {card.title} | {card.split} ({card.expected_pictures:,}) |\n" for card in cards
+    )
+
+
 def readme() -> str:
     """The whole of `evaluation/README.md`."""
-    return README_HEAD + readme_table() + suites_table() + README_FOOT
+    return README_HEAD + readme_table() + suites_table() + retrieval_table() + README_FOOT
 
 
 if __name__ == "__main__":

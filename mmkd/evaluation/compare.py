@@ -194,7 +194,8 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
                                            in the order given; the last two count questions that one has fully right and the
                                            other has not
         fidelity    {name: agreement}      with the teacher, where there is one
-        student_beats_teacher              ids that the student has fully right and the teacher has not, if both are there
+        beats_teacher {name: ids}          that a model has fully right and the teacher has not, where there is one
+        student_beats_teacher              the student's, if both are there
         verdict                            in words: is the student better than its control?
     Scores are 0..1.  Raises DataError when ids differ or nothing is left.
     """
@@ -224,8 +225,10 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
     result["fidelity"] = {
         name: differences[f"{name} - teacher"]["agreement"] for name in runs if f"{name} - teacher" in differences
     }
-    if {"student", "teacher"} <= set(runs):
-        result["student_beats_teacher"] = _won(scores["student"], scores["teacher"], kept)
+    others = [name for name in runs if name != "teacher"] if "teacher" in runs else []
+    result["beats_teacher"] = {name: _won(scores[name], scores["teacher"], kept) for name in others}
+    if "student" in result["beats_teacher"]:
+        result["student_beats_teacher"] = result["beats_teacher"]["student"]
     return result | {"verdict": verdict(differences.get("student - control"))}
 
 

@@ -20,6 +20,7 @@ from mmkd.data.annotations import Row, as_list, load, load_object, one_line, rea
 from mmkd.data.formats import refuse_duplicates
 from mmkd.data.samples import DataError, ImageRef, Question
 from mmkd.data.tables import parquet_rows, tsv_rows
+from mmkd.evaluation.chair import NO_OBJECT, coco_object, mentions
 
 LETTERS = ascii_uppercase
 
@@ -484,6 +485,45 @@ def _pope_sampling(source: Source) -> Iterator[Question]:
         )
 
 
+# ---- CHAIR on COCO's objects -----------------------------------------------------------------------------------------------
+
+
+def _read_chair(source: Source) -> list[Question]:
+    """A description of every picture of COCO's split, or of those in a file of {image_id, question}.
+
+    The references are the objects in the picture: those that are outlined and those that its captions name.
+    """
+    there = _coco_objects(source)
+    question = source.files["question"]
+    if not source.files["questions"]:
+        return [_description(source, Row({"image_id": n}, f"picture {n}"), question, there) for n in there]
+    return [_description(source, row, row.text("question"), there) for row in source.entries("questions")]
+
+
+def _coco_objects(source: Source) -> dict[int, set[str]]:
+    """COCO's objects in each picture of the split."""
+    kinds = {row.integer("id"): coco_object(row.text("name")) for row in source.entries("instances", "categories")}
+    there = {row.integer("id"): set() for row in source.entries("instances", "images")}
+    for row in source.entries("instances", "annotations"):
+        if row.integer("category_id") not in kinds:
+            raise row.wrong("category_id", "the id of a category of the file")
+        _objects_of(there, row).add(kinds[row.integer("category_id")])
+    for row in source.entries("captions", "annotations"):
+        _objects_of(there, row).update(mentions(row.text("caption")))
+    return there
+
+
+def _objects_of(there: dict[int, set[str]], row: Row) -> set[str]:
+    if row.integer("image_id") not in there:
+        raise row.wrong("image_id", "the id of a picture of the split")
+    return there[row.integer("image_id")]
+
+
+def _description(source: Source, row: Row, question: str, there: dict[int, set[str]]) -> Question:
+    references = tuple(sorted(_objects_of(there, row))) or (NO_OBJECT,)
+    return _free_question(row.identifier("image_id"), references, question=question, images=(source.coco(row),))
+
+
 # ---- the formats ---------------------------------------------------------------------------------------------------------
 
 
@@ -534,4 +574,14 @@ FORMATS: dict[str, tuple[dict[str, str], Callable[[Source], list[Question]]]] = 
     "mmmu": ({"annotations": "*/{split}-*.parquet"}, _read_mmmu),
     "mme": ({}, _read_mme),
     "pope": ({"annotations": "coco_pope_{split}.json", "images": "val2014"}, _read_pope),
+    "chair": (
+        _COCO
+        | {
+            "instances": "annotations/instances_{split}.json",
+            "captions": "annotations/captions_{split}.json",
+            "questions": "",
+            "question": "Please describe this image in detail.",
+        },
+        _read_chair,
+    ),
 }

@@ -1,4 +1,4 @@
-"""What some benchmarks report beside their headline: ScienceQA's parts, POPE's and MME's numbers, MMBench's circles."""
+"""What some benchmarks report beside their headline: ScienceQA's parts, POPE's and MME's numbers, MMBench's circles, CHAIR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.compare import group_of, interval
 from mmkd.evaluation.official import MME_TASKS
-from mmkd.evaluation.scorers import mme, pope, scienceqa
+from mmkd.evaluation.scorers import chair, mme, pope, scienceqa
 
 LENIENT = ("scienceqa", "letter_exact")  # parsers whose strict rule has a lenient one beside it
 
@@ -25,6 +25,8 @@ def particulars(benchmark: Benchmark, rows: Sequence[Mapping]) -> dict[str, Any]
         found["scienceqa"] = scienceqa(rows)
     if benchmark.metric == "pope":
         found["pope"] = pope_numbers(rows)
+    if benchmark.metric == "chair":
+        found["chair"] = chair([row["prediction"] for row in rows], [row["references"] for row in rows])
     if benchmark.metric == "mme":
         found["mme"] = mme_numbers(rows)
     if benchmark.format == "mmbench":

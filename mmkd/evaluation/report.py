@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing else, made from the files of the run folder alone."""
+"""The report of a run or of several models: one HTML page that needs nothing else, made from files of evaluations alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from mmkd.evaluation.compare import compare_runs, read_object, read_predictions,
 from mmkd.evaluation.results import read_results
 
 ROLES = ("teacher", "control", "student")
+BLIND = "_blind"  # ending of the folders of answers without pictures
+MAX_LABEL = 22  # characters of a model's name beside a bar
+MAX_PAIRS = 10  # differences shown of one benchmark
 TEMPLATE = "report.html.j2"
 GALLERY_SIZE = 36
 GALLERY_SEED = 0
@@ -41,12 +44,67 @@ def build_report(run: Path | str) -> Path:
     missing.  The same files give the same page.
     Raises DataError when no model has been evaluated, or when models answered different questions.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     run = Path(run)
     facts = _read_json(run / "run.json")
-    evaluations = _read_evaluations(run)
-    benchmarks = [_benchmark(name, models) for name, models in evaluations.items()]
+    models = {role: ModelFiles.of_run(run, role) for role in ROLES if (run / "evaluation" / role).is_dir()}
+    evaluations = _read_evaluations(models)
+    if not evaluations:
+        raise DataError(
+            f"{run} holds no evaluation ({run / 'evaluation'}/<model>/<benchmark>/results.json); "
+            "run `mmkd evaluate` or `mmkd distill` first"
+        )
+    title = str(facts.get("title") or run.resolve().name)
+    facts = [("Run", _facts(facts)), ("Summary", _facts(_read_json(run / "summary.json")))]
+    return _write_page(run / "report.html", title, evaluations, models, facts)[0]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of one model's evaluations lie; `blind` holds answers without pictures, `log` a training's losses."""
+
+    answers: Path
+    blind: Path | None = None
+    log: Path | None = None
+
+    @staticmethod
+    def of_run(run: Path, role: str) -> ModelFiles:
+        return ModelFiles(run / "evaluation" / role, run / "evaluation_blind" / role, run / "log" / f"{role}.jsonl")
+
+    def blind_results(self, benchmark: str) -> Path:
+        """Of a run in a folder beside, of `mmkd evaluate` among the benchmarks."""
+        return (self.blind / benchmark if self.blind else self.answers / (benchmark + BLIND)) / "results.json"
+
+
+def build_comparison(models: Mapping[str, ModelFiles], target: Path, title: str) -> dict[str, dict[str, Any]]:
+    """Writes one page for several models to the file `target`.
+
+    A model's name is what the page calls it; "teacher", "control" and "student" have the meaning they have in a run.
+    Benchmarks that one model alone has answered are shown, not compared. Returns {benchmark: what `compare_runs` gives}.
+    Raises DataError where a model has no scored evaluation, or models answered different questions.
+    """
+    evaluations = _read_evaluations(models)
+    without = [name for name in models if not any(name in found for found in evaluations.values())]
+    if without:
+        folder = models[without[0]].answers
+        raise DataError(
+            f"{without[0]}: {folder} holds no scored evaluation (<benchmark>/results.json); run `mmkd evaluate` first, "
+            "and use a split with answers"
+        )
+    return _write_page(target, title, evaluations, models, [])[1]
+
+
+def _write_page(
+    target: Path,
+    title: str,
+    evaluations: Mapping[str, dict[str, dict]],
+    models: Mapping[str, ModelFiles],
+    facts: Sequence[tuple[str, list[tuple[str, str]]]],
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    names = [name for name in models if any(name in found for found in evaluations.values())]
+    slugs = {name: name if name in ROLES else f"m{number}" for number, name in enumerate(names)}
+    benchmarks = [_benchmark(name, found) for name, found in evaluations.items()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # predictions and questions are strangers' text
@@ -55,26 +113,26 @@ def build_report(run: Path | str) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "points": _points, "count": _count, "bytes": _bytes, "seconds": _seconds}
-    gallery = _gallery(benchmarks)
-    roles = [role for role in ROLES if any(role in b["models"] for b in benchmarks)]
+    gallery = _gallery(benchmarks, slugs)
     page = environment.get_template(TEMPLATE).render(
-        title=str(facts.get("title") or run.resolve().name),
+        title=title,
         headline=_headline(benchmarks),
-        roles=roles,
+        roles=names,
+        slugs=slugs,
+        label_width=min(MAX_LABEL, max(map(len, names)) + 1),
         models=_models(benchmarks),
         benchmarks=benchmarks,
-        charts=_charts(run),
+        charts=_charts({name: files.log for name, files in models.items() if files.log and files.log.exists()}),
         smoothing=SMOOTHING,
         gallery=gallery,
         outcomes=_outcomes(gallery),
-        marks=_marks(gallery, roles),
+        marks=_marks(gallery, names),
         gallery_seed=GALLERY_SEED,
-        facts=_facts(facts),
-        summary=_facts(_read_json(run / "summary.json")),
+        facts=[(heading, pairs) for heading, pairs in facts if pairs],
     )
-    target = run / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
-    return target
+    return target, {benchmark["name"]: benchmark["comparison"] for benchmark in benchmarks}
 
 
 # ---- reading
@@ -86,22 +144,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
-def _read_evaluations(run: Path) -> dict[str, dict[str, dict]]:
-    """{benchmark: {role: {"results", "rows", "path"}}}, benchmarks by name."""
+def _read_evaluations(models: Mapping[str, ModelFiles]) -> dict[str, dict[str, dict]]:
+    """{benchmark: {model: {"results", "rows", "path", "blind"}}}, benchmarks by name; those without scores are left out."""
     found: dict[str, dict[str, dict]] = {}
-    for role in ROLES:
-        for path in sorted((run / "evaluation" / role).glob("*/results.json")):
-            predictions = path.with_name("predictions.jsonl")
-            blind_path = run / "evaluation_blind" / role / path.parent.name / "results.json"
+    for name, files in models.items():
+        for path in sorted(files.answers.glob("*/results.json")):
+            benchmark, predictions = path.parent.name, path.with_name("predictions.jsonl")
+            if benchmark.endswith(BLIND):
+                continue
+            results = read_results(path)
+            if results.get("score", 0) is None:
+                log.warning("%s is not in the report: the answers are with a test server", path.parent)
+                continue
+            blind_path = files.blind_results(benchmark)
             blind = read_results(blind_path) if blind_path.exists() else {}
-            entry = {"results": read_results(path), "rows": read_predictions(predictions), "path": predictions}
+            entry = {"results": results, "rows": read_predictions(predictions), "path": predictions}
             entry["blind"] = blind.get("score")
-            found.setdefault(path.parent.name, {})[role] = entry
-    if not found:
-        raise DataError(
-            f"{run} holds no evaluation ({run / 'evaluation'}/<model>/<benchmark>/results.json); "
-            "run `mmkd evaluate` or `mmkd distill` first"
-        )
+            found.setdefault(benchmark, {})[name] = entry
     return dict(sorted(found.items()))
 
 
@@ -123,14 +182,28 @@ def _benchmark(name: str, models: dict[str, dict]) -> dict[str, Any]:
         "comparison": comparison,
         "difference": difference,
         "verdict": verdict(difference) if difference else None,
+        "pairs": _shown_pairs(comparison["differences"], list(models)),
         "categories": _category_bars(models),
         "facts": _benchmark_facts(models),
     }
 
 
+def _shown_pairs(differences: Mapping[str, Mapping], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The paired differences with both names; where there are many, those with the teacher or else the first model."""
+    by_key = {f"{a} - {b}": (a, b) for a in names for b in names}
+    pairs = [{"first": by_key[key][0], "second": by_key[key][1], **found} for key, found in differences.items()]
+    pairs.sort(key=lambda pair: "teacher" in (pair["first"], pair["second"]))  # what a student gained stands first
+    if len(pairs) <= MAX_PAIRS:
+        return pairs
+    anchor = "teacher" if "teacher" in names else names[0]
+    return [pair for pair in pairs if anchor in (pair["first"], pair["second"])]
+
+
 def _headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
     """One sentence for the whole run, and whether it is "good", "bad" or "open"."""
     compared = [b for b in benchmarks if b["difference"]]
+    if not compared and any(len(set(b["models"]) - {"teacher"}) > 1 for b in benchmarks):
+        return _many_headline(benchmarks)
     if not compared:
         return {"text": "No control to compare with: what the teacher adds is not known.", "mood": "open"}
     ahead = [b["name"] for b in compared if b["difference"]["ci95"][0] > 0]
@@ -146,6 +219,18 @@ def _headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
     if behind:
         text += f"; it is behind on {', '.join(behind)}"
     return {"text": text + ".", "mood": mood}
+
+
+def _many_headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
+    """Which model beside the teacher scores highest where, in one sentence."""
+    best = Counter()
+    for benchmark in benchmarks:
+        scores = {name: cell["score"] for name, cell in benchmark["comparison"]["models"].items() if name != "teacher"}
+        if scores:
+            best[max(scores, key=scores.__getitem__)] += 1
+    beside = " beside the teacher's" if any("teacher" in b["models"] for b in benchmarks) else ""
+    where = ", ".join(f"{name} on {count} of {best.total()}" for name, count in best.most_common())
+    return {"text": f"The highest score{beside}: {where}.", "mood": "open"}
 
 
 def _models(benchmarks: Sequence[Mapping]) -> dict[str, dict]:
@@ -252,8 +337,8 @@ def _plain(value: Any) -> str:
 # ---- curves
 # ----------------------------------------------------------------------------------------------------
 
-CHART_WIDTH, CHART_HEIGHT = 340, 210
-LEFT, RIGHT, TOP, BOTTOM = 66, 10, 12, 38
+CHART_WIDTH, CHART_HEIGHT = 280, 186
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 38
 
 
 @dataclass(frozen=True)
@@ -301,13 +386,9 @@ def _read_log(path: Path) -> tuple[dict[str, list[tuple[float, float]]], list[tu
     return terms, stages, broken
 
 
-def _charts(run: Path) -> list[dict[str, Any]]:
-    """One chart a term, the whole loss first, with a curve each for student and control."""
-    logs = {
-        role: _read_log(path)
-        for role in ("student", "control")
-        if (path := run / "log" / f"{role}.jsonl").exists()
-    }
+def _charts(paths: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """One chart a term, the whole loss first, with a curve for every model that was trained."""
+    logs = {name: _read_log(path) for name, path in sorted(paths.items(), key=lambda item: item[0] != "student")}
     names = dict.fromkeys(name for terms, _, _ in logs.values() for name in terms)
     order = sorted(names, key=lambda name: (name != "loss", list(names).index(name)))
     broken = {role: count for role, (_, _, count) in logs.items() if count}
@@ -336,6 +417,7 @@ def _chart(
     ends = {role: points[-1][1] for role, points in smooth.items()}
     return {
         "name": name,
+        "names": list(series),
         "width": CHART_WIDTH,
         "height": CHART_HEIGHT,
         "box": {"left": LEFT, "right": CHART_WIDTH - RIGHT, "top": TOP, "bottom": CHART_HEIGHT - BOTTOM},
@@ -387,15 +469,15 @@ def _path(points: Iterable[tuple[float, float]], x: _Scale, y: _Scale) -> str:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _gallery(benchmarks: Sequence[Mapping]) -> list[dict[str, Any]]:
+def _gallery(benchmarks: Sequence[Mapping], slugs: Mapping[str, str]) -> list[dict[str, Any]]:
     """Questions to look at, about GALLERY_SIZE: of each benchmark half at random, half where models part."""
     share = max(4, GALLERY_SIZE // len(benchmarks))
-    return [item for benchmark in benchmarks for item in _gallery_of(benchmark, share)][
+    return [item for benchmark in benchmarks for item in _gallery_of(benchmark, share, slugs)][
         : max(GALLERY_SIZE, 48)
     ]
 
 
-def _gallery_of(benchmark: Mapping, share: int) -> list[dict[str, Any]]:
+def _gallery_of(benchmark: Mapping, share: int, slugs: Mapping[str, str]) -> list[dict[str, Any]]:
     runs = benchmark["rows"]
     ids = [i for i in same_questions(runs) if not any(run[i].get("skipped") for run in runs.values())]
     drawn = random.Random(GALLERY_SEED).sample(ids, len(ids))
@@ -405,7 +487,7 @@ def _gallery_of(benchmark: Mapping, share: int) -> list[dict[str, Any]]:
     order = {i: place for place, i in enumerate(ids)}
     rows = next(iter(runs.values()))
     return [
-        _gallery_item(benchmark, i, i in parting)
+        _gallery_item(benchmark, i, i in parting, slugs)
         for i in sorted(parting + plain, key=lambda i: (not rows[i].get("images"), order[i]))
     ]
 
@@ -417,7 +499,7 @@ def _spread(runs: Mapping[str, Mapping[str, dict]], question: str) -> float:
     return max(scores) - min(scores)
 
 
-def _gallery_item(benchmark: Mapping, question: str, parted: bool) -> dict[str, Any]:
+def _gallery_item(benchmark: Mapping, question: str, parted: bool, slugs: Mapping[str, str]) -> dict[str, Any]:
     rows = {role: run[question] for role, run in benchmark["rows"].items()}
     row = next(iter(rows.values()))
     scores = {role: r["score"] for role, r in rows.items()}
@@ -441,7 +523,7 @@ def _gallery_item(benchmark: Mapping, question: str, parted: bool) -> dict[str, 
         "pictures": [_thumbnail(key) for key in row.get("images") or ()],
         "chosen": "models differ" if parted else "drawn at random",
         "outcome": _outcome(scores),
-        "classes": " ".join(f"{role}-{_mark(score)}" for role, score in scores.items()),
+        "classes": " ".join(f"{slugs[role]}-{_mark(score)}" for role, score in scores.items()),
     }
 
 
@@ -538,7 +620,7 @@ def _image_ref(key: str) -> ImageRef:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _points(value: float) -> str:
@@ -546,11 +628,11 @@ def _points(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    """1234567 -> "1.23 M"."""
+    """1234567 -> "1.23 M", 37.2833 -> "37.3"."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
-    return f"{value:g}"
+    return f"{value:.3g}"
 
 
 def _bytes(value: float) -> str:

@@ -12,10 +12,11 @@ from functools import lru_cache
 
 from mmkd.data.prompts import letter_of
 from mmkd.data.samples import DataError, Question
+from mmkd.evaluation.chair import chair, unhallucinated
 from mmkd.evaluation.parsers import mme_parse, pope_parse, scienceqa_index, scienceqa_parse
 
 __all__ = [
-    "METRICS", "anls", "aokvqa_accuracy", "exact_match", "mme", "mme_parse", "mmmu_open", "normalise_evalai",
+    "METRICS", "anls", "aokvqa_accuracy", "chair", "exact_match", "mme", "mme_parse", "mmmu_open", "normalise_evalai",
     "normalise_vqav2", "pope", "pope_parse", "references_of", "relaxed_accuracy", "scienceqa", "scienceqa_index",
     "scienceqa_parse", "stvqa_accuracy", "textvqa_accuracy", "vqa_accuracy",
 ]  # fmt: skip
@@ -419,4 +420,5 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "mmmu_open": mmmu_open,
     "pope": exact_match,
     "mme": exact_match,
+    "chair": unhallucinated,
 }

@@ -61,14 +61,18 @@ _JSON: dict[str, Callable[[Predictions, Sequence[Question]], list[dict[str, Any]
 SUBMISSIONS = (*_JSON, "mmbench")
 
 
+def submission_file(format: str) -> str:
+    """The name of a format's file."""
+    return "submission.xlsx" if format == "mmbench" else "submission.json"
+
+
 def write_submission(format: str, folder: Path, predictions: Predictions, questions: Sequence[Question]) -> Path:
-    """Writes `folder`/submission.json (MMBench: .xlsx) and returns its path. `predictions` are raw texts by id."""
+    """Writes the file of `submission_file` to `folder` and returns its path. `predictions` are raw texts by id."""
+    path = folder / submission_file(format)
     if format == "mmbench":
-        path = folder / "submission.xlsx"
         rows = [_mmbench_row(predictions.get(q.id, ""), q) for q in questions]
         write_spreadsheet(path, _MMBENCH_COLUMNS, rows)
         return path
-    path = folder / "submission.json"
     content = json.dumps(_JSON[format](predictions, questions), ensure_ascii=False)
     path.write_text(content, encoding="utf-8", errors="backslashreplace")
     return path

@@ -16,7 +16,8 @@ from mmkd.losses.features import feature_match, tags
 from mmkd.losses.preference import dpo, kto_pair
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
-from mmkd.losses.routing import balance_of_layers, load_balance
+from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
+from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 
 __all__ = [
     "JSD",
@@ -24,7 +25,9 @@ __all__ = [
     "DBiLD",
     "ForwardKL",
     "ReverseKL",
+    "TopKForwardKL",
     "balance_of_layers",
+    "choose_experts",
     "contrastive",
     "contrastive_partial_ranking",
     "cross_entropy",
@@ -42,5 +45,6 @@ __all__ = [
     "relation_from_hidden",
     "reverse_kl",
     "tags",
+    "top_k_forward_kl",
     "valid_negatives",
 ]

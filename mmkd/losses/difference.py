@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmkd.losses.numerics import exact, result_dtype
+
 DIRECTIONS = ("reverse", "forward")
 
 
@@ -24,6 +26,7 @@ def dbild(
     direction: str = "reverse",
     tau_squared: bool = False,
     fixed_k: int | None = None,
+    inclusive: bool = True,
 ) -> Tensor:
     """Dynamic bi-directional logits difference loss, one value a row.
 
@@ -35,10 +38,11 @@ def dbild(
     student, teacher: logits `[R, V]`; returns `[R]`. The teacher is detached and so are both choices of
     indices.
     window: the knee is looked for among this many largest logits (our choice: the paper gives none); k comes
-    from `kneedle_k` with min_k and max_k, or is `fixed_k` (BiLD: 8).
+    from `kneedle_k` with min_k, max_k and inclusive, or is `fixed_k` (BiLD: 8).
     direction: "reverse" is KL(student || teacher) as in Switch-KD, "forward" is BiLD's.
     tau_squared: multiply by temperature² (neither paper does).
 
+    Equal logits of a leader stand in the order of their indices (which of them end a window is left to topk).
     An entry that is -inf in the leader is never chosen, one that is -inf in the follower is left out. Fewer
     than three entries have no distribution to compare (one difference at most), so such a branch gives
     exactly 0 with gradient 0. A logit more than 300 temperatures below the largest one counts as 300 below.
@@ -46,29 +50,22 @@ def dbild(
     Cost: O(V) for the two top-k, then O(window) a row, in float64; the k(k-1)/2 differences are never formed.
     Raises ValueError for unequal shapes, temperature <= 0, window or min_k below 1, or an unknown direction.
     """
-    options = _Options(temperature, window, min_k, max_k, direction, tau_squared, fixed_k)
-    _check_shapes(student, teacher)
-    teacher = teacher.detach()
-    lead_t, ids_t = _top(teacher, options)  # [R, W]
-    _, ids_s = _top(student.detach(), options)  # [R, W]
-    teacher_led = _branch(student.gather(-1, ids_t), lead_t, lead_t, options)  # [R]
-    student_rows = student.gather(-1, ids_s)  # [R, W]
-    student_led = _branch(student_rows, teacher.gather(-1, ids_s), student_rows.detach(), options)  # [R]
-    return (teacher_led + student_led).to(_maths_dtype(student))
+    loss = DBiLD(temperature, window, min_k, max_k, direction, tau_squared, fixed_k, inclusive)
+    return loss(student, teacher)
 
 
-def kneedle_k(logits: Tensor, min_k: int = 4, max_k: int | None = None) -> Tensor:
+def kneedle_k(logits: Tensor, min_k: int = 4, max_k: int | None = None, inclusive: bool = True) -> Tensor:
     """How many of the largest logits stand before the knee of each row's sorted curve.
 
     logits: `[R, K]`, **sorted from large to small**, K the window; returns `[R]` (int64).
     `x_i = (i-1)/(K-1)`, `y_i = (s_i - s_K)/(s_1 - s_K)`, k = the first i (from 1) with the largest gap `(1 -
-    x_i) - y_i` below the chord, the knee included; then clamped to [min_k, min(max_k, K)]. A flat row has all
-    gaps 0, so raw k = 1. -inf entries stand at the end and do not count: K is then the number of finite ones.
-    Source: knee as in Switch-KD's figure (Kneedle, Satopää et al. 2011); inclusive k and the clamp are our
-    choice.
+    x_i) - y_i` below the chord, the knee included (without it where inclusive is false); then clamped to [min_k,
+    min(max_k, K)]. A flat row has all gaps 0, so raw k = 1. -inf entries stand at the end and do not count: K is then
+    the number of finite ones. Source: knee as in Switch-KD's figure (Kneedle, Satopää et al. 2011); inclusive k and
+    the clamp are our choice.
     """
     gaps, count = _gaps(logits)  # [R, K], [R]
-    k = gaps.argmax(-1) + 1  # [R] the first maximum
+    k = gaps.argmax(-1) + int(inclusive)  # [R] the first maximum
     top = count if max_k is None else count.clamp(max=max_k)
     return torch.minimum(k.clamp(min=min_k), top)
 
@@ -85,55 +82,7 @@ class DBiLD:
     direction: str = "reverse"
     tau_squared: bool = False
     fixed_k: int | None = None
-
-    def __post_init__(self):
-        self._options()
-
-    def _options(self) -> "_Options":
-        return _Options(
-            self.temperature,
-            self.window,
-            self.min_k,
-            self.max_k,
-            self.direction,
-            self.tau_squared,
-            self.fixed_k,
-        )
-
-    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-        o = self._options()
-        return dbild(
-            student, teacher, o.temperature, o.window, o.min_k, o.max_k, o.direction, o.tau_squared, o.fixed_k
-        )
-
-    def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
-        options = self._options()
-        _check_shapes(student, teacher)
-        lead_t, ids_t = _top(teacher, options)  # [R, W]
-        lead_s, ids_s = _top(student, options)  # [R, W]
-        follow_t = teacher.gather(-1, ids_s)  # [R, W]
-        with torch.enable_grad():
-            by_teacher = student.gather(-1, ids_t).requires_grad_()  # [R, W]
-            by_student = lead_s.clone().requires_grad_()  # [R, W]
-            values = _branch(by_teacher, lead_t, lead_t, options) + _branch(
-                by_student, follow_t, lead_s, options
-            )
-            grads = torch.autograd.grad(values.sum(), (by_teacher, by_student))
-        dtype = _maths_dtype(student)
-        grad = torch.zeros_like(student, dtype=dtype)  # [R, V]
-        grad.scatter_add_(-1, ids_t, grads[0].to(dtype)).scatter_add_(-1, ids_s, grads[1].to(dtype))
-        return values.detach().to(dtype), grad
-
-
-@dataclass(frozen=True)
-class _Options:
-    temperature: float
-    window: int
-    min_k: int
-    max_k: int | None
-    direction: str
-    tau_squared: bool
-    fixed_k: int | None
+    inclusive: bool = True
 
     def __post_init__(self):
         if not self.temperature > 0.0:
@@ -145,6 +94,60 @@ class _Options:
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction is {self.direction!r}; it must be one of {', '.join(DIRECTIONS)}")
 
+    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        _check_shapes(student, teacher)
+        teacher = teacher.detach()
+        lead_t, ids_t = self._top(teacher)  # [R, W]
+        _, ids_s = self._top(student.detach())  # [R, W]
+        teacher_led = self._branch(student.gather(-1, ids_t), lead_t, lead_t)  # [R]
+        student_rows = student.gather(-1, ids_s)  # [R, W]
+        student_led = self._branch(student_rows, teacher.gather(-1, ids_s), student_rows.detach())  # [R]
+        return (teacher_led + student_led).to(result_dtype(student, teacher))
+
+    def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
+        _check_shapes(student, teacher)
+        lead_t, ids_t = self._top(teacher)  # [R, W]
+        lead_s, ids_s = self._top(student)  # [R, W]
+        follow_t = teacher.gather(-1, ids_s)  # [R, W]
+        with torch.enable_grad():
+            by_teacher = student.gather(-1, ids_t).requires_grad_()  # [R, W]
+            by_student = lead_s.clone().requires_grad_()  # [R, W]
+            values = self._branch(by_teacher, lead_t, lead_t) + self._branch(by_student, follow_t, lead_s)
+            grads = torch.autograd.grad(values.sum(), (by_teacher, by_student))
+        dtype = result_dtype(student, teacher)
+        grad = torch.zeros_like(student, dtype=dtype)  # [R, V]
+        grad.scatter_add_(-1, ids_t, grads[0].to(dtype)).scatter_add_(-1, ids_s, grads[1].to(dtype))
+        return values.detach().to(dtype), grad
+
+    def _top(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The leader's window, largest first, equal logits by their index; values and indices, `[R, W]` each."""
+        size = self.window if self.fixed_k is None else self.fixed_k
+        _, ids = logits.topk(min(size, logits.shape[-1]), dim=-1, sorted=False)
+        # topk gives equal logits, which half precision is full of, in an order of the device's own.
+        ids = ids.sort(dim=-1).values
+        values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+        return values, ids.gather(-1, order)
+
+    def _branch(self, student: Tensor, teacher: Tensor, leader: Tensor) -> Tensor:
+        """KL between the pairwise differences of two windows `[R, W]`, both in the order of `leader`; returns
+        `[R]`."""
+        if self.fixed_k is None:
+            k = kneedle_k(leader, self.min_k, self.max_k, self.inclusive)  # [R]
+        else:
+            k = torch.full_like(leader[:, 0], self.fixed_k, dtype=torch.long)  # [R]
+        rank = torch.arange(leader.shape[-1], device=leader.device)  # [W]
+        used = (rank < k.unsqueeze(-1)) & (student != -math.inf) & (teacher != -math.inf)  # [R, W]
+        a_s = _window(student, used, self.temperature)  # [R, W]
+        a_t = _window(teacher, used, self.temperature)  # [R, W]
+        over, under = (a_s, a_t) if self.direction == "reverse" else (a_t, a_s)
+        # KL(over || under) = Σ_ab w_ab (log w_ab - log v_ab), where log w_ab - log v_ab = r_a - r_b
+        # - logZ + logZ'. Summed over b and a first, only the row and column sums of the pair weights w remain.
+        rows, columns, log_total = _pair_sums(over, used)
+        _, _, log_total_under = _pair_sums(under, used)
+        kl = ((over - under) * (rows - columns)).sum(-1) - log_total + log_total_under  # [R]
+        kl = kl.where(used.sum(-1) > 2, torch.zeros_like(kl))
+        return kl * self.temperature**2 if self.tau_squared else kl
+
 
 def _check_shapes(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
@@ -154,44 +157,9 @@ def _check_shapes(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _maths_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _window_dtype(x: Tensor) -> torch.dtype:
-    # A few dozen numbers a row: float64 is free, and the value is a small difference of larger numbers.
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _top(logits: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    size = options.window if options.fixed_k is None else options.fixed_k
-    return logits.topk(min(size, logits.shape[-1]), dim=-1)
-
-
-def _branch(student: Tensor, teacher: Tensor, leader: Tensor, options: _Options) -> Tensor:
-    """KL between the pairwise differences of two windows `[R, W]`, both in the order of `leader`; returns
-    `[R]`."""
-    if options.fixed_k is None:
-        k = kneedle_k(leader, options.min_k, options.max_k)  # [R]
-    else:
-        k = torch.full_like(leader[:, 0], options.fixed_k, dtype=torch.long)  # [R]
-    rank = torch.arange(leader.shape[-1], device=leader.device)  # [W]
-    used = (rank < k.unsqueeze(-1)) & (student != -math.inf) & (teacher != -math.inf)  # [R, W]
-    a_s = _window(student, used, options.temperature)  # [R, W]
-    a_t = _window(teacher, used, options.temperature)  # [R, W]
-    over, under = (a_s, a_t) if options.direction == "reverse" else (a_t, a_s)
-    # KL(over || under) = Σ_ab w_ab (log w_ab - log v_ab), where log w_ab - log v_ab = r_a - r_b
-    # - logZ + logZ'. Summed over b and a first, only the row and column sums of the pair weights w remain.
-    rows, columns, log_total = _pair_sums(over, used)
-    _, _, log_total_under = _pair_sums(under, used)
-    kl = ((over - under) * (rows - columns)).sum(-1) - log_total + log_total_under  # [R]
-    kl = kl.where(used.sum(-1) > 2, torch.zeros_like(kl))
-    return kl * options.temperature**2 if options.tau_squared else kl
-
-
 def _window(logits: Tensor, used: Tensor, temperature: float) -> Tensor:
     """Logits over temperature, less their maximum, in [-reach, 0]; 0 where not used."""
-    a = logits.to(_window_dtype(logits)).masked_fill(~used, -math.inf) / temperature  # [R, W]
+    a = exact(logits).masked_fill(~used, -math.inf) / temperature  # [R, W]
     top = a.detach().amax(-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)  # [R, 1] 0 for a row without any
     reach = 300.0 if a.dtype == torch.float64 else 40.0  # exp(-2 reach) is still a normal number
     return (a - top).clamp(min=-reach).masked_fill(~used, 0.0)
@@ -216,7 +184,7 @@ def _pair_sums(a: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gaps(logits: Tensor) -> tuple[Tensor, Tensor]:
-    s = logits.detach().to(_window_dtype(logits))  # [R, K]
+    s = exact(logits.detach())  # [R, K]
     finite = s != -math.inf  # [R, K]
     count = finite.sum(-1)  # [R]
     last = (count - 1).clamp(min=0).unsqueeze(-1)  # [R, 1]

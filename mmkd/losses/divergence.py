@@ -8,10 +8,11 @@ The classes (`ForwardKL`, ...) are the same losses as callables of `(student, te
 also give their gradient in closed form (`value_and_grad`), without an autograd graph; the row engine uses
 that when it is there.
 
-Numerics. All maths is in float32, float64 stays float64. The log-ratio of two distributions is formed as
-`(teacher - student) - (lse_teacher - lse_student)` with the two log-normalisers, one number a row, in
-float64: a rounding error there would be the same for the whole row and would not average out over V. A row of
-nothing but -inf has no distribution and gives NaN; any other -inf never does.
+Numerics. The functions compute in float64 and return float32 (float64 where the inputs are). The closed forms
+compute in float32, where the log-ratio of two distributions is formed as `(teacher - student) - (lse_teacher -
+lse_student)` with the two log-normalisers, one number a row, in float64: a rounding error there would be the same
+for the whole row and would not average out over V. A row of nothing but -inf has no distribution and gives NaN;
+any other -inf never does.
 
 Convention for `beta`: 0 is the forward KL, KL(teacher || student); 1 the reverse KL, KL(student || teacher).
 """
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mmkd.losses.numerics import exact, exact_dtype, result_dtype
 
 # Log-ratios of an impossible token are replaced by +-this: exp(-200) is 0 in float32, 1e-87 in float64.
 _FAR = 200.0
@@ -35,9 +38,10 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     arXiv 1503.02531). Used at T = 1 by LLaVA-KD (arXiv 2410.16236, MDist) and LLaVA-MoD (arXiv 2408.15881,
     mimic distillation).
     """
+    dtype = result_dtype(student, teacher)
     student, teacher = _scaled(student, teacher, temperature)
     terms = torch.softmax(teacher, -1) * _log_ratio(student, teacher)  # [R, V]
-    return _kept(terms, student, teacher).sum(-1) * temperature**2
+    return (_kept(terms, student, teacher).sum(-1) * temperature**2).to(dtype)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -46,9 +50,10 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     `T² Σ_v q_v (log q_v - log p_v)`; shapes, dropped entries and T² as in `forward_kl`.
     Source: MiniLLM (arXiv 2306.08543) for the direction; token-wise as in GKD (arXiv 2306.13649).
     """
+    dtype = result_dtype(student, teacher)
     student, teacher = _scaled(student, teacher, temperature)
     terms = -torch.softmax(student, -1) * _log_ratio(student, teacher)  # [R, V]
-    return _kept(terms, student, teacher).sum(-1) * temperature**2
+    return (_kept(terms, student, teacher).sum(-1) * temperature**2).to(dtype)
 
 
 def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -66,12 +71,13 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
         return forward_kl(student, teacher, temperature)
     if beta == 1.0:
         return reverse_kl(student, teacher, temperature)
+    dtype = result_dtype(student, teacher)
     student, teacher = _scaled(student, teacher, temperature)
     q, p = torch.softmax(student, -1), torch.softmax(teacher, -1)  # [R, V] each
     d = _log_ratio(student, teacher)  # [R, V] log p/q
     small = _log_mixture(d, beta)  # [R, V]
     terms = (beta * p + (1 - beta) * q) * small + beta * p * (-d).relu() + (1 - beta) * q * d.relu()  # [R, V]
-    return -terms.sum(-1) * temperature**2
+    return (-terms.sum(-1) * temperature**2).to(dtype)
 
 
 def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
@@ -80,12 +86,8 @@ def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
     student `[R, V]`, targets `[R]` (ids below V; rows without a target are the caller's to leave out);
     returns `[R]`. A target whose logit is -inf costs +inf: that is the value, not an error of rounding.
     """
-    student = _wide(student)
-    top = student.detach().amax(-1)  # [R]
-    total = (student - top.unsqueeze(-1)).exp().sum(-1)  # [R]
-    chosen = student.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [R]
-    exact = _exact_dtype(student)
-    return (total.to(exact).log() + (top.to(exact) - chosen.to(exact))).to(student.dtype)
+    log_q = torch.log_softmax(exact(student), -1)  # [R, V]
+    return -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).to(result_dtype(student))
 
 
 # ---- the same as callables with a gradient in closed form ----
@@ -113,6 +115,9 @@ class ForwardKL:
 
     temperature: float = 1.0
 
+    def __post_init__(self):
+        _check_temperature(self.temperature)
+
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         return forward_kl(student, teacher, self.temperature)
 
@@ -129,6 +134,9 @@ class ReverseKL:
     """`reverse_kl` as a row loss; gradient `T q (log q/p - KL)`."""
 
     temperature: float = 1.0
+
+    def __post_init__(self):
+        _check_temperature(self.temperature)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         return reverse_kl(student, teacher, self.temperature)
@@ -153,6 +161,7 @@ class JSD:
 
     def __post_init__(self):
         _check_beta(self.beta)
+        _check_temperature(self.temperature)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         return jsd(student, teacher, self.beta, self.temperature)
@@ -190,11 +199,6 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _exact_dtype(x: Tensor) -> torch.dtype:
-    # One number a row in float64 costs nothing; Apple's GPUs have no float64.
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
 def _scaled(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     _check_temperature(temperature)
     if student.shape != teacher.shape:
@@ -202,7 +206,7 @@ def _scaled(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tenso
             f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ; "
             "gather the same rows and cut both vocabularies to the same length"
         )
-    student, teacher = _wide(student), _wide(teacher)
+    student, teacher = exact(student), exact(teacher)
     if temperature == 1.0:
         return student, teacher
     return student / temperature, teacher / temperature
@@ -210,21 +214,11 @@ def _scaled(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tenso
 
 def _log_ratio(student: Tensor, teacher: Tensor) -> Tensor:
     """log p/q `[R, V]`, with 0 where both logits are -inf and +-_FAR where one of them is."""
-    shift = _normaliser(teacher) - _normaliser(student)  # [R]
+    shift = teacher.logsumexp(-1, keepdim=True) - student.logsumexp(-1, keepdim=True)  # [R, 1]
     gone_s, gone_t = student == -math.inf, teacher == -math.inf  # [R, V]
-    d = (
-        teacher.masked_fill(gone_t, 0.0)
-        - student.masked_fill(gone_s, 0.0)
-        - shift.to(student.dtype).unsqueeze(-1)
-    )
+    d = teacher.masked_fill(gone_t, 0.0) - student.masked_fill(gone_s, 0.0) - shift  # [R, V]
     d = d.masked_fill(gone_s, _FAR).masked_fill(gone_t, -_FAR)
     return d.masked_fill(gone_s & gone_t, 0.0)
-
-
-def _normaliser(x: Tensor) -> Tensor:
-    top = x.detach().amax(-1, keepdim=True)  # [R, 1]
-    exact = _exact_dtype(x)
-    return (x - top).exp().sum(-1).to(exact).log() + top.squeeze(-1).to(exact)  # [R]
 
 
 def _kept(terms: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
@@ -252,8 +246,8 @@ def _distribution(logits: Tensor, temperature: float, who: str, shared: dict | N
         return shared[key]
     q = torch.softmax(logits if temperature == 1.0 else logits / temperature, -1)  # [R, V]
     # The largest probability is exp(0) / Σ, so its log gives Σ without another pass of exp.
-    exact = _exact_dtype(logits)
-    normaliser = logits.amax(-1).to(exact) / temperature - q.amax(-1).to(exact).log()  # [R]
+    wide = exact_dtype(logits)
+    normaliser = logits.amax(-1).to(wide) / temperature - q.amax(-1).to(wide).log()  # [R]
     if shared is not None:
         shared[key] = (q, normaliser)
     return q, normaliser
@@ -264,7 +258,6 @@ def _pair(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, p and log p/q, all `[R, V]`; the last finite as in `_log_ratio`, and like the others not to be
     changed."""
-    _check_temperature(temperature)
     student, teacher = _wide(student), _wide(teacher)
     q, normaliser_s = _distribution(student, temperature, "student", shared)
     p, normaliser_t = _distribution(teacher, temperature, "teacher", shared)

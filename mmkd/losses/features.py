@@ -6,35 +6,36 @@ Not part of one of the four vision-language methods: for a student encoder that 
 import torch
 from torch import Tensor
 
-KINDS = ("cosine", "mse", "smooth_l1")
+from mmkd.losses.numerics import exact, result_dtype
+
+DISTANCES = ("cosine", "mse", "smooth_l1")
 
 
-def feature_match(student: Tensor, teacher: Tensor, kind: str = "cosine") -> Tensor:
+def feature_match(student: Tensor, teacher: Tensor, distance: str = "cosine") -> Tensor:
     """Distance of each pair of rows; student, teacher `[N, D]`, returns `[N]`.
 
     "cosine": `1 - cos`; "mse": mean over D of the squared difference; "smooth_l1": mean over D of
     `d²/2` for |d| < 1, else `|d| - 1/2`. Different widths need a projection of the student first (the
     caller's). A row of zeros has cosine distance 1/2 to any other and 0 to itself. Raises ValueError for
-    unequal shapes or an unknown kind.
+    unequal shapes or an unknown distance.
     """
     if student.shape != teacher.shape:
         raise ValueError(
             f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} differ; "
             "project the student's to the teacher's width and bring both to the same tokens"
         )
-    student, teacher = _wide(student), _wide(teacher)  # [N, D] each
-    if kind == "cosine":
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}")
+    dtype = result_dtype(student, teacher)
+    student, teacher = exact(student), exact(teacher)  # [N, D] each
+    if distance == "cosine":
         # |a/|a| - b/|b||² / 2 equals 1 - cos without the difference of nearly equal numbers.
-        return (_unit(student) - _unit(teacher)).square().sum(-1) / 2
-    if kind == "mse":
-        return (student - teacher).square().mean(-1)
-    if kind == "smooth_l1":
-        return torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
-    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        values = (_unit(student) - _unit(teacher)).square().sum(-1) / 2
+    elif distance == "mse":
+        values = (student - teacher).square().mean(-1)
+    else:
+        values = torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
+    return values.to(dtype)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -48,5 +49,5 @@ def tags(logits: Tensor, present: Tensor) -> Tensor:
     Sum over the vocabulary of the binary cross-entropies. Source of the idea: Joulin et al., arXiv 1511.02251 (visual features
     from the words of captions); the binary form is our choice.
     """
-    wide = _wide(logits)
+    wide = logits.to(result_dtype(logits))
     return torch.nn.functional.binary_cross_entropy_with_logits(wide, present.to(wide.dtype), reduction="none").sum(-1)

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from mmkd.losses.numerics import exact, result_dtype
+
 RANK_REDUCTIONS = ("sum", "mean_valid")
 _ABSENT = -1e30  # a logit that never counts but, unlike -inf, leaves no NaN in gradients
 
@@ -22,6 +24,7 @@ def contrastive_partial_ranking(
     *,
     top_m: int | None = None,
     margin: float | None = None,
+    ceiling: float | None = None,
     rank_reduction: str = "sum",
     detach_temperature: bool = False,
     easy: Tensor | None = None,
@@ -38,27 +41,28 @@ def contrastive_partial_ranking(
     `Σ_{j < J*} logsumexp_{m >= j} z_m - z_j`, J* the first invalid rank. Each valid candidate in turn is the
     positive against all that the teacher ranks below it. Valid: teacher score >= threshold; or the first
     `top_m`; `margin` also ends the list at the first rank whose score is less than margin above the next one.
+    `ceiling` leaves out candidates that the teacher scores at or above it: they are probably unlabelled positives.
     `rank_reduction="mean_valid"` divides by the number of valid terms. `easy` `[B, M]` (bool): pool entries
     that stand in every denominator too (leave out positives and the mined). A query with no valid candidate,
     or fewer than two candidates, gives 0. Raises ValueError for shapes that do not fit or an unknown
     reduction.
     """
     _check(similarities, teacher_scores, candidates, rank_reduction)
-    columns, scores, present = _teacher_order(teacher_scores, candidates)  # [B, K] each
+    columns, scores, present = _teacher_order(teacher_scores, candidates, ceiling)  # [B, K] each
     if detach_temperature and isinstance(temperature, Tensor):
         temperature = temperature.detach()
-    wide = _wide(similarities) / temperature  # [B, M]
-    z = wide.gather(-1, columns).masked_fill(~present, _ABSENT)  # [B, K]
+    z = (exact(similarities.gather(-1, columns)) / temperature).masked_fill(~present, _ABSENT)  # [B, K]
     below = z.unsqueeze(1).expand(-1, z.shape[1], -1)  # [B, K, K] row j holds all z_m
     ahead = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool, device=z.device).tril(-1)  # m < j
     totals = below.masked_fill(ahead, -math.inf).logsumexp(-1)  # [B, K]
     if easy is not None:
-        totals = torch.logaddexp(totals, wide.masked_fill(~easy, _ABSENT).logsumexp(-1, keepdim=True))
+        others = (exact(similarities) / temperature).masked_fill(~easy, _ABSENT)  # [B, M]
+        totals = torch.logaddexp(totals, others.logsumexp(-1, keepdim=True))
     valid = _valid_prefix(scores, present, threshold, top_m, margin)  # [B, K]
     losses = (totals - z).masked_fill(~valid, 0.0).sum(-1)  # [B]
     if rank_reduction == "mean_valid":
         losses = losses / valid.sum(-1).clamp(min=1)
-    return losses
+    return losses.to(result_dtype(similarities))
 
 
 def valid_negatives(
@@ -68,10 +72,11 @@ def valid_negatives(
     *,
     top_m: int | None = None,
     margin: float | None = None,
+    ceiling: float | None = None,
 ) -> Tensor:
     """Number of valid candidates of each query `[B]`: worth logging (useful between 1 and about K/2) and,
     where only queries with one shall count, the mask for the mean."""
-    _, scores, present = _teacher_order(teacher_scores, candidates)
+    _, scores, present = _teacher_order(teacher_scores, candidates, ceiling)
     return _valid_prefix(scores, present, threshold, top_m, margin).sum(-1)
 
 
@@ -93,8 +98,9 @@ def contrastive(similarities: Tensor, positives: Tensor, temperature: float | Te
     similarities `[B, M]`, positives `[B, M]` (bool, at least one a row). The contrastive loss is half the
     mean of this over rows plus half of that over the transpose.
     """
-    z = _wide(similarities) / temperature  # [B, M]
-    return z.logsumexp(-1) - z.masked_fill(~positives, 0.0).sum(-1) / positives.sum(-1).clamp(min=1)
+    z = exact(similarities) / temperature  # [B, M]
+    losses = z.logsumexp(-1) - z.masked_fill(~positives, 0.0).sum(-1) / positives.sum(-1).clamp(min=1)  # [B]
+    return losses.to(result_dtype(similarities))
 
 
 def _check(similarities: Tensor, teacher_scores: Tensor, candidates: Tensor, rank_reduction: str) -> None:
@@ -109,13 +115,15 @@ def _check(similarities: Tensor, teacher_scores: Tensor, candidates: Tensor, ran
         )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _teacher_order(teacher_scores: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _teacher_order(
+    teacher_scores: Tensor, candidates: Tensor, ceiling: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns and scores in the teacher's order, and which places hold a candidate at all. `[B, K]` each"""
+    scores = teacher_scores.detach().to(result_dtype(teacher_scores))  # [B, K]
     present = candidates >= 0  # [B, K]
-    scores = _wide(teacher_scores.detach()).masked_fill(~present, -math.inf)  # [B, K]
+    if ceiling is not None:
+        present = present & (scores < ceiling)
+    scores = scores.masked_fill(~present, -math.inf)
     scores, order = scores.sort(dim=-1, descending=True, stable=True)
     columns = candidates.clamp(min=0).gather(-1, order)  # [B, K]
     return columns, scores, present.gather(-1, order)

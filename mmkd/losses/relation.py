@@ -9,6 +9,10 @@ released code flattens a whole batch instead, so that images with large logits d
 import torch
 from torch import Tensor
 
+from mmkd.losses.numerics import exact, result_dtype
+
+SOURCES = ("logits", "hidden")
+
 
 def relation(student: Tensor, teacher: Tensor) -> Tensor:
     """`1 - <R_s, R_t> / (|R_s| |R_t|)` with `R = Y Yᵀ`, for one image.
@@ -17,23 +21,30 @@ def relation(student: Tensor, teacher: Tensor) -> Tensor:
     scalar. No centring, no normalisation of rows (as LLaVA-KD's code). Scaling either side changes nothing.
     Raises ValueError when the numbers of rows differ.
     """
-    student, teacher = _rows(student), _rows(teacher)  # [N, Ds], [N, Dt]
     _check_rows(student, teacher)
-    return _distance(student @ student.T, teacher @ teacher.T)
+    a, b = exact(student), exact(teacher)  # [N, Ds], [N, Dt]
+    return _distance(a @ a.T, b @ b.T).to(result_dtype(student, teacher))
 
 
 def relation_from_hidden(
-    student: Tensor, student_gram: Tensor, teacher: Tensor, teacher_gram: Tensor
+    student: Tensor, student_gram: Tensor | None, teacher: Tensor, teacher_gram: Tensor | None, source: str = "logits"
 ) -> Tensor:
     """`relation` of the logits `Y = H Wᵀ`, without the logits: `Y Yᵀ = H (Wᵀ W) Hᵀ`.
 
     student `[N, Ds]`, teacher `[N, Dt]`: last hidden states at the visual tokens; the Gram matrices `[D, D]`
     are `head_gram` of each head. If a Gram matrix is `[D + 1, D + 1]`, the head has a bias and a column of
     ones is appended to the hidden states. A factor on the logits changes nothing; a softcap is not linear and
-    has no such form. Returns a scalar. Our identity; the loss is LLaVA-KD's.
+    has no such form. source: "logits" (LLaVA-KD's code), or "hidden" for the hidden states themselves, without
+    Gram matrices of heads. Returns a scalar. Our identity; the loss is LLaVA-KD's.
     """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}; it must be one of {', '.join(SOURCES)}")
     _check_rows(student, teacher)
-    return _distance(_gram_of_logits(student, student_gram), _gram_of_logits(teacher, teacher_gram))
+    if source == "hidden":
+        return relation(student, teacher)
+    return _distance(_gram_of_logits(student, student_gram), _gram_of_logits(teacher, teacher_gram)).to(
+        result_dtype(student, teacher)
+    )
 
 
 def head_gram(weight: Tensor, bias: Tensor | None = None, block: int = 16384) -> Tensor:
@@ -52,7 +63,7 @@ def head_gram(weight: Tensor, bias: Tensor | None = None, block: int = 16384) ->
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(result_dtype(x))
 
 
 def _check_rows(student: Tensor, teacher: Tensor) -> None:
@@ -78,10 +89,8 @@ def _gram_of_logits(hidden: Tensor, gram: Tensor) -> Tensor:
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
     # 1 - cos(a, b) = |a/|a| - b/|b||² / 2: no difference of nearly equal numbers when the two agree well.
-    exact = torch.float32 if student.device.type == "mps" else torch.float64
-    a, b = _unit(student.to(exact)), _unit(teacher.to(exact))  # [N, N] each
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return ((a - b).square().sum() / 2).to(dtype)
+    a, b = _unit(exact(student)), _unit(exact(teacher))  # [N, N] each
+    return (a - b).square().sum() / 2
 
 
 def _unit(x: Tensor) -> Tensor:

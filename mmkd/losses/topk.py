@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mmkd.losses.numerics import exact, result_dtype
+
 
 def top_k_forward_kl(student: Tensor, ids: Tensor, log_probs: Tensor, tail: Tensor) -> Tensor:
     """`Σ_{i in top-k} p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest)` of each row.
@@ -12,10 +14,8 @@ def top_k_forward_kl(student: Tensor, ids: Tensor, log_probs: Tensor, tail: Tens
     above the full KL, and equal to it if the student spreads its rest as the teacher does. The rest's mass keeps q from
     growing without bound on the k tokens, as renormalised top-k losses let it.
     """
-    wide = _wide(student)
-    log_q, log_rest = _coarse(wide, ids)  # [R, k], [R]
-    log_p, log_tail = log_probs.to(wide.dtype), tail.to(wide.dtype)
-    return _values(log_q, log_rest, log_p, log_tail)
+    log_q, log_rest = _coarse(exact(student), ids)  # [R, k], [R]
+    return _values(log_q, log_rest, exact(log_probs), exact(tail)).to(result_dtype(student))
 
 
 class TopKForwardKL:
@@ -25,7 +25,7 @@ class TopKForwardKL:
         return top_k_forward_kl(student, ids, log_probs, tail)
 
     def value_and_grad(self, student, teacher, targets, shared, ids, log_probs, tail) -> tuple[Tensor, Tensor]:
-        wide = _wide(student)
+        wide = student.to(result_dtype(student))
         log_q, log_rest = _coarse(wide, ids)  # [R, k], [R]
         log_p, log_tail = log_probs.to(wide.dtype), tail.to(wide.dtype)
         values = _values(log_q, log_rest, log_p, log_tail)
@@ -37,6 +37,7 @@ class TopKForwardKL:
 
 
 _FAR = 80.0  # exp(80) is finite in float32
+_ABSENT = -1e30
 
 
 def _values(log_q: Tensor, log_rest: Tensor, log_p: Tensor, log_tail: Tensor) -> Tensor:
@@ -47,9 +48,6 @@ def _values(log_q: Tensor, log_rest: Tensor, log_p: Tensor, log_tail: Tensor) ->
 def _coarse(student: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The student's log-probabilities of the k tokens `[R, k]`, and of all others together `[R]`."""
     normaliser = student.logsumexp(-1)  # [R]
-    rest = student.scatter(-1, ids, -torch.inf).logsumexp(-1)  # [R]
+    # Not -inf: with every token among the k, nothing would be left, and its gradient be NaN.
+    rest = student.scatter(-1, ids, _ABSENT).logsumexp(-1)  # [R]
     return student.gather(-1, ids) - normaliser.unsqueeze(-1), rest - normaliser
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

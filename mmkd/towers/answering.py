@@ -1,12 +1,11 @@
 """Answers of a tower: by greedy generation, or by the likelihood of given choices. Each picture is seen once.
 
-Visual tokens are kept in a `VisionCache`, and with them what the processor made of the picture but its pixels: with
+Visual tokens are kept in a cache (`VisionCache`), and with them what the processor made of the picture but its pixels: with
 both, the next question on a picture costs neither its decoding nor its resizing nor the vision encoder.
 """
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,14 +17,14 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from mmkd.data.samples import Sample
+from mmkd.towers.families import GRIDS
+from mmkd.towers.greedy import Prompt, greedy
+from mmkd.towers.vision_cache import Key
 
 if TYPE_CHECKING:
     from mmkd.towers.tower import Encoded, Tower
 
-DEFAULT_CACHE_BYTES = 2**30
 _SMALL = 4096  # elements; whatever is larger and of floating point is pixels
-
-Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -43,48 +42,18 @@ class SeenOnce:
         return sum(token.numel() * token.element_size() for token in self.tokens)
 
 
-class VisionCache(UserDict):
-    """Seen pictures by the keys of a sample's images; over `max_bytes` the oldest go first.
-
-    Values have `nbytes`. One value larger than the budget is kept alone.
-    """
-
-    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        super().__init__()
-        self.max_bytes, self.bytes = max_bytes, 0
-
-    def __setitem__(self, key: Key, value: Any) -> None:
-        if key in self.data:
-            del self[key]
-        while self.data and self.bytes + value.nbytes > self.max_bytes:
-            del self[next(iter(self.data))]
-        self.data[key] = value
-        self.bytes += value.nbytes
-
-    def __delitem__(self, key: Key) -> None:
-        self.bytes -= self.data.pop(key).nbytes
-
-
 @torch.no_grad()  # not inference mode: what a module keeps from here must do for training, too
 def generate(
     tower: Tower, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
 ) -> list[str]:
-    """Greedy answers of one batch, left-padded."""
+    """Greedy answers of one batch."""
     with _evaluating(tower):
         encoded, tokens = _encode(tower, samples, cache)
-        inputs = tower.collate(encoded, padding_side="left").to(tower.device)
-        out = tower.model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            mm_encoder_outputs=tower.encoder_outputs(tokens),
-            **tower.layout(inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tower.pad_id,
-            eos_token_id=sorted(tower.stop_ids),
-        )  # [B, L + new]
-    answers = tower.tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        by_sample = _by_sample(tower, encoded, tokens)
+        keys = [tuple(ref.key for ref in sample.images) for sample in samples]
+        prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
+        out = greedy(tower, prompts, max_new_tokens)  # [B, new]
+    answers = tower.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [answer.strip() for answer in answers]  # templates may leave a space before the answer
 
 
@@ -180,20 +149,24 @@ def _see(tower: Tower, encoded: list[Encoded]) -> list[list[Tensor]]:
     """Visual tokens of each sample's pictures."""
     if not encoded:
         return []
-    entries = iter(tower.see(tower.collate(encoded).to(tower.device)).tokens)
-    found = []
+    return _by_sample(tower, encoded, tower.see(tower.collate(encoded).to(tower.device)).tokens)
+
+
+def _by_sample(tower: Tower, encoded: Sequence[Encoded], tokens: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Each sample's share of the visual tokens of all of them."""
+    entries, found = iter(tokens), []
     for one in encoded:  # a picture is one entry, or several where a family cuts it up
-        tokens, missing = [], tower.visual_count(one)
+        own, missing = [], tower.visual_count(one)
         while missing > 0:
-            tokens.append(next(entries))
-            missing -= len(tokens[-1])
-        found.append(tokens)
+            own.append(next(entries))
+            missing -= len(own[-1])
+        found.append(own)
     return found
 
 
 def _without_pixels(encoded: Encoded) -> Encoded:
     """Only what tokens are placed by stays: the grids."""
-    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name.endswith("grid_thw")})
+    return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name in GRIDS})
 
 
 def _encode_one(

@@ -30,7 +30,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmkd.data.samples import DataError, Sample, Turn
 from mmkd.towers import answering
 from mmkd.towers.experts import idle_parameters
-from mmkd.towers.families import LANGUAGE_NAMES, NESTED, PROJECTORS, STACKED, TOKEN_TYPES, VISION_NAMES, child
+from mmkd.towers.families import (
+    ABSOLUTE,
+    DEEPSTACK,
+    GRIDS,
+    GROUPED,
+    LANGUAGE_NAMES,
+    NESTED,
+    PROJECTORS,
+    SHUFFLE_NAMES,
+    STACKED,
+    TOKEN_MARKS,
+    TOKEN_TYPES,
+    VISION_NAMES,
+    WIDE,
+    child,
+)
 
 IGNORE = -100  # target of a position that predicts nothing that is supervised
 
@@ -95,11 +110,24 @@ class TowerInputs:
 
 @dataclass
 class Seen:
-    """What a tower saw: one entry an image."""
+    """What a tower saw: one entry an image.
 
-    features: list[Tensor]  # each [n_i, Dv], before the projector
+    Some families (Qwen3-VL) also add features of the picture to the hidden states of their first k layers. Those stand behind
+    the visual token: such tokens are [n_i, (1 + k) D].
+    """
+
+    features: list[Tensor]  # each [n_i, Dv], before the projector; empty where a family does not tell whose is whose
     tokens: list[Tensor]  # each [n_i, D], after it
     output: Any = field(default=None, repr=False)  # transformers' own output object, with whatever else a family adds
+
+
+@dataclass
+class VisualTokens(BaseModelOutputWithPooling):
+    """Visual tokens as transformers' models take them, with those that go to their first layers."""
+
+    deepstack_features: list[tuple[Tensor, ...]] | None = None  # of each layer one [n_i, D] an image
+    router_logits: Tensor | None = None
+    visual_indicator_features: Tensor | None = None  # Ovis2's tokens between pictures, the same for all
 
 
 class Tower:
@@ -117,6 +145,7 @@ class Tower:
                 "or assemble the tower with a template of mmkd.towers.assemble.CHAT_TEMPLATES"
             )
         self._image_token_id = _image_token_id(model, processor)
+        self._indicators: Tensor | None = None  # of `VisualTokens`, from the latest `see`
 
     # ---- making, saving ------------------------------------------------------------------------------------------
 
@@ -163,7 +192,7 @@ class Tower:
         return self.model.base_model
 
     @property
-    def projector_path(self) -> str:
+    def projector_path(self) -> str | tuple[str, ...]:
         """Path of the projector below `base`. Raises TowerError for a family whose projector is not known."""
         kind = self.model.config.model_type
         if kind not in PROJECTORS:
@@ -172,7 +201,10 @@ class Tower:
 
     @property
     def projector(self) -> nn.Module:
-        return self.base.get_submodule(self.projector_path)
+        path = self.projector_path
+        if isinstance(path, str):
+            return self.base.get_submodule(path)
+        return nn.Sequential(*map(self.base.get_submodule, path))
 
     @property
     def vision(self) -> nn.Module:
@@ -214,18 +246,20 @@ class Tower:
 
     @property
     def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+        own = self.model.get_output_embeddings()
+        return own if own is not None else self.language.get_output_embeddings()
 
     @cached_property
     def logit_rule(self) -> tuple[float, float | None]:
         """(scale, soft cap) between the head and this model's logits: `cap * tanh(scale * head(h) / cap)`.
 
-        A text configuration names them (Granite, Cohere, Gemma), but not every class around it applies them, so they are found
-        by comparing with the model's own forward pass. Raises TowerError when none explains its logits.
+        A text configuration names them (Granite, Cohere, Gemma, Muse), but not every class around it applies them, so they
+        are found by comparing with the model's own forward pass. Raises TowerError when none explains its logits.
         """
         config = self.model.config.get_text_config()
-        divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
-        scale = 1.0 / divisor if divisor else factor or 1.0
+        factors = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier")]
+        divisor = getattr(config, "logits_scaling", None)
+        scale = 1.0 / divisor if divisor else next(filter(None, factors), 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         candidates = list(dict.fromkeys([(1.0, None), (scale, cap), (scale, None), (1.0, cap)]))
         if len(candidates) == 1:
@@ -234,13 +268,15 @@ class Tower:
         self.model.eval()
         with torch.no_grad():
             ids = torch.tensor([self.tokenizer("a b c", add_special_tokens=False)["input_ids"]], device=self.device)
-            own = self.model(input_ids=ids, use_cache=False).logits.float()  # [1, L, V]
-            raw = self.head(self.base(input_ids=ids, use_cache=False).last_hidden_state).float()
+            with _first_input(self.head) as hidden:
+                own = self.model(input_ids=ids, use_cache=False).logits.float()  # [1, L, V]
+            raw = self.head(hidden[0]).float()
         self.model.train(was_training)
-        for scale, cap in candidates:
-            logits = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
-            if (logits - own).abs().max() <= 1e-2 * own.abs().max():
-                return scale, cap
+        # The nearest, not the first within reach: small logits are hardly capped, and every rule seems to hold for them.
+        errors = {rule: float((_ruled(raw, *rule) - own).abs().max()) for rule in candidates}
+        best = min(candidates, key=errors.__getitem__)
+        if errors[best] <= 1e-2 * float(own.abs().max()):
+            return best
         raise TowerError(f"the logits of {type(self.model).__name__} are not its head's, scaled or soft-capped; it cannot distil")
 
     def freeze(self) -> Tower:
@@ -294,7 +330,7 @@ class Tower:
                 pixels.append(new_pixels)
             ids += piece
             supervised += self._supervised(piece) if is_answer else [False] * len(piece)
-        return self._fit(sample, ids, supervised, _concatenate(pixels), with_answer)
+        return self._fit(sample, ids, supervised, self._joined(pixels), with_answer)
 
     def _segments(self, sample: Sample, with_answer: bool) -> list[tuple[str, bool, int]]:
         """The chat template's text cut into pieces: (text, is an answer, images in it)."""
@@ -331,9 +367,11 @@ class Tower:
         special = first and not (bos and text.startswith(bos))
         if not pictures:
             return self.tokenizer(text, add_special_tokens=special)["input_ids"], {}
-        batch = self.processor(text=[text], images=pictures, return_tensors="pt", add_special_tokens=special)
+        nested = self.model.config.model_type in GROUPED
+        images = [pictures] if nested else pictures
+        batch = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=special)
         skip = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-        pixels = {k: v for k, v in batch.items() if k not in skip}
+        pixels = {k: torch.as_tensor(v) for k, v in batch.items() if k not in skip}
         if self.model.config.model_type in NESTED:
             pixels = {k: v.transpose(0, 1) for k, v in pixels.items()}
         return batch["input_ids"][0].tolist(), pixels
@@ -393,9 +431,17 @@ class Tower:
             attention_mask=mask,
             targets=stack([e.targets for e in encoded], IGNORE),
             visual=(input_ids == self._image_token_id) & mask.bool(),
-            pixels=_concatenate([e.pixels for e in encoded]),
+            pixels=self._joined([e.pixels for e in encoded]),
             images=[e.images for e in encoded],
         )
+
+    def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return _concatenate(pixels, wide=self.model.config.model_type in WIDE)
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that marks a visual position."""
+        return self._image_token_id
 
     def visual_count(self, encoded: Encoded) -> int:
         """Visual tokens of one prepared sample, all its images together."""
@@ -411,7 +457,7 @@ class Tower:
         own = int(is_visual.sum())
         if own == count:
             return encoded
-        if any(name.endswith("grid_thw") for name in encoded.pixels):
+        if any(name in GRIDS for name in encoded.pixels):
             raise TowerError(
                 f"{self.model.config.model_type!r} places its {own} visual tokens by the grid of its own patches, so {count} "
                 "tokens of another encoder have no place in it; use an encoder with the same count, or another teacher"
@@ -424,11 +470,6 @@ class Tower:
         repeats = torch.where(is_visual, first.long() * (count // encoded.images), 1)
         targets = encoded.targets.repeat_interleave(repeats)
         return replace(encoded, input_ids=encoded.input_ids.repeat_interleave(repeats), targets=targets)
-
-    @property
-    def image_token_id(self) -> int:
-        """The placeholder of a visual token."""
-        return self._image_token_id
 
     @property
     def pad_id(self) -> int:
@@ -445,7 +486,11 @@ class Tower:
         pixels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.pixels.items()}
         with _first_input(self.projector) as captured:
             output = self.base.get_image_features(**pixels, return_dict=True)
-        tokens = list(output.pooler_output)
+        tokens = _split_tokens(output.pooler_output, inputs)
+        if (indicators := getattr(output, "visual_indicator_features", None)) is not None:
+            self._indicators = indicators.detach()
+        if layers := getattr(output, "deepstack_features", None):
+            tokens = [torch.cat([token, *more], dim=-1) for token, *more in zip(tokens, *layers, strict=True)]
         return Seen(_per_image(captured, tokens), tokens, output)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -462,28 +507,45 @@ class Tower:
             return list(tokens.reshape(len(features), -1, tokens.shape[-1]))
         return [self.projector(f[None]).flatten(0, -2) for f in features]
 
+    @property
+    def _merged_patches(self) -> int:
+        """Neighbouring features that the projector's own pixel shuffle makes one of."""
+        sides = [getattr(self.projector, name, None) for name in SHUFFLE_NAMES]
+        return next((side**2 for side in sides if isinstance(side, int)), 1)
+
+    @property
+    def _first_inputs(self) -> int | None:
+        """What the projector's first matrix reads."""
+        return next((m.in_features for m in self.projector.modules() if isinstance(m, nn.Linear)), None)
+
     @cached_property
     def feature_width(self) -> int:
         """Width Dv that the projector reads: that of its first norm or matrix, before a pixel shuffle of its own."""
         for module in self.projector.modules():
             if isinstance(module, nn.Linear):
-                return module.in_features // getattr(self.projector, "scale_factor", 1) ** 2
+                return module.in_features // self._merged_patches
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:
-                return len(weight)
+                return len(weight) // (self._merged_patches if len(weight) == self._first_inputs else 1)
         raise TowerError(f"{type(self.projector).__name__} has neither a norm nor a matrix that tells its input width")
 
     def read(self, inputs: TowerInputs, visual_tokens: Sequence[Tensor] | Seen) -> Tensor:
         """Text and visual tokens -> last hidden states before the head. [B, L, D]"""
-        output = self.base(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            mm_encoder_outputs=self.encoder_outputs(visual_tokens),
-            use_cache=False,
-            return_dict=True,
+        arguments = {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+            "mm_encoder_outputs": self.encoder_outputs(visual_tokens),
+            "use_cache": False,
+            "return_dict": True,
             **self.layout(inputs),
-        )
-        return output.last_hidden_state
+        }
+        if self.model.config.model_type in ABSOLUTE:
+            arguments["position_ids"] = (inputs.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        if self.base is not self.model:
+            return self.base(**arguments).last_hidden_state
+        with _first_input(self.head) as captured:  # a family whose head cannot be left away
+            self.model(**arguments)
+        return captured[0]
 
     def encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
         """Visual tokens in the form in which transformers takes them; {} when there is no image."""
@@ -491,16 +553,37 @@ class Tower:
             return {"image": tokens.output} if tokens.output is not None else {}
         if not len(tokens):
             return {}
-        pooled = torch.cat(list(tokens)) if self.model.config.model_type in STACKED else list(tokens)
-        return {"image": BaseModelOutputWithPooling(pooler_output=pooled)}
+        pooled, layers = self._deepstack(tokens)
+        stacked = torch.cat(pooled)[None] if self.model.config.model_type in STACKED else pooled
+        return {"image": VisualTokens(
+            pooler_output=stacked, deepstack_features=layers, visual_indicator_features=self._indicators
+        )}
+
+    def _deepstack(self, tokens: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, ...]] | None]:
+        """Visual tokens and what goes to the first layers, one tuple a layer. Tokens of another encoder bring none of that."""
+        if self.model.config.model_type not in DEEPSTACK:
+            return list(tokens), None
+        width = self.model.get_input_embeddings().weight.shape[1]
+        pieces = [token.split(width, dim=-1) for token in tokens]
+        return [piece[0] for piece in pieces], list(zip(*(piece[1:] for piece in pieces), strict=True))
 
     def layout(self, inputs: TowerInputs) -> dict[str, Tensor]:
         """What some families place their tokens by, beside ids and mask: token types, and the pictures' grids."""
-        marks = {"mm_token_type_ids": inputs.visual.long()}
-        if kind := TOKEN_TYPES.get(self.model.config.model_type):
-            marks["token_type_ids"] = getattr(inputs, kind).long()
-        marks |= {name: grid for name, grid in inputs.pixels.items() if name.endswith("grid_thw")}
+        ids = [i for i in getattr(self.processor, "image_token_ids", None) or [] if i is not None] or [self._image_token_id]
+        is_image = torch.isin(inputs.input_ids, torch.tensor(ids, device=inputs.input_ids.device))
+        marks = {"mm_token_type_ids": (is_image & inputs.attention_mask.bool()).long()}
+        kind = self.model.config.model_type
+        if kind in TOKEN_TYPES:
+            marks["token_type_ids"] = getattr(inputs, TOKEN_TYPES[kind]).long()
+        for name, tokens in TOKEN_MARKS.get(kind, {}).items():
+            ids = torch.tensor([getattr(self.model.config, token) for token in tokens], device=inputs.input_ids.device)
+            marks[name] = torch.isin(inputs.input_ids, ids).long()
+        marks |= {name: grid for name, grid in inputs.pixels.items() if name in GRIDS}
         return {name: mark for name, mark in marks.items() if name in self._arguments}
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model without its head has an argument of this name."""
+        return argument in self._arguments
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
@@ -511,7 +594,7 @@ class Tower:
     def answer(
         self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None
     ) -> list[str]:
-        """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `answering.VisionCache`)."""
+        """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `VisionCache`)."""
         return answering.generate(self, samples, max_new_tokens, vision_cache)
 
     def choose(
@@ -539,14 +622,21 @@ class Tower:
         return {"weight_bytes": sum(sizes.values()), "dtype": max(sizes, key=sizes.__getitem__), "device": str(self.device)}
 
 
-def _concatenate(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pixel inputs of several pieces joined along the image (or patch) axis.
+def _ruled(raw: Tensor, scale: float, cap: float | None) -> Tensor:
+    return raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+
+
+def _concatenate(pixels: Sequence[dict[str, Tensor]], wide: bool = False) -> dict[str, Tensor]:
+    """Pixel inputs of several pieces joined along the image (or patch) axis; `wide`: the pictures side by side.
 
     Families whose pictures differ in size or number of crops fill up with zeros at the end of the other axes, as their
     own processors do within one call.
     """
     names = sorted({name for piece in pixels for name in piece})
-    return {name: torch.cat(_same_shape([piece[name] for piece in pixels if name in piece])) for name in names}
+    pieces = {name: [piece[name] for piece in pixels if name in piece] for name in names}
+    if wide:
+        return {name: torch.cat(parts, dim=-1 if parts[0].is_floating_point() else 0) for name, parts in pieces.items()}
+    return {name: torch.cat(_same_shape(parts)) for name, parts in pieces.items()}
 
 
 def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
@@ -559,22 +649,41 @@ def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _first_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Records the first positional input of each call of `module`."""
+    """Records the first input of each call of `module`, or of the first of several that follow each other."""
     captured: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    first = module[0] if type(module) is nn.Sequential else module
+
+    def record(_: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
+        captured.append(positional[0] if positional else next(iter(named.values())))
+
+    handle = first.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield captured
     finally:
         handle.remove()
 
 
+def _split_tokens(pooled: Any, inputs: TowerInputs) -> list[Tensor]:
+    """Visual tokens, one [n_i, D] an image, from the list or the tensor that a family gives."""
+    if not isinstance(pooled, Tensor):
+        return list(pooled)
+    if pooled.dim() == 3:
+        return list(pooled)
+    counts = zip(inputs.visual.sum(1).tolist(), inputs.images, strict=True)  # those of one sample have equal shares
+    return list(pooled.split([count // images for count, images in counts for _ in range(images)]))
+
+
 def _per_image(captured: list[Tensor], tokens: list[Tensor]) -> list[Tensor]:
-    """The projector's inputs, one [n_i, Dv] an image."""
+    """The projector's inputs, one [n_i, Dv] an image; none where a family's packing does not tell which belongs to which."""
+    captured = [batch for batch in captured if batch.dim() > 1]
     features = [f for batch in captured for f in (batch if batch.dim() == 3 else [batch])]
     if len(features) == len(tokens):
         return features
     flat = torch.cat([f.flatten(0, -2) for f in features])  # [sum n, Dv], families that pack all images
-    share = len(flat) // sum(len(t) for t in tokens)  # encoder positions behind one visual token
+    count = sum(len(t) for t in tokens)
+    if not count or len(flat) % count:
+        return []
+    share = len(flat) // count  # encoder positions behind one visual token
     return list(flat.split([len(t) * share for t in tokens]))
 
 

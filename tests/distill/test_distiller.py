@@ -1,9 +1,12 @@
 """The distiller: every term against a plain float64 computation on whole logits, and what must not change a loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.data.samples import DataError, ImageError
 from mmkd.distill.collate import COUNTS, Collator, PairDataset
@@ -317,6 +320,99 @@ def test_unreadable_pictures_are_counted_and_limited(tmp_path):
     assert not isinstance(error.value, ImageError)
 
 
+# ---- options of the specifications -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["answer", "text", "all"])
+def test_other_positions_equal_a_plain_computation(tmp_path, positions):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3, text_only=1, two_images=1)
+    loss, log, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", positions)])
+    zs, zt = plain(student, batch.student), plain(teacher, batch.teacher)
+    values = {"answer": [], "text": [], "all": []}
+    for b, places in enumerate(batch.student.attention_mask.sum(1).tolist()):
+        for t in range(places):
+            value = kl(zt[b, t], zs[b, t])
+            values["all"].append(value)
+            if t > 0 and batch.student.targets[b, t - 1] >= 0:
+                values["answer"].append(value)
+            if t + 1 < places and not batch.student.visual[b, t + 1]:
+                values["text"].append(value)
+    expected = torch.stack(values[positions])
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert int(log[f"forward_kl_{positions}_student"][1]) == len(expected)
+
+
+def test_M1_the_unshifted_mask_is_one_row_late(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3)
+    shifted = loss_of(student, teacher, samples, [term("forward_kl")])[0]
+    late, _, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", "answer")])
+    assert late.item() != pytest.approx(shifted.item(), rel=1e-3)
+    assert torch.equal(batch.student.answer[:, 1:], batch.student.response[:, :-1])
+
+
+def test_sum_over_a_samples_rows(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 3, text_only=1)
+    by_row = [term("forward_kl"), term("forward_kl", path="switch")]
+    mean, _, batch, _ = loss_of(student, teacher, samples, by_row)
+    rows, switched = float(batch.student.response.sum()), float(batch.counts[COUNTS.index("switch")])
+    parts = [float(loss_of(student, teacher, samples, [t])[0]) for t in by_row]
+    summed, _, _, _ = loss_of(student, teacher, samples, [replace(t, reduction="sum") for t in by_row])
+    assert summed.item() == pytest.approx(parts[0] * rows / 4 + parts[1] * switched / 3, rel=1e-5)
+    assert mean.item() == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_relation_of_hidden_states(tmp_path):
+    student, teacher = towers()
+    samples = tiny_samples(tmp_path, 2, two_images=1)
+    loss, _, batch, _ = loss_of(student, teacher, samples, [term("relation", source="hidden")])
+    values = []
+    for b, images in enumerate(batch.student.images):
+        each = []
+        for tower, inputs in ((student, batch.student), (teacher, batch.teacher)):
+            out = tower.base(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels)
+            each.append(out.last_hidden_state[b][inputs.visual[b]].double().chunk(images))
+        values += [1 - F.cosine_similarity((y @ y.T).flatten(), (x @ x.T).flatten(), dim=0) for y, x in zip(*each, strict=True)]
+    assert loss.item() == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
+    assert loss.item() != pytest.approx(float(loss_of(student, teacher, samples, [term("relation")])[0]), rel=1e-2)
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most rows of any tensor with a column for each token, whatever makes it, forward or backward."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return out
+
+
+def test_llava_kd_makes_no_logits_of_all_visual_rows(tmp_path):
+    """MDist at response and visual rows and RDist of several images a sample, where [N, V] alone would burst the budget."""
+    fine = {"vision": VISIONS["vit"] | {"image_size": 64}, "image_size": (64, 64), "tokenizer": TOKENIZER}
+    student, teacher = tiny_tower(1, 16, **fine), tiny_tower(2, 32, **fine)
+    samples = tiny_samples(tmp_path, 1, two_images=2, text_only=1)
+    terms = [term("cross_entropy"), term("forward_kl"), term("forward_kl", "visual"), term("relation", weight=0.5)]
+    vocabulary, budget = len(TOKENIZER), 2**18
+    with LargestLogits(vocabulary) as largest:
+        loss, log, batch, _ = loss_of(student, teacher, samples, terms, chunk_bytes=budget)
+    assert batch.student.visual.sum(1).tolist() == [64, 128, 128, 0] and int(log["relation_response_student"][1]) == 5
+    chunk = budget // 2 // (2 * 4 * vocabulary)  # half the budget holds both towers' logits of a chunk
+    assert 32 < largest.rows <= chunk < 64, "not even one image's logits are ever there (32 rows are the teacher's head)"
+    with LargestLogits(vocabulary) as naive:
+        plain(student, batch.student)
+    assert naive.rows == batch.student.input_ids.numel() > 320
+    whole = loss_of(student, teacher, samples, terms, chunk_bytes=2**28)[0]
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
 def frozen_pair(tmp_path):
     """Towers of one encoder, which is frozen in the student; their projectors and language models differ."""
     student, teacher = towers()
@@ -358,3 +454,28 @@ def test_an_encoder_that_differs_or_learns_runs_for_both(tmp_path, change):
     for number in (1, 2):
         distiller(batch_of(student, teacher, samples, terms))
         assert len(looks) == number
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "text", "visual", "all"])
+def test_the_switch_at_other_positions(tmp_path, positions):
+    student, teacher = towers(chat_template="<|system|>" + CHAT_TEMPLATES["simple"])  # its prompts need not be the student's
+    samples = tiny_samples(tmp_path, 2, text_only=1)
+    if positions == "all":
+        teacher = towers()[1]
+    half = replace(term("forward_kl", path="switch", weight=0.5), name="half")
+    loss, log, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", positions, "switch"), half])
+    zt = plain(teacher, batch.teacher)
+    zw = teacher.head(teacher.read(batch.switch, teacher.project(student.see(batch.student).features))).double()
+    values = {"visual": [], "prompt": [], "response": [], "all": []}
+    for b, places in enumerate(batch.switch.attention_mask.sum(1).tolist()):  # pictured samples come first here
+        for t in range(places):
+            value = kl(zt[b, t], zw[b, t])
+            values["all"].append(value)
+            if batch.switch.visual[b, t]:
+                values["visual"].append(value)
+            if t + 1 < places and not batch.switch.visual[b, t + 1]:
+                values["response" if batch.switch.targets[b, t] >= 0 else "prompt"].append(value)
+    values["text"] = values["prompt"] + values["response"]
+    mean = {name: torch.stack(found).mean().item() for name, found in values.items()}
+    assert loss.item() == pytest.approx(mean[positions] + 0.5 * mean["response"], rel=1e-5)
+    assert int(log[f"forward_kl_{positions}_switch"][1]) == len(values[positions])

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny import VISIONS, tiny_picture, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, language_config, tiny_picture, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
 
 from mmkd.data.preference import REJECTED, rejected_of
@@ -18,10 +18,14 @@ from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, last
 from mmkd.distill.reference import LogProbCache, fill_reference
 from mmkd.distill.rows import Head, row_log_probs
 from mmkd.distill.run import distill
-from mmkd.distill.stages import train
+from mmkd.distill.stages import stage_samples, train
 from mmkd.distill.terms import Schedule, Term
+from mmkd.losses import load_balance
 from mmkd.recipe import Recipe
 from mmkd.towers.assemble import train_tokenizer
+from mmkd.towers.experts import recorded_routing
+from mmkd.towers.tower import Tower
+from mmkd.towers.upcycle import upcycle
 
 TOKENIZER = tiny_tokenizer()
 OTHER_ANSWERS = ("C", "round square", "left of right of A")
@@ -389,3 +393,49 @@ def test_data_without_pairs_is_refused_before_anything_is_loaded(data):
     spec.stages["prefer"].data[0].format = "jsonl"
     with pytest.raises(DataError, match="has one answer, not a chosen and a rejected one"):
         distill(spec)
+
+
+# ---- sparse students -------------------------------------------------------------------------------------------------
+
+
+def test_the_balance_counts_once_over_both_answers(tmp_path):
+    """LLaVA-MoD's stage loss: the preference term plus 0.01 times the balance of the chosen and of the rejected reading."""
+    dense = tiny_tower(1, language=language_config("qwen3", layers=3), tokenizer=TOKENIZER)
+    student = upcycle(dense, experts=4, top_k=2, seed=2)[0]
+    teacher = towers()[1]
+    samples = tiny_pairs(tmp_path, 3, text_only=1)
+    terms = [term("dpo"), term("load_balance", weight=0.01)]
+    dataset = dataset_of(student, teacher, samples, terms, tmp_path / "cache")
+    loss, log, batch, gradients = loss_of(dataset, terms)
+    places, balance = {}, 0.0
+    for inputs in (student.prepare(samples), student.prepare([rejected_of(s) for s in samples])):
+        mask = inputs.attention_mask.bool()
+        with recorded_routing(student) as routing:
+            student.read(inputs, student.see(inputs))
+        for layer, found in routing.items():
+            balance += load_balance(found.logits.double(), mask.flatten()).item()
+            chosen = found.logits.view(*mask.shape, -1)[mask].topk(2).indices.flatten()
+            places[layer] = places.get(layer, 0) + chosen.bincount(minlength=4)
+    total, count = log["load_balance"]
+    assert (total / count).item() == pytest.approx(balance, rel=1e-5)
+    assert loss.item() == pytest.approx((log["dpo"][0] / 4).item() + 0.01 * balance, rel=1e-5)
+    routers = [name for name in gradients if "mlp.gate.weight" in name]
+    assert len(routers) == 2 and all(gradients[name].abs().sum() > 0 for name in routers)
+    distiller = PreferenceDistiller(student, None, terms)
+    distiller(batch)
+    assert {layer: n.tolist() for layer, n in distiller.routed.items()} == {layer: n.tolist() for layer, n in places.items()}
+
+
+def test_a_sparse_student_is_trained_on_pairs_and_its_experts_are_reported(data):
+    dense = tiny_tower(16, 16, tokenizer=TOKENIZER)
+    upcycle(dense, experts=3, layers="all")[0].save(data / "sparse")
+    spec = recipe(data, {"dpo": 1.0, "load_balance": 0.01}, student={"model": str(data / "sparse")}, control=False)
+    distill(spec)
+    rows = log_of(data / "out")
+    assert all({"dpo", "load_balance", "experts", "dpo_margin", "dpo_accuracy"} <= row.keys() for row in rows)
+    student = Tower.load(data / "out" / "student")
+    samples = stage_samples(spec, spec.stages["prefer"])
+    every = [i for s in samples for x in (s, rejected_of(s)) for i in student.encode(x).input_ids.tolist()]
+    assert sum(row["experts"]["tokens"] for row in rows) == 2 * len(every)  # 4 steps of 4 pairs: all 8 twice
+    for shares in rows[-1]["experts"]["layers"].values():
+        assert sum(shares) == pytest.approx(1, abs=1e-3)

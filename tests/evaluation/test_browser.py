@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from mmkd.evaluation.answer import evaluate
-from mmkd.evaluation.report import build_report
+from mmkd.evaluation.report import ModelFiles, build_comparison, build_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --no-first-run"
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
 
 
 class Browser:
@@ -76,26 +76,46 @@ class Browser:
 
 
 @pytest.fixture
-def page(tmp_path: Path, data: Path, benchmark_of, fake_tower):
+def open_page(tmp_path: Path):
+    """Opens a file at a phone's width."""
+    browser = Browser(tmp_path / "profile")
+    browser.call("Emulation.setDeviceMetricsOverride", **PHONE)
+
+    def open_file(path: Path) -> Browser:
+        browser.open(path)
+        return browser
+
+    yield open_file
+    browser.close()
+
+
+@pytest.fixture
+def answered(tmp_path: Path, data: Path, benchmark_of, fake_tower):
+    """Evaluations of three models, the second and the third wrong ever more often."""
     for role, wrong in (("teacher", 1), ("student", 4), ("control", 7)):
         answers = {f"{kind}-{i}": "wrong" for kind in ("red", "blue") for i in range(wrong)}
         out = tmp_path / "run" / "evaluation" / role / "tiny"
         evaluate(fake_tower(answers, role), benchmark_of(), out, data_root=data, progress=False)
-    report = build_report(tmp_path / "run")
-    browser = Browser(tmp_path / "profile")
-    browser.call("Emulation.setDeviceMetricsOverride", **PHONE)
-    browser.open(report)
-    yield browser
-    browser.close()
+    return tmp_path / "run"
 
 
 SHOWN = "[...document.querySelectorAll('.item')].filter(item => item.offsetParent).length"
 
 
-def test_the_report_in_a_browser(page: Browser) -> None:
+def no_complaint(page: Browser) -> None:
+    """Nothing was fetched, and the console is empty."""
+    requests = [e["params"]["request"]["url"] for e in page.events if e.get("method") == "Network.requestWillBeSent"]
+    assert all(url.startswith(("file:", "data:", "about:")) for url in requests)
+    complaints = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+    assert [event for event in page.events if event.get("method") in complaints] == []
+
+
+def test_the_report_in_a_browser(answered: Path, open_page) -> None:
+    page = open_page(build_report(answered))
     assert page.ask("document.documentElement.scrollWidth") <= PHONE["width"]
     everything = page.ask(SHOWN)
     assert everything == page.ask("document.querySelectorAll('.item').length") > 20
+    assert page.ask("[...document.images].every(image => image.naturalWidth > 0)")
 
     page.ask("document.getElementById('m-student-wrong').click()")
     wrong = page.ask(SHOWN)
@@ -109,8 +129,20 @@ def test_the_report_in_a_browser(page: Browser) -> None:
     page.press("ArrowRight", 39)
     assert page.ask("document.activeElement.id") == "m-student-right"
     assert page.ask("document.activeElement.checked") and page.ask(SHOWN) == everything - wrong
+    no_complaint(page)
 
-    requests = [e["params"]["request"]["url"] for e in page.events if e.get("method") == "Network.requestWillBeSent"]
-    assert all(url.startswith(("file:", "data:", "about:")) for url in requests)
-    complaints = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-    assert [event for event in page.events if event.get("method") in complaints] == []
+
+def test_a_comparison_in_a_browser(answered: Path, open_page, tmp_path: Path) -> None:
+    names = {"a model with quite a long name": "student", "other <b>": "control", "teacher": "teacher"}
+    models = {name: ModelFiles(answered / "evaluation" / role) for name, role in names.items()}
+    build_comparison(models, tmp_path / "page.html", "Three")
+    page = open_page(tmp_path / "page.html")
+    assert page.ask("document.documentElement.scrollWidth") <= PHONE["width"]
+    everything = page.ask(SHOWN)
+    page.ask("document.getElementById('m-m1-wrong').click()")
+    assert 0 < page.ask(SHOWN) == page.ask("document.querySelectorAll('.item.m1-wrong').length") < everything
+    # The student's lead over the control: a dot right of the middle.
+    place = "document.querySelector('.pair {}').getBoundingClientRect()"
+    middle = page.ask(f"({place}.left + {place}.right) / 2".replace("{}", ".track"))
+    assert page.ask(place.replace("{}", ".dot") + ".left") > middle
+    no_complaint(page)

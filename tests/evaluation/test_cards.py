@@ -8,6 +8,7 @@ import pytest
 from mmkd.cards import card_folders, did_you_mean, find_card, list_cards, load_card
 from mmkd.data.samples import DataError
 from mmkd.evaluation.benchmarks import Benchmark, load_benchmark, readme
+from mmkd.evaluation.retrieve import load_retrieval, retrieval_names
 
 REPO = Path(__file__).parents[2]
 CARD = "title: t\nformat: jsonl\nroot: .\nsplit: test\nprompt_style: plain\nmetric: exact_match\n"
@@ -29,11 +30,17 @@ def user_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_card_is_valid() -> None:
     files = sorted((REPO / "evaluation").glob("*.yaml"))
     cards = [load_benchmark(path) for path in files]
-    assert len(cards) == 30
+    assert len(cards) == 32
     for card in cards:
         assert card.notes and card.title
         assert all(reference.source for reference in card.reference_scores)
     assert [card.name for card in cards] == [path.stem for path in files]
+
+
+def test_every_retrieval_card_is_valid() -> None:
+    cards = [load_retrieval(name) for name in retrieval_names()]
+    assert [(card.name, card.expected_pictures) for card in cards] == [("coco_5k", 5000), ("flickr30k", 1000)]
+    assert all(card.notes and card.title and card.split == "test" for card in cards)
 
 
 def test_the_readme_is_up_to_date() -> None:

@@ -13,8 +13,8 @@ from mmkd.data.samples import Turn
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.compare import read_predictions
-from mmkd.towers.answering import VisionCache
 from mmkd.towers.tower import Tower
+from mmkd.towers.vision_cache import VisionCache
 
 WORDS = ["red", "what color is the round thing", "is it left of the square, or right?", "A B C"]
 CARD = Benchmark(

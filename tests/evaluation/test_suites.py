@@ -15,8 +15,6 @@ from mmkd.data.samples import DataError
 from mmkd.evaluation.benchmarks import SUITES, load_benchmark
 from mmkd.evaluation.suites import average, load_suite, server_scores
 
-PUBLISHED = ("TinyLLaVA Qwen2.5-3B", "TinyLLaVA Qwen2.5-0.5B", "LLaVA-KD Qwen2.5-0.5B", "Switch-KD 0.5B")
-
 
 def names() -> list[str]:
     return [name.removeprefix(SUITES) for name in list_cards("evaluation") if name.startswith(SUITES)]
@@ -29,16 +27,15 @@ def test_every_suite_is_valid() -> None:
         assert suite.notes and [b.name for b in suite.benchmarks()] == [part.benchmark for part in suite.parts]
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
 @pytest.mark.parametrize("name", ["llava_kd_10", "llava_kd_7"])
-def test_the_published_parts_give_the_published_average(name: str, model: str) -> None:
+def test_the_published_parts_give_the_published_average(name: str) -> None:
     """Seven or ten cards cite the parts, the suite's card the average; one number that was copied wrongly would show."""
     suite = load_suite(name)
     wanted = {score.model: score.score for score in suite.reference_scores}
-    if model not in wanted:
-        pytest.skip("the source prints no such average")
-    parts = {b.name: {s.model: s.score for s in b.reference_scores}[model] for b in suite.benchmarks()}
-    assert average(suite, {}, parts)["average"] == pytest.approx(wanted[model], abs=0.055)
+    assert len(wanted) >= 3
+    for model, mean in wanted.items():
+        parts = {b.name: {s.model: s.score for s in b.reference_scores}[model] for b in suite.benchmarks()}
+        assert average(suite, {}, parts)["average"] == pytest.approx(mean, abs=0.055), model
 
 
 def test_values_and_scales() -> None:

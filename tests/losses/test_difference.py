@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmkd.losses import DBiLD, cross_entropy, dbild, kneedle_k
+from mmkd.losses.difference import _gaps
 
 F64 = torch.float64
 ZT = torch.tensor([6.1, 0.5, 4.6, 0.1, 0.9, 5.2, 3.9, -0.4], dtype=F64)
@@ -59,13 +60,13 @@ def reference(s, t, temperature=3.0, window=64, min_k=4, direction="reverse", fi
 
 def test_S1_knee():
     assert raw_k(ZT) == 5 and raw_k(ZS) == 2 and raw_k(ZS, 4) == 4
+    top = torch.tensor([[10, 2, 1.8, 1.6, 1.4, 1.2, 1.0, 0.8]], dtype=F64)
+    close(_gaps(top)[0].amax(), 0.7267080745)
     assert raw_k([10, 2, 1.8, 1.6, 1.4, 1.2, 1.0, 0.8]) == 2
     assert raw_k([3.0] * 8) == 1
 
 
 def test_S1_gaps():
-    from mmkd.losses.difference import _gaps
-
     gaps, _ = _gaps(torch.stack([ZT, ZS]).sort(-1, descending=True).values)
     close(
         gaps[0], [0, -0.0043956044, -0.0549450549, -0.0901098901, 0.2285714286, 0.1472527473, 0.0659340659, 0]
@@ -80,13 +81,22 @@ def test_S2_fixed_k():
     close(row(fixed_k=3, direction="forward"), 0.3558557761)
     close(reference_branch(ZS, ZT, [0, 5, 2], 3.0, "reverse"), 0.0775409438)
     close(reference_branch(ZS, ZT, [1, 2, 0], 3.0, "reverse"), 0.2839067868)
+    close(reference_branch(ZS, ZT, [0, 5, 2], 3.0, "forward"), 0.0741734265)
+    close(reference_branch(ZS, ZT, [1, 2, 0], 3.0, "forward"), 0.2816823497)
+    close(pairs(ZT, [0, 5, 2], 3.0).exp(), [0.3198730563, 0.3906938333, 0.2894331104])
     close(pairs(ZS, [0, 5, 2], 3.0).exp(), [0.5100337955, 0.2894001471, 0.2005660574])
+    close(pairs(ZS, [1, 2, 0], 3.0).exp(), [0.3347469590, 0.4088608590, 0.2563921821])
+    close(pairs(ZT, [1, 2, 0], 3.0).exp(), [0.2509096485, 0.1521843946, 0.5969059569])
 
 
 def test_S3_dynamic_k():
     close(row(), 0.6478614197)
     close(row(min_k=3), 0.3500438428)
     close(row(min_k=1), 0.0661370560)
+    close(reference_branch(ZS, ZT, ZT.argsort(descending=True)[:5].tolist(), 3.0, "reverse"), 0.0661370560)  # L_t
+    close(reference_branch(ZS, ZT, ZS.argsort(descending=True)[:4].tolist(), 3.0, "reverse"), 0.5817243637)  # L_s
+    close(reference_branch(ZS, ZT, ZT.argsort(descending=True)[:5].tolist(), 1.0, "reverse"), 0.5418255435)
+    close(reference_branch(ZS, ZT, ZS.argsort(descending=True)[:4].tolist(), 1.0, "reverse"), 4.0413772763)
     close(row(temperature=1.0), 4.5832028198)
 
 
@@ -95,8 +105,10 @@ def test_S3_softmax_without_differences_is_another_loss():
         log_q, log_p = (ZS[ids] / 3).log_softmax(0), (ZT[ids] / 3).log_softmax(0)
         return (log_q.exp() * (log_q - log_p)).sum()
 
+    # The specification's number is that of four entries on the teacher's side too, though k_t is 5.
     teacher_led, student_led = plain(ZT.argsort(descending=True)[:4]), plain(ZS.argsort(descending=True)[:4])
     close(teacher_led, 0.0558016654)
+    close(plain(ZT.argsort(descending=True)[:5]), 0.0621181193)
     close(student_led, 0.4483336567)
     assert abs(teacher_led + student_led - row()) > 0.1
 

@@ -26,11 +26,18 @@ def test_M5_dpo():
     close(dpo(*FIRST), [0.6209570478, 0.8833821554])
     close(dpo(*FIRST).mean(), 0.7521696016)
     close(dpo(*SECOND), [0.5543552445, 0.7709570478])
+    close(dpo(*SECOND).mean(), 0.6626561461)
+    chosen, rejected = 0.1 * (FIRST[0] - FIRST[2]), 0.1 * (FIRST[1] - FIRST[3])
+    close(chosen, [0.10, -0.25])
+    close(rejected, [-0.05, 0.10])
+    assert (chosen > rejected).tolist() == [True, False]
 
 
 def test_M6_kto_pair():
     close(kto_pair(*FIRST), [0.4812587841, 0.5683199835, 0.4875026035, 0.5249791875])
     close(kto_pair(*FIRST).mean(), 0.5155151396)
+    close((FIRST[0] - FIRST[2]).mean().clamp(min=0), 0.0)  # KL+
+    close((FIRST[1] - FIRST[3]).mean().clamp(min=0), 0.25)  # KL-
     close(kto_pair(*SECOND), [0.4687906266, 0.4937503255, 0.4378234991, 0.5249791875])
     close(kto_pair(*SECOND).mean(), 0.4813359097)
 

@@ -22,6 +22,10 @@ def cosine(a, b):
 
 
 def test_L3_relation():
+    gram_s, gram_t = (ZS @ ZS.T), (ZT @ ZT.T)
+    close(gram_t, [[5.25, 4.00, 1.25], [4.00, 3.54, 2.23], [1.25, 2.23, 5.02]])
+    close(gram_s, [[1.14, 1.16, 0.81], [1.16, 2.81, 1.69], [0.81, 1.69, 1.90]])
+    close((gram_s * gram_t).sum() / (gram_s.norm() * gram_t.norm()), 0.8888248553)
     close(relation(ZS, ZT), 0.1111751447)
     close(relation(3 * ZS, ZT), 0.1111751447)
     unit = torch.nn.functional.normalize

@@ -35,7 +35,7 @@ def test_every_supported_family_is_tested():
 
 
 @pytest.mark.parametrize(("kind", "target", "layers"), PAIRS)
-def test_the_sparse_tower_computes_what_the_dense_one_does(kind, target, layers, tmp_path):
+def test_M7_the_sparse_tower_computes_what_the_dense_one_does(kind, target, layers, tmp_path):
     dense = dense_tower(kind)
     before = dense.fingerprint()
     sparse, receipt = upcycle(dense, experts=4, top_k=2, layers=layers, seed=1)

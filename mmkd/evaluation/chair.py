@@ -1,0 +1,112 @@
+"""CHAIR: which of the objects that a description names are not in the picture (Rohrbach et al. 2018, arXiv 1809.02156).
+
+Objects are COCO's 80, by the authors' table of synonyms (`coco_objects.yaml`). The authors take words to their singular with
+a library of English; here a word counts as a plural of whatever word of the table it is formed from, which is the same for
+the table's words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from mmkd.cards import read_yaml
+from mmkd.data.samples import DataError
+
+NO_OBJECT = "(no COCO object)"  # the reference of a picture without any
+
+_TABLE = Path(__file__).parent / "coco_objects.yaml"
+# What is joined by a hyphen is one word, as for the authors' tokenizer.
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
+_ENDINGS = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe"), ("men", "man"))
+
+
+@dataclass(frozen=True)
+class _Names:
+    """`objects`: name of one or two words -> object. `pairs`: two words -> what they are read as."""
+
+    objects: dict[str, str]
+    pairs: dict[str, str]
+    plurals: dict[str, str]
+    words: frozenset[str]
+
+
+@lru_cache(maxsize=1)
+def _names() -> _Names:
+    table = read_yaml(_TABLE)
+    objects = {name: kind for kind, names in table["objects"].items() for name in (kind, *names)}
+    pairs = {name: name for name in objects if " " in name}
+    for rule in table["read_as"]:
+        pairs |= {words.format(name): rule["as"].format(name) for words in rule["words"] for name in rule["names"]}
+    words = frozenset(word for name in (*objects, *pairs) for word in name.split())
+    return _Names(objects, pairs, table["plurals"], words)
+
+
+def coco_object(name: str) -> str:
+    """COCO's category of that name, such as "tv". Raises DataError for any other."""
+    if _names().objects.get(name) != name:
+        raise DataError(f"{name!r} is none of COCO's 80 objects; CHAIR is defined for these alone")
+    return name
+
+
+def mentions(text: str) -> list[str]:
+    """COCO's objects in the order in which a text names them, as often as it does."""
+    names = _names()
+    words = list(_joined([_singular(word) for word in _WORD.findall(text.lower())]))
+    if "toilet" in words:  # "the seat of the toilet"
+        words = [word for word in words if word != "seat"]
+    return [names.objects[word] for word in words if word in names.objects]
+
+
+def _singular(word: str) -> str:
+    """The word of the table that this one is a plural of, else the word as it is."""
+    names = _names()
+    if word in names.words:
+        return word
+    formed = (word[: -len(ending)] + single for ending, single in _ENDINGS if word.endswith(ending))
+    return next((found for found in (names.plurals.get(word, ""), *formed) if found in names.words), word)
+
+
+def _joined(words: Sequence[str]) -> Iterator[str]:
+    """The words, with two that belong together as one."""
+    pairs, place = _names().pairs, 0
+    while place < len(words):
+        pair = " ".join(words[place : place + 2])
+        yield pairs.get(pair, words[place])
+        place += 2 if pair in pairs else 1
+
+
+def unhallucinated(text: str, references: Sequence[str]) -> float:
+    """1.0 when every object that the text names is among the references, also when it names none; else 0.0."""
+    return float(set(mentions(text)) <= set(references))
+
+
+def chair(predictions: Sequence[str], objects: Sequence[Sequence[str]]) -> dict[str, float]:
+    """CHAIR of descriptions; `objects` are those of each one's picture (NO_OBJECT counts as none).
+
+    chair_s   share of the descriptions that name an object which is not there
+    chair_s_named   the same among those that name any object: Object HalBench's rate by response
+    chair_i   share of all mentions that are of such objects: its rate by mention
+    recall    share of the pictures' objects that are named
+    mentions, named   how many mentions, and descriptions with any, there are
+    Rates are 0.0 where nothing was named. Raises DataError for lengths that differ and for nothing to score.
+    """
+    if not predictions or len(predictions) != len(objects):
+        raise DataError(f"chair: {len(predictions)} descriptions of {len(objects)} pictures; give one of each, at least one")
+    said = [mentions(text) for text in predictions]
+    there = [set(names) - {NO_OBJECT} for names in objects]
+    wrong = [sum(name not in known for name in named) for named, known in zip(said, there, strict=True)]
+    count, named = sum(map(len, said)), sum(map(bool, said))
+    all_there, bad = sum(map(len, there)), sum(map(bool, wrong))
+    found = sum(len(known & set(names)) for names, known in zip(said, there, strict=True))
+    return {
+        "chair_s": bad / len(said),
+        "chair_s_named": bad / named if named else 0.0,
+        "chair_i": sum(wrong) / count if count else 0.0,
+        "recall": found / all_there if all_there else 0.0,
+        "mentions": count,
+        "named": named,
+    }

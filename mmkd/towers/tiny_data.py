@@ -1,0 +1,533 @@
+"""How the families of image-text models become tiny: rules on the names of configuration keys, and exceptions. Data, not code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+WIDTH, ENCODER_WIDTH = 32, 16  # hidden width of language models and of vision encoders
+PICTURE, PATCH = 32, 8  # sides in pixels: a picture is 4 x 4 patches
+
+# Pattern of a key -> (its value in language models, its value in encoders). The first that matches holds.
+RULES: dict[str, tuple[Any, Any]] = {
+    r"out_hidden_size|text_hidden_size|projector_output_dim|adapter_out_dim": (WIDTH, WIDTH),
+    r"hidden_size|d_model|embed_dim|width|dim|word_embed_proj_dim": (WIDTH, ENCODER_WIDTH),
+    r"encoder_hidden_size|vision_hidden_size|adapter_in_dim": (ENCODER_WIDTH, ENCODER_WIDTH),
+    r"projection_dim|projector_hidden_size|projection_hidden_size|projection_hidden_dim": (WIDTH, WIDTH),
+    r".*moe.*intermediate_size|shared_expert\w*_intermediate_size": (16, 16),
+    r"\w*intermediate_size\w*|mlp_dim|ffn_dim|d_ff|(en|de)coder_ffn_dim": (64, 32),
+    r"num_hidden_layers|depth|num_layers|(en|de)coder_layers|n_layers|layers|num_decoder_layers": (2, 2),
+    r"num_key_value_heads|swa_num_key_value_heads": (2, 2),
+    r"\w*num_attention_heads|num_heads|n_heads|attention_heads|(en|de)coder_attention_heads": (4, 2),
+    r"head_dim|swa_head_dim|global_head_dim": (8, 8),
+    r"q_lora_rank|kv_lora_rank": (16, 16),
+    r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim": (8, 8),
+    r"qk_head_dim": (16, 16),
+    r"n_routed_experts|num_experts|num_local_experts|moe_num_experts": (4, 4),
+    r"num_experts_per_tok|moe_topk|moe_k": (2, 2),
+    r"n_group|topk_group": (1, 1),
+    r"first_k_dense_replace": (1, 1),
+    r"max_position_embeddings": (1024, 1024),
+    r"image_size": (PICTURE, PICTURE),
+    r"patch_size": (PATCH, PATCH),
+    r"num_position_embeddings": (64, 64),
+    r"pooling_kernel_size": (2, 2),
+    r"mamba_num_heads": (4, 4),
+    r"mamba_head_dim|ssm_state_size": (8, 8),
+    r"n_groups": (2, 2),
+    r"chunk_size": (16, 16),
+    r"base_channels": (32, 32),
+    r"channel_multiplier": ([1, 1], [1, 1]),
+    r"num_embeddings": (64, 64),
+    r"insert_layer_id": (0, 0),
+    r"hidden_size_per_layer_input": (8, 8),
+    r"position_embedding_size": (128, 128),
+    r"mm_embed_dim|output_proj_dims": (WIDTH, WIDTH),
+    r"mrope_section": ([2, 1, 1], [2, 1, 1]),
+    r"deepstack_visual_indexes": ([0, 1], [0, 1]),
+    r"fullatt_block_indexes": ([1], [1]),
+    r"window_size": (16, 16),
+    r"linear_(key_|value_)?head_dim": (8, 8),
+    r"linear_num_(key_|value_)?heads": (2, 2),
+    r"index\w*_head_dim": (8, 8),
+    r"index\w*_n_heads": (2, 2),
+    r"final_logit_softcapping|attn_logit_softcapping": (30.0, 30.0),
+}
+
+# Lists with an entry a layer and the like: the configuration makes them anew from the small numbers.
+DERIVED = frozenset(
+    "layer_types mlp_layer_types no_rope_layers moe_layers per_layer_config id2label label2id indexer_types dtype torch_dtype "
+    "architectures transformers_version layers_block_type activation_sparsity_pattern layer_rope_theta "
+    "kv_source_layers max_window_layers full_attn_idxs rope_scaling_layers".split()
+)
+
+# Sub-configurations that describe language models.
+TEXT_PARTS = frozenset({"text_config", "llm_config", "decoder", "language_config"})
+
+_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+_SQUARE = {"size": {"height": PICTURE, "width": PICTURE}}
+_CROPPED = {"size": {"shortest_edge": PICTURE}, "crop_size": {"height": PICTURE, "width": PICTURE}}
+_SLICED = {"patch_size": PATCH, "scale_resolution": 64, "slice_mode": False}
+_BY_AREA = {"patch_size": PATCH, "size": {"shortest_edge": 256, "longest_edge": 4096}}
+
+# Image processor class -> arguments for small pictures.
+IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": _CROPPED,
+    "LlavaImageProcessor": _CROPPED,
+    "SiglipImageProcessor": _SQUARE,
+    "BlipImageProcessor": _SQUARE,
+    "Gemma3ImageProcessor": _SQUARE,
+    "GotOcr2ImageProcessor": {**_SQUARE, "crop_to_patches": False},
+    "LlavaNextImageProcessor": {**_CROPPED, "image_grid_pinpoints": _PINPOINTS},
+    "LlavaOnevisionImageProcessor": {**_SQUARE, "image_grid_pinpoints": _PINPOINTS},
+    "PixtralImageProcessor": {"size": {"longest_edge": 64}, "patch_size": {"height": PATCH, "width": PATCH}},
+    "Cohere2VisionImageProcessor": {**_SQUARE, "crop_to_patches": False, "patch_size": 2},
+    "DeepseekVLImageProcessor": {**_SQUARE, "min_size": PATCH},
+    "DeepseekVLHybridImageProcessor": {**_SQUARE, "min_size": PATCH, "high_res_size": {"height": 64, "width": 64}},
+    "PPChart2TableImageProcessor": {"size": {"height": 512, "width": 512}},
+    "GraniteDoclingImageProcessor": {**_SQUARE, "crop_to_patches": False},
+    "Idefics2ImageProcessor": {"size": {"shortest_edge": 16, "longest_edge": PICTURE}, "do_image_splitting": False},
+    "Idefics3ImageProcessor": {
+        "size": {"longest_edge": PICTURE}, "max_image_size": {"longest_edge": PICTURE}, "do_image_splitting": False
+    },
+    "SmolVLMImageProcessor": {
+        "size": {"longest_edge": PICTURE}, "max_image_size": {"longest_edge": PICTURE}, "do_image_splitting": False
+    },
+    "Lfm2VlImageProcessor": {
+        **_SQUARE,
+        "encoder_patch_size": PATCH,
+        "tile_size": PICTURE,
+        "min_image_tokens": 4,
+        "max_image_tokens": 16,
+        "do_image_splitting": False,
+    },
+    "VideoLlavaImageProcessor": _CROPPED,
+    "PerceptionLMImageProcessor": {"tile_size": PICTURE, "size": {"height": PICTURE, "width": PICTURE}, "max_num_tiles": 1},
+    "MiniCPMOcrImageProcessor": _SLICED,
+    "MiniCPMV4_6ImageProcessor": _SLICED,
+    "MiniMaxM3VLImageProcessor": _BY_AREA,
+    "Molmo2ImageProcessor": {**_SQUARE, "patch_size": PATCH, "max_crops": 1, "overlap_margins": [0, 0]},
+    "MuseGlimmerImageProcessor": {"patch_size": PATCH, "max_image_tokens": 64},
+    "Ovis2ImageProcessor": _SQUARE,
+    "HunYuanVLImageProcessor": _BY_AREA,
+    "Ernie4_5_VLMoeImageProcessor": _BY_AREA,
+    "Gemma4ImageProcessor": {"patch_size": PATCH, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    "Gemma4UnifiedImageProcessor": {"patch_size": PATCH, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    "NemotronH_Omni_Reasoning_V3ImageProcessor": {"patch_size": PATCH, "min_num_patches": 16, "max_num_patches": 64},
+    "Qwen2VLImageProcessor": _BY_AREA,
+    "Cosmos3EdgeImageProcessor": _BY_AREA,
+    "CohereCompassImageProcessor": _BY_AREA,
+    "PaddleOCRVLImageProcessor": _BY_AREA,
+    "VideoLlama3ImageProcessor": {"patch_size": PATCH, "size": {"shortest_edge": 256, "longest_edge": 4096}},
+    "Kimi_K25ImageProcessor": {"patch_size": PATCH},
+    "Inkling2ImageProcessor": {"size": {"height": 2 * PATCH, "width": 2 * PATCH}},
+    "Glm4vImageProcessor": _BY_AREA,
+    "Glm46VImageProcessor": _BY_AREA,
+    "GlmgaImageProcessor": _BY_AREA,
+    "Glm5NextImageProcessor": _BY_AREA,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What one family needs beyond the rules.
+
+    begin: what its chat template begins with.  image: what it writes for a picture.
+    tokens: special tokens by the names that configuration and processor know them by.  more_tokens: those without a name.
+    start: changes to the default configuration before it is shrunk.  config: after it.
+    processor, image_processor, video_processor: arguments of these classes.
+    parts: other members of a processor, name -> (class, arguments).
+    """
+
+    begin: str = ""
+    image: str = "<image>"
+    tokens: dict[str, str] = field(default_factory=lambda: {"image_token": "<image>"})
+    more_tokens: tuple[str, ...] = ()
+    start: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    video_processor: dict[str, Any] = field(default_factory=dict)
+    processor_class: str | None = None
+    image_processor_class: str | None = None
+    video_processor_class: str | None = None
+    parts: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+
+
+# Argument of a processor's class -> its value where the class takes it and the family says nothing else.
+PROCESSORS: dict[str, Any] = {
+    "patch_size": PATCH,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+    "image_seq_length": 16,
+    "num_image_tokens": 16,
+    "spatial_merge_size": 2,
+}
+
+_IMAGE = {"image_token": "<image>"}
+_VISION = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_HYBRID = ["linear_attention", "full_attention"]
+_OMNI = {
+    "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+    "tokens": {
+        "image_token": "<|IMAGE|>",
+        "video_token": "<|VIDEO|>",
+        "audio_token": "<|AUDIO|>",
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+        "vision_start_token": "<|vision_bos|>",
+        "vision_end_token": "<|vision_eos|>",
+    },
+    "start": {"vision_start_token_id": 0, "text_config": {"rope_parameters": _MROPE}},
+    "image_processor_class": "Qwen2VLImageProcessor",
+    "video_processor_class": "Qwen2VLVideoProcessor",
+    "parts": {"feature_extractor": ("WhisperFeatureExtractor", {})},
+}
+_VIDEO = {"image_token": "<image>", "video_token": "<video>"}
+_QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+_GLM_TOKENS = {
+    "image_token": "<|image|>",
+    "video_token": "<|video|>",
+    "image_start_token": "<|begin_of_image|>",
+    "image_end_token": "<|end_of_image|>",
+    "video_start_token": "<|begin_of_video|>",
+    "video_end_token": "<|end_of_video|>",
+}
+_GEMMA_TOKENS = {
+    "image_token": "<image_soft_token>",
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+    "bos_token": "<bos>",
+}
+_AUDIO_TOKENS = {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
+_MINICPM_TOKENS = {
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "image_start_token": "<image_start>",
+    "image_end_token": "<image_end>",
+    "slice_start_token": "<slice>",
+    "slice_end_token": "</slice>",
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
+}
+# 256 visual tokens is what their processor writes, whatever the picture: a side of 512 pixels, patches of 8, merged by 4.
+_GOT = {
+    "image": "<img><imgpad></img>",
+    "tokens": {"image_token": "<imgpad>"},
+    "more_tokens": ("<img>", "</img>"),
+    "config": {"vision_config": {"image_size": 512}},
+}
+_MUSE = {
+    "image": "<|image_start|><|patch|><|image_end|>",
+    "tokens": {"image_token": "<|patch|>", "audio_token": "<|audio|>"},
+    "more_tokens": (
+        *("<|image_start|>", "<|image_end|>", "<|video|>", "<|vid_start|>", "<|vid_end|>", "<|vid_frame_separator|>"),
+        *("<|soft_audio_start|>", "<|soft_audio_end|>"),
+    ),
+}
+_PIXTRAL_TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+_INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+    "image_token": "<IMG_CONTEXT>",
+}
+
+
+def _qwen(**changes: Any) -> Tiny:
+    return Tiny(**({"image": _QWEN, "tokens": _QWEN_TOKENS} | changes))
+
+
+def _glm(**changes: Any) -> Tiny:
+    return Tiny(**({"image": "<|begin_of_image|><|image|><|end_of_image|>", "tokens": _GLM_TOKENS} | changes))
+
+
+def _gemma(**changes: Any) -> Tiny:
+    return Tiny(**({"image": "<start_of_image>", "tokens": _GEMMA_TOKENS} | changes))
+
+
+FAMILIES: dict[str, Tiny] = {
+    "qwen2_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, config={"vision_config": {"hidden_size": WIDTH}}),
+    "qwen2_5_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}),
+    "qwen3_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}),
+    "qwen3_vl_moe": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, image_processor_class="Qwen2VLImageProcessor",
+        video_processor_class="Qwen3VLVideoProcessor"),
+    "qwen3_5": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, config={"text_config": {"layer_types": _HYBRID}}),
+    "qwen3_5_moe": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, config={"text_config": {"layer_types": _HYBRID}}),
+    "qwen4_exp": _qwen(
+        start={"text_config": {"rope_parameters": _MROPE}},
+        config={
+            "text_config": {
+                "layer_types": _HYBRID,
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 8,
+                "indexer_budget": 512,
+                "indexer_compress_ratio": 4,
+            }
+        },
+    ),
+    "cosmos3_edge": _qwen(config={"vision_config": {"num_patches": 16}}),
+    "cosmos3_omni": _qwen(
+        start={"text_config": {"rope_parameters": _MROPE}},
+        processor_class="Qwen3VLProcessor",
+        video_processor_class="Qwen3VLVideoProcessor",
+    ),
+    "exaone4_5": _qwen(),
+    "glm46v": _glm(start={"text_config": {"rope_parameters": _MROPE}}),
+    "glm4v": _glm(start={"text_config": {"rope_parameters": _MROPE}}),
+    "glm4v_moe": _glm(
+        start={"text_config": {"rope_parameters": _MROPE}},
+        config={"text_config": {"head_dim": 16}},
+        image_processor_class="Glm4vImageProcessor", video_processor_class="Glm4vVideoProcessor"),
+    "glm5_next": _glm(config={
+            "text_config": {
+                "num_key_value_heads": 4,
+                "qk_rope_head_dim": 0,
+                "layer_types": ["linear_attention", "indexed_attention"],
+            }
+        }
+    ),
+    "glm_ocr": _glm(
+        start={"text_config": {"rope_parameters": _MROPE}},
+        processor_class="Glm46VProcessor",
+        image_processor_class="Glm46VImageProcessor",
+        video_processor_class="Glm46VVideoProcessor",
+    ),
+    "glmga": _glm(start={"text_config": {"rope_parameters": _MROPE}}, processor_class="Glm46VProcessor"),
+    "hyperclovax_vision_v2": _qwen(),
+    "lfm3_vl": _qwen(config={"text_config": {"layer_types": ["conv", "full_attention"]}}),
+    "paddleocr_vl": Tiny(
+        image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        tokens={"image_token": "<|IMAGE_PLACEHOLDER|>"},
+        more_tokens=("<|IMAGE_START|>", "<|IMAGE_END|>"),
+        start={"text_config": {"rope_parameters": _MROPE}},
+    ),
+    "video_llama_3": Tiny(image="<|image_pad|>", tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
+    "kimi_k25": Tiny(
+        image="<|media_pad|>",
+        tokens={"image_token": "<|media_pad|>", "video_token": "<|kimi_k25_video_placeholder|>"},
+        config={"projection_hidden_size": ENCODER_WIDTH, "text_config": {"num_key_value_heads": 4}},
+    ),
+    "cohere_compass": Tiny(
+        image="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        tokens={
+            "image_token": "<|IMAGE_PAD|>",
+            "video_token": "<|VIDEO_PAD|>",
+            "vision_start_token": "<|VISION_START|>",
+            "vision_end_token": "<|VISION_END|>",
+        },
+        config={"text_config": {"rope_parameters": {"full_attention": _MROPE, "sliding_attention": _MROPE}}},
+    ),
+    "inkling2": Tiny(image="<|unused_200054|>", tokens={"image_token": "<|unused_200054|>"}),
+    "gemma3": _gemma(processor={"image_seq_length": 4}, config={"mm_tokens_per_image": 4}),
+    "shieldgemma2": _gemma(processor={"image_seq_length": 4}, config={"mm_tokens_per_image": 4}),
+    "gemma3n": _gemma(
+        image="<image_soft_token>",
+        processor={"image_seq_length": 256},
+        config={
+            "text_config": {"num_kv_shared_layers": 0},
+            "vision_config": {"architecture": "test_convnext", "hidden_size": 64, "model_args": {}},
+        },
+        image_processor={"size": {"height": 512, "width": 512}},
+        tokens={**_GEMMA_TOKENS, **_AUDIO_TOKENS},
+        parts={"feature_extractor": ("Gemma3nAudioFeatureExtractor", {})},
+    ),
+    "gemma4": _gemma(
+        start={"vision_config": {"model_type": "gemma4_vision"}},
+        image="<image_soft_token>",
+        tokens={**_GEMMA_TOKENS, **_AUDIO_TOKENS},
+        parts={"feature_extractor": ("Gemma4AudioFeatureExtractor", {})},
+    ),
+    "gemma4_unified": _gemma(
+        start={"vision_config": {"model_type": "gemma4_unified_vision"}},
+        image="<image_soft_token>",
+        tokens={**_GEMMA_TOKENS, **_AUDIO_TOKENS},
+        parts={"feature_extractor": ("Gemma4UnifiedAudioFeatureExtractor", {})},
+    ),
+    "aria": Tiny(
+        config={"projector_patch_to_query_dict": {100: 4}, "vision_config": {"patch_size": 98, "image_size": 980}},
+        processor={"size_conversion": {980: 4}},
+    ),
+    "aya_vision": Tiny(
+        tokens={"image_token": "<|IMG_PATCH|>"},
+        more_tokens=("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE", "TILE_GLOBAL"),
+        processor={"img_size": PICTURE, "patch_size": PATCH, "downsample_factor": 2},
+    ),
+    "cohere2_vision": Tiny(
+        image="<|IMG_PATCH|>",
+        tokens={
+            "image_token": "<|IMG_PATCH|>",
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        },
+    ),
+    "deepseek_vl_hybrid": Tiny(
+        config={"high_res_vision_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1]}}
+    ),
+    "emu3": Tiny(
+        image="<image>",
+        tokens={
+            "image_token": "<image>",
+            "boi_token": "<|image start|>",
+            "eoi_token": "<|image end|>",
+            "image_wrapper_token": "<|image token|>",
+            "eof_token": "<|extra_201|>",
+            "bos_token": "<bos>",
+        },
+    ),
+    "ernie4_5_vl_moe": Tiny(
+        image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        tokens={
+            "image_token": "<|IMAGE_PLACEHOLDER|>",
+            "image_start_token": "<|IMAGE_START|>",
+            "image_end_token": "<|IMAGE_END|>",
+            "video_token": "<|VIDEO_PLACEHOLDER|>",
+            "video_start_token": "<|VIDEO_START|>",
+            "video_end_token": "<|VIDEO_END|>",
+        },
+        video_processor={"draw_on_frames": False},
+        start={"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}}},
+        config={"text_config": {"moe_intermediate_size": [16, 16], "rope_parameters": {"mrope_section": [1, 1, 2]}}},
+    ),
+    "got_ocr2": Tiny(**_GOT, image_processor={"size": {"height": 512, "width": 512}}),
+    "pp_chart2table": Tiny(**{**_GOT, "image": "<img>" + 256 * "<imgpad>" + "</img>"}),
+    "hunyuan_vl": Tiny(
+        start={"text_config": {"head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}}},
+        config={"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1, 1]}}},
+        image="<img_start><image><img_end>",
+        tokens={"image_token": "<image>", "image_start_token": "<img_start>", "image_end_token": "<img_end>"},
+    ),
+    "idefics2": Tiny(
+        tokens={"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"},
+        more_tokens=("<end_of_utterance>",),
+        config={"perceiver_config": {"resampler_n_latents": 4}},
+        processor={"image_seq_len": 4},
+    ),
+    "idefics3": Tiny(
+        more_tokens=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+        processor={"image_seq_len": 4},
+    ),
+    "granite_docling": Tiny(
+        more_tokens=("<fake_token_around_image>", "<global-img>"),
+        processor={"image_seq_len": 1},
+    ),
+    "lfm2_vl": Tiny(more_tokens=("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")),
+    "llama4": Tiny(
+        image="<|image|>",
+        tokens={"image_token": "<|patch|>"},
+        more_tokens=("<|image|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+    ),
+    "llava_next": Tiny(config={"image_grid_pinpoints": _PINPOINTS}),
+    "llava_next_video": Tiny(tokens=_VIDEO, config={"image_grid_pinpoints": _PINPOINTS}),
+    "llava_onevision": Tiny(
+        tokens=_VIDEO,
+        config={"image_grid_pinpoints": _PINPOINTS},
+        processor={"vision_feature_select_strategy": "full"},
+    ),
+    "vipllava": Tiny(config={"vision_feature_layers": [-2, 0]}),
+    "video_llava": Tiny(tokens=_VIDEO),
+    "perception_lm": Tiny(
+        tokens=_VIDEO,
+        config={
+            "projector_pooling_ratio": 2,
+            "vision_config": {
+                "architecture": "vit_pe_core_large_patch14_336",
+                "do_pooling": False,
+                "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": [32, 32], "patch_size": 8},
+            },
+        },
+    ),
+    "minicpm_ocr": Tiny(tokens=_MINICPM_TOKENS, config={"text_config": {"layer_types": _HYBRID}}),
+    "minicpmv4_6": Tiny(tokens=_MINICPM_TOKENS, config={"text_config": {"layer_types": _HYBRID}}),
+    "minicpmv4_7": Tiny(tokens=_MINICPM_TOKENS, config={"text_config": {"layer_types": _HYBRID}}),
+    "minimax_m3_vl": Tiny(
+        image="]<]image[>[",
+        tokens={"image_token": "]<]image[>[", "video_token": "]<]video[>["},
+        more_tokens=("]<]start of image[>[", "]<]end of image[>["),
+    ),
+    "molmo2": Tiny(
+        image="<|image|>",
+        begin="<bos>",
+        tokens={"image_token": "<|image|>", "image_patch": "<im_patch>", "bos_token": "<bos>"},
+        more_tokens=("<im_col>", "<im_start>", "<im_end>", "<low_res_im_start>", "<im_low>", "<|video|>"),
+        config={
+            "vision_config": {"image_size": [PICTURE, PICTURE], "num_position_embeddings": 16},
+            "adapter_config": {"vision_feature_layer": [1, 0]},
+        },
+    ),
+    "muse_glimmer": Tiny(**_MUSE, config={"out_hidden_size": 64}),
+    "muse_spark": Tiny(
+        **_MUSE,
+        config={
+            "out_hidden_size": 64,
+            "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]},
+        },
+        parts={"feature_extractor": ("MuseSparkFeatureExtractor", {})},
+    ),
+    "nemotron_h_omni": Tiny(
+        tokens=_VIDEO, parts={"feature_extractor": ("ParakeetFeatureExtractor", {})}, more_tokens=("<img>", "</img>")
+    ),
+    "ovis2": Tiny(
+        tokens={"image_token": "<IMG_ATOM>"},
+        more_tokens=("<image>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"),
+    ),
+    "paligemma": Tiny(tokens={"image_token": "<image>", "bos_token": "<bos>"}, image_processor={"image_seq_length": 16}),
+    "step3p7": Tiny(
+        image="<im_patch>",
+        tokens={"image_token": "<im_patch>"},
+        more_tokens=("<im_start>", "<im_end>", "<patch_newline>"),
+        config={"vision_config": {"image_size": 728, "patch_size": 14}, "text_config": {"sliding_window": 512}},
+    ),
+    "fast_vlm": Tiny(
+        config={"vision_config": {"architecture": "fastvit_t8", "hidden_size": 768}},
+        processor_class="LlavaProcessor",
+        image_processor_class="CLIPImageProcessor",
+        image_processor={"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+        processor={"patch_size": 32, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
+    ),
+    "deepseek_ocr2": Tiny(
+        config={"text_config": {"mlp_layer_types": ["dense", "sparse"]}}, image_processor={"crop_to_patches": False}
+    ),
+    "unlimited_ocr": Tiny(image_processor={"crop_to_patches": False}),
+    "janus": Tiny(
+        image="<image>",
+        tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
+        image_processor={"size": {"height": PICTURE, "width": PICTURE}, "min_size": PATCH},
+    ),
+    "dots3_note": Tiny(
+        image="<|img|><|imgpad|><|endofimg|>",
+        tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_comp_pad|>"},
+        more_tokens=("<|img|>", "<|endofimg|>"),
+        config={
+            "text_config": {"num_key_value_heads": 4},
+            "vision_config": {"per_layer_config": {}},
+            "audio_config": {"adapter_input_size": 16},
+        },
+        parts={"feature_extractor": ("Dots3NoteFeatureExtractor", {})},
+        video_processor_class="Qwen3VLVideoProcessor",
+    ),
+    "qwen2_5_omni_thinker": Tiny(**_OMNI, processor_class="Qwen2_5OmniProcessor"),
+    "qwen3_omni_moe_thinker": Tiny(**_OMNI, processor_class="Qwen3OmniMoeProcessor"),
+    "granite4_vision": Tiny(
+        start={"deepstack_layer_map": [(1, 0), (2, 1)]},
+        config={"image_grid_pinpoints": _PINPOINTS, "downsample_rate": "1/2"},
+        processor={"downsample_rate": "1/2"},
+    ),
+    "mistral3": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS),
+    "mistral_large4": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS, config={"text_config": {"num_key_value_heads": 4}}),
+    "lighton_ocr": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS),
+    "internvl": Tiny(image="<IMG_CONTEXT>", tokens=_INTERNVL_TOKENS, processor={"image_seq_length": 4}),
+    "qianfan_ocr": Tiny(image="<image>", tokens=_INTERNVL_TOKENS, processor={"image_seq_length": 4}),
+}

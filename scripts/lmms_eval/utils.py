@@ -1,0 +1,24 @@
+"""What lmms-eval calls for a task that export.py wrote: one row's pictures, prompt, and score by mmkd's scorers."""
+
+from PIL import Image
+
+from mmkd.evaluation.parsers import PARSERS
+from mmkd.evaluation.scorers import METRICS
+
+
+def doc_to_visual(doc):
+    return [Image.open(path).convert("RGB") for path in doc["images"]]
+
+
+def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+    return doc["prompt"]
+
+
+def doc_to_target(doc):
+    return doc["references"][0] if doc["references"] else ""
+
+
+def process_results(doc, results):
+    # mmkd takes white space from the ends of an answer: templates may leave a space before it
+    parsed = PARSERS[doc["parser"]](results[0].strip(), doc["choices"])
+    return {"mmkd_score": 0.0 if parsed is None else METRICS[doc["metric"]](parsed, doc["references"])}
