@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("list", _list, "List cards.")
     sub.add_argument("kind", choices=["models", "data", "evaluation"])
+    sub.add_argument("--search", default="", metavar="WORD", help="only cards that have the word somewhere")
 
     sub = command("sample", _sample, "Write the embedded sample: two data sets in the benchmarks' own formats.")
     sub.add_argument("folder")
@@ -298,7 +299,9 @@ def _list(arguments: argparse.Namespace) -> int:
     from mmkd.cards import list_cards, read_yaml
 
     for name, path in list_cards(arguments.kind).items():
-        print(f"{name:<32} {read_yaml(path).get('title', '')}")
+        card = read_yaml(path)
+        if arguments.search.lower() in f"{name} {' '.join(map(str, card.values()))}".lower():
+            print(f"{name:<32} {card.get('title', '')}")
     return 0
 
 

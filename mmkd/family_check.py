@@ -140,7 +140,7 @@ def _check_one(family: str, pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from mmkd.testing import check_tower
+    from mmkd.testing import NO_SWITCH, check_tower
     from mmkd.towers.tiny_families import tiny_family, why_no_tower
 
     if reason := why_no_tower(family):
@@ -153,5 +153,5 @@ def _check_one(family: str, pipe: Connection) -> None:
         pipe.send(_refused(f"{kind}{error}"))
         return
     switch = facts.get("visual switch", "yes")
-    reason = "" if switch == "yes" else " ".join(switch.split())[:LONGEST_REASON]
+    reason = "" if switch == "yes" else " ".join(switch.removeprefix(NO_SWITCH).split())[:LONGEST_REASON]
     pipe.send({"ok": True, "reason": reason, "project": switch == "yes"})

@@ -119,6 +119,8 @@ class TeacherSpec(Strict):
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
     gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
     cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
+    # For a teacher with another tokenizer: terms of kind `spans` compare pieces of text instead of tokens.
+    alignment: Literal["spans"] | None = Field(None, exclude_if=is_default(None))
 
 
 class StudentSpec(Strict):
@@ -339,6 +341,21 @@ class Recipe(Strict):
             tokenizer = self.student.assemble.tokenizer if self.student.assemble else None
             if tokenizer is not None and tokenizer.source == "teacher":
                 raise ValueError("the student's tokenizer is the teacher's, but no teacher is given")
+        return self
+
+    @model_validator(mode="after")
+    def alignment_is_meant(self) -> Recipe:
+        users = [
+            f"stages.{s}.terms.{t}" for s, stage in self.stages.items() for t, spec in stage.terms.items() if spec.kind == "spans"
+        ]
+        aligned = self.teacher is not None and self.teacher.alignment == "spans"
+        if users and not aligned:
+            raise ValueError(
+                f"{', '.join(users)} compare pieces of text, since tokens of different tokenizers do not correspond; say that "
+                "this is meant: teacher.alignment=spans"
+            )
+        if aligned and not users:
+            raise ValueError("teacher.alignment is spans, but no term is of kind `spans`; add one, or take it out")
         return self
 
 

@@ -28,6 +28,7 @@ from mmkd.towers.encoders import WrappedEncoder, tokens_of
 from mmkd.towers.tower import Tower, TowerError, TowerInputs
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest value
+NO_SWITCH = "not with this family: "  # begins the fact "visual switch" where features cannot be projected
 NEW_TOKENS = 8  # of each answer that is compared
 
 
@@ -174,11 +175,16 @@ def _check_prompts(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
                 f"prompts: sample {sample.id!r} becomes {tower.tokenizer.decode(own.input_ids)!r}, transformers makes it "
                 f"{tower.tokenizer.decode(batch['input_ids'][0])!r}; a model that is served would be asked otherwise than taught"
             )
-        batch = {k: v.to(_dtype(tower)) if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
+        batch = {k: _as_model(tower, v) for k, v in batch.items() if k != "labels"}
         inputs = tower.collate([own]).to(tower.device)
         ours = _logits(tower, tower.read(inputs, tower.see(inputs)))
         largest = max(largest, _same("prompts", tower, ours, tower.model(**batch).logits, "transformers' own logits"))
     return {"largest difference from transformers' logits": largest}
+
+
+def _as_model(tower: Tower, value: Any) -> Any:
+    """Pixels in the model's dtype; anything else as the processor gave it."""
+    return value.to(_dtype(tower)) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _own_inputs(tower: Tower, messages: list[dict[str, Any]], asked: dict[str, Any]) -> Any:
@@ -217,7 +223,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     if not seen.tokens:
         return {}
     if not seen.features:
-        return {"visual switch": "it does not tell which features belong to which picture"}
+        return {"visual switch": f"{NO_SWITCH}it does not tell which features belong to which picture"}
     try:
         projected = tower.project(seen.features)
         width = projected[0].shape[-1]  # a projector gives no tokens for the language model's first layers (deepstack)
@@ -226,7 +232,7 @@ def _check_projection(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:
     except (ValueError, RuntimeError, TypeError) as error:
         if tower.model.config.model_type == "llava":
             raise
-        return {"visual switch": str(error)}
+        return {"visual switch": f"{NO_SWITCH}{error}"}
     return {"visual switch": "yes", "largest difference of projected features": difference}
 
 

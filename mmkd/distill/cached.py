@@ -156,6 +156,8 @@ def refusals(terms: Sequence[Term], about: About) -> list[str]:
         positions = positions_of([term])
         if term.path == "switch":
             found.append(f"{term.name}: the visual switch runs through the teacher's language model, which is not in a cache")
+        elif term.kind == "spans":
+            found.append(f"{term.name}: reads the teacher's own tokens, which are not in a cache")
         elif term.kind == "feature_match" and not about.features:
             found.append(f"{term.name}: the teacher's vision features are not in this cache; write it with this recipe")
         elif not positions <= set(about.rows):

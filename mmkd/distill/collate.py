@@ -181,13 +181,9 @@ class PairDataset(Dataset):
             )
 
     def _check(self, student: Encoded, teacher: Encoded) -> None:
-        """The compared rows of both towers must be the same tokens, one for one."""
-        rows_s, rows_t = student.targets[student.targets >= 0], teacher.targets[teacher.targets >= 0]
-        if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
-            raise DataError(
-                f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
-                "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
-            )
+        """The compared rows of both towers must be the same tokens, one for one; `spans` compares other tokens, too."""
+        if not any(t.kind == "spans" for t in self.terms):
+            self._check_answers(student, teacher)
         if any(t.positions in ("prompt", "text", "all") and t.needs_teacher and t.path == "student" for t in self.terms):
             self._check_prompts(student, teacher)
         if any(t.positions in ("visual", "all") or t.kind == "relation" for t in self.terms):
@@ -197,6 +193,14 @@ class PairDataset(Dataset):
                     f"sample {student.id!r} has {n_s} visual tokens in the student and {n_t} in the teacher; terms on visual "
                     "positions (and relation) need equal counts"
                 )
+
+    def _check_answers(self, student: Encoded, teacher: Encoded) -> None:
+        rows_s, rows_t = student.targets[student.targets >= 0], teacher.targets[teacher.targets >= 0]
+        if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
+            raise DataError(
+                f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
+                "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
+            )
 
     def _check_prompts(self, student: Encoded, teacher: Encoded) -> None:
         own, other = self.student.text_ids(student), self.teacher.text_ids(teacher)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd import losses
+from mmkd.distill.alignment import Alignment, span_losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
@@ -44,6 +45,8 @@ class Distiller(nn.Module):
         self._no_split_modules = student.model._no_split_modules  # the layers that FSDP2 shards one by one
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
+        wants_spans = teacher is not None and any(t.kind == "spans" for t in terms)
+        self.alignment = Alignment(student, teacher) if wants_spans else None
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
         self._sees_alike: bool | None = None  # found out on the first batch with pictures
         self._towers = (student, teacher.freeze() if teacher is not None else None)
@@ -150,6 +153,8 @@ class Distiller(nn.Module):
             return signals.contrastive(self.extras[term.name])
         if term.kind == "tags":
             return signals.tags(self.extras[term.name])
+        if term.kind == "spans":
+            return signals.spans(dict(term.options))
         return signals.feature_match(self.extras[term.name], dict(term.options))
 
 
@@ -212,7 +217,7 @@ class Signals:
     def vocabulary(self) -> int | None:
         """Columns that both heads share: the tokenizer's length, so that padding rows of a head never matter."""
         sizes = [self.student.vocabulary, self.student.head.weight.shape[0]]
-        if self.teacher is not None:
+        if self.teacher is not None and any(t.is_row_term and t.needs_teacher for t in self.distiller.terms):
             sizes += [self.teacher.vocabulary, self.teacher.head.weight.shape[0]]
         return min(sizes)
 
@@ -317,6 +322,27 @@ class Signals:
             {"hidden": gathered(self.teacher_hidden, theirs)},
             targets.to(self.zero.device, non_blocking=True),
             {name: place[where] for name, place in places.items()},
+        )
+
+    # ---- other tokenizers ----
+
+    def spans(self, options: dict) -> Tensor:
+        """Sum over the student's answer tokens of the loss of the span of text that each belongs to."""
+        host = self.batch.on_host
+        inputs = (host.student, host.teacher)
+        aligned = self.distiller.alignment.of(inputs[0].targets, inputs[1].targets)
+        self.observed["aligned"] = (aligned.tokens.sum().float(), inputs[0].response.sum())
+        hidden = (self.student_hidden, self.teacher_hidden)
+        targets = [x.targets[x.response].to(self.zero.device, non_blocking=True) for x in inputs]
+        return span_losses(
+            tuple(gathered(h, x.response) for h, x in zip(hidden, inputs, strict=True)),
+            (head_of(self.student), head_of(self.teacher)),
+            (self.student.vocabulary, self.teacher.vocabulary),
+            tuple(targets),
+            aligned,
+            self.distiller.alignment.matched,
+            self.distiller.chunk_bytes,
+            **options,
         )
 
     # ---- experts ----

@@ -143,7 +143,14 @@ def _check_pixels(role: str, hidden: Tensor, permuted: Tensor) -> None:
 def _check_projection(role: str, tower: Tower, inputs: TowerInputs) -> None:
     """Features that go through the projector must give the tower's own visual tokens, in their order."""
     seen = tower.see(inputs)
-    for image, (own, again) in enumerate(zip(seen.tokens, tower.project(seen.features), strict=True)):
+    projected = tower.project(seen.features)
+    if len(projected) != len(seen.tokens):
+        raise GuardError(
+            f"the {role}'s family {tower.model.config.model_type!r} does not tell which vision features belong to which picture; "
+            "take the visual switch and feature_match out, or use another pair"
+        )
+    for image, (whole, again) in enumerate(zip(seen.tokens, projected, strict=True)):
+        own = whole[:, : again.shape[-1]]  # without what goes to the language model's first layers
         if own.shape != again.shape or not torch.allclose(own, again, rtol=1e-2, atol=1e-3 * float(own.abs().max())):
             raise GuardError(
                 f"the {role}'s projector does not turn its vision features into its visual tokens (image {image}: "

@@ -45,6 +45,7 @@ KINDS: dict[str, TermKind] = {
     "dbild": TermKind(losses.DBiLD),
     "relation": TermKind(losses.relation_from_hidden, rows=False, choices={"source": SOURCES}),
     "feature_match": TermKind(losses.feature_match, rows=False, choices={"distance": DISTANCES}),
+    "spans": TermKind(losses.spans, rows=False),
     "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
     "tags": TermKind(losses.tags, teacher=False, rows=False),
     "dpo": TermKind(losses.dpo, rows=False, preference=True, choices={"form": FORMS}),
@@ -121,6 +122,8 @@ class Term:
             return "pair"
         if self.kind == "load_balance":
             return "token"
+        if self.kind == "spans":
+            return "response"
         if not self.is_row_term:
             return "pictured" if self.kind in ("contrastive", "tags") else "image"
         if self.reduction == "sum":

@@ -48,7 +48,6 @@ PROJECTORS: dict[str, str | tuple[str, ...]] = {
     "lfm2_vl": "multi_modal_projector",
     "lfm3_vl": "multi_modal_projector",
     "lighton_ocr": "vision_projection",
-    "llama4": "multi_modal_projector",
     "llava": "multi_modal_projector",
     "llava_next": "multi_modal_projector",
     "llava_next_video": "multi_modal_projector",
@@ -78,7 +77,6 @@ PROJECTORS: dict[str, str | tuple[str, ...]] = {
     "qwen3_vl": "visual.merger",
     "qwen3_vl_moe": "visual.merger",
     "qwen4_exp": "visual.merger",
-    "shieldgemma2": "multi_modal_projector",
     "smolvlm": "connector",
     "step3p7": "multi_modal_projector",
     "unlimited_ocr": "multi_modal_projector",
@@ -89,8 +87,8 @@ PROJECTORS: dict[str, str | tuple[str, ...]] = {
 
 # Families that take their visual tokens as one tensor; the others take a list.
 STACKED = frozenset(
-    "aria aya_vision cohere2_vision deepseek_vl deepseek_vl_hybrid fast_vlm gemma3 gemma3n got_ocr2 inkling_mm_model internvl "
-    "janus llama4 ovis2 paligemma perception_lm pp_chart2table qianfan_ocr shieldgemma2 video_llava vipllava".split()
+    "aria aya_vision cohere2_vision deepseek_vl deepseek_vl_hybrid fast_vlm gemma3 gemma3n got_ocr2 internvl "
+    "janus ovis2 paligemma perception_lm pp_chart2table qianfan_ocr video_llava vipllava".split()
 )
 
 # Families that besides add features of the picture to the hidden states of their first layers.
@@ -108,9 +106,12 @@ GROUPED = frozenset({"llava_onevision"})
 # Families whose attention depends on where a token stands, not only on how far from others: padding must not count.
 ABSOLUTE = frozenset({"mistral_large4"})
 
+# Inputs that point into another: indices of patches, counted over all pictures of one call of the processor.
+INDEXED = {"molmo2": {"image_token_pooling": "pixel_values"}}
+
 # Families that ask for `token_type_ids`, and the positions (of TowerInputs) that are of type 1: Gemma 3 lets the tokens of
 # one picture see each other, PaliGemma everything before the answer.
-TOKEN_TYPES = {"gemma3": "visual", "shieldgemma2": "visual", "paligemma": "answer"}
+TOKEN_TYPES = {"gemma3": "visual", "paligemma": "answer"}
 
 # Inputs that say how a picture lies in patches: tokens are placed by them, beside ids and masks.
 GRIDS = frozenset({"image_grid_thw", "video_grid_thw", "target_sizes"})

@@ -256,6 +256,20 @@ def _gemma(**changes: Any) -> Tiny:
     return Tiny(**({"image": "<start_of_image>", "tokens": _GEMMA_TOKENS} | changes))
 
 
+# Families that are no towers although their classes have the arguments, and why.
+NO_TOWER = {
+    "blip-2": "its get_image_features gives the encoder's features, and a Q-Former stands between them and the text",
+    "instructblip": "its Q-Former reads the question with the picture, so a picture has no visual tokens of its own",
+    "instructblipvideo": "it reads videos, not pictures",
+    "chameleon": "pictures become discrete tokens by an argmax, through which no gradient reaches the encoder",
+    "emu3": "pictures become discrete tokens by an argmax, through which no gradient reaches the encoder",
+    "fuyu": "patches go into the language model by one matrix; there is no vision encoder",
+    "llama4": "it projects within its forward pass: what it takes are features of its encoder, not visual tokens",
+    "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
+    "granite4_vision": "pictures go into single layers of the language model only, none is a token of the prompt",
+    "shieldgemma2": "its processor asks for a verdict by policies of its own in place of the prompt",
+}
+
 FAMILIES: dict[str, Tiny] = {
     "qwen2_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, config={"vision_config": {"hidden_size": WIDTH}}),
     "qwen2_5_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}),
@@ -331,7 +345,6 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "inkling2": Tiny(image="<|unused_200054|>", tokens={"image_token": "<|unused_200054|>"}),
     "gemma3": _gemma(processor={"image_seq_length": 4}, config={"mm_tokens_per_image": 4}),
-    "shieldgemma2": _gemma(processor={"image_seq_length": 4}, config={"mm_tokens_per_image": 4}),
     "gemma3n": _gemma(
         image="<image_soft_token>",
         processor={"image_seq_length": 256},
@@ -376,17 +389,6 @@ FAMILIES: dict[str, Tiny] = {
     "deepseek_vl_hybrid": Tiny(
         config={"high_res_vision_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1]}}
     ),
-    "emu3": Tiny(
-        image="<image>",
-        tokens={
-            "image_token": "<image>",
-            "boi_token": "<|image start|>",
-            "eoi_token": "<|image end|>",
-            "image_wrapper_token": "<|image token|>",
-            "eof_token": "<|extra_201|>",
-            "bos_token": "<bos>",
-        },
-    ),
     "ernie4_5_vl_moe": Tiny(
         image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
         tokens={
@@ -424,11 +426,6 @@ FAMILIES: dict[str, Tiny] = {
         processor={"image_seq_len": 1},
     ),
     "lfm2_vl": Tiny(more_tokens=("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")),
-    "llama4": Tiny(
-        image="<|image|>",
-        tokens={"image_token": "<|patch|>"},
-        more_tokens=("<|image|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
-    ),
     "llava_next": Tiny(config={"image_grid_pinpoints": _PINPOINTS}),
     "llava_next_video": Tiny(tokens=_VIDEO, config={"image_grid_pinpoints": _PINPOINTS}),
     "llava_onevision": Tiny(
@@ -498,9 +495,13 @@ FAMILIES: dict[str, Tiny] = {
         processor={"patch_size": 32, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
     ),
     "deepseek_ocr2": Tiny(
-        config={"text_config": {"mlp_layer_types": ["dense", "sparse"]}}, image_processor={"crop_to_patches": False}
+        config={
+            "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+            "vision_config": {"sam_config": {"downsample_channels": [16, ENCODER_WIDTH]}},
+        },
+        processor={"patch_size": 16},
     ),
-    "unlimited_ocr": Tiny(image_processor={"crop_to_patches": False}),
+    "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": {"downsample_channels": [16, ENCODER_WIDTH]}}}),
     "janus": Tiny(
         image="<image>",
         tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
@@ -520,11 +521,6 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "qwen2_5_omni_thinker": Tiny(**_OMNI, processor_class="Qwen2_5OmniProcessor"),
     "qwen3_omni_moe_thinker": Tiny(**_OMNI, processor_class="Qwen3OmniMoeProcessor"),
-    "granite4_vision": Tiny(
-        start={"deepstack_layer_map": [(1, 0), (2, 1)]},
-        config={"image_grid_pinpoints": _PINPOINTS, "downsample_rate": "1/2"},
-        processor={"downsample_rate": "1/2"},
-    ),
     "mistral3": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS),
     "mistral_large4": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS, config={"text_config": {"num_key_value_heads": 4}}),
     "lighton_ocr": Tiny(image="[IMG]", tokens=_PIXTRAL_TOKENS),

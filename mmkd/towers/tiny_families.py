@@ -24,7 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from mmkd.towers.assemble import train_tokenizer
-from mmkd.towers.tiny_data import DERIVED, FAMILIES, IMAGE_PROCESSORS, PROCESSORS, RULES, TEXT_PARTS, Tiny
+from mmkd.towers.tiny_data import DERIVED, FAMILIES, IMAGE_PROCESSORS, NO_TOWER, PROCESSORS, RULES, TEXT_PARTS, Tiny
 from mmkd.towers.tower import Tower, TowerError
 
 TEMPLATE = (
@@ -33,6 +33,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEXTS = ("red", "green", "blue", "What colour is it?", "How many are there in all?", "Read the word.", "seven of them")
+MAX_LENGTH = 4096  # some processors write hundreds of tokens, whatever the picture
 VOCABULARY = 300  # special tokens of the template, 256 bytes, and a few merges
 
 
@@ -52,6 +53,8 @@ def why_no_tower(family: str) -> str | None:
     model = getattr(transformers, name)
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return f"no tower: {name} takes no visual tokens (mm_encoder_outputs)"
+    if family in NO_TOWER:
+        return f"no tower: {NO_TOWER[family]}"
     return None
 
 
@@ -71,7 +74,7 @@ def tiny_family(family: str, seed: int = 0) -> Tower:
         draw_weights(model)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
-    return Tower(model, tiny_processor(family, data, tokenizer))
+    return Tower(model, tiny_processor(family, data, tokenizer), max_length=MAX_LENGTH)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from mmkd.towers.families import (
     DEEPSTACK,
     GRIDS,
     GROUPED,
+    INDEXED,
     LANGUAGE_NAMES,
     NESTED,
     PROJECTORS,
@@ -436,7 +437,10 @@ class Tower:
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return _concatenate(pixels, wide=self.model.config.model_type in WIDE)
+        kind = self.model.config.model_type
+        for name, target in INDEXED.get(kind, {}).items():
+            pixels = _counted_on(pixels, name, target)
+        return _concatenate(pixels, wide=kind in WIDE)
 
     @property
     def image_token_id(self) -> int:
@@ -550,7 +554,9 @@ class Tower:
     def encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
         """Visual tokens in the form in which transformers takes them; {} when there is no image."""
         if isinstance(tokens, Seen):
-            return {"image": tokens.output} if tokens.output is not None else {}
+            if tokens.output is not None:
+                return {"image": tokens.output}
+            tokens = tokens.tokens
         if not len(tokens):
             return {}
         pooled, layers = self._deepstack(tokens)
@@ -637,6 +643,17 @@ def _concatenate(pixels: Sequence[dict[str, Tensor]], wide: bool = False) -> dic
     if wide:
         return {name: torch.cat(parts, dim=-1 if parts[0].is_floating_point() else 0) for name, parts in pieces.items()}
     return {name: torch.cat(_same_shape(parts)) for name, parts in pieces.items()}
+
+
+def _counted_on(pixels: Sequence[dict[str, Tensor]], name: str, target: str) -> list[dict[str, Tensor]]:
+    """The pieces with their indices `name` into the rows [n, k, ...] of `target` moved on by the pieces before; -1 is none."""
+    moved, before = [], 0
+    for piece in pixels:
+        if name in piece:
+            piece = piece | {name: torch.where(piece[name] >= 0, piece[name] + before, piece[name])}
+            before += piece[target].shape[0] * piece[target].shape[1]
+        moved.append(piece)
+    return moved
 
 
 def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
