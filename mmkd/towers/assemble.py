@@ -169,7 +169,24 @@ def build_encoder(spec: VisionSpec) -> nn.Module:
         return _with_width(encoder)
     raise TowerError(
         f"vision source {spec.source!r} has no known prefix; write hf-hub:NAME, local-dir:PATH, timm:NAME or open_clip:NAME/TAG"
+        + _similar_sources(spec.source)
     )
+
+
+def _similar_sources(name: str) -> str:
+    """Sources with a name like this one, with their prefixes, as the end of a message."""
+    import open_clip
+    import timm
+
+    known = {f"timm:{model}": model for model in timm.list_models()} | {f"open_clip:{m}": m for m in open_clip.list_models()}
+    bare = name.rpartition("/")[2].lower()
+    close = difflib.get_close_matches(bare, [model.lower() for model in known.values()], n=3, cutoff=0.7)
+    found = [source for source, model in known.items() if model.lower() in close]
+    if Path(name).is_dir():
+        found.insert(0, f"local-dir:{name}")
+    elif "/" in name:
+        found.insert(0, f"hf-hub:{name}")
+    return f". Did you mean {' or '.join(found[:4])}?" if found else ""
 
 
 def _encoder_from_config(config: dict[str, Any], spec: VisionSpec) -> nn.Module:
