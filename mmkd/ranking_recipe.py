@@ -19,6 +19,7 @@ class TextConfig(Strict):
     source: str | None = None
     config: dict[str, Any] | None = None
     vocab_size: int | None = Field(None, gt=0)  # of the tokenizer trained on the captions; goes with `config`
+    tokenizer: Literal["bpe", "words"] = "bpe"  # what it cuts captions into: byte pairs, or the most frequent whole words
 
     @model_validator(mode="after")
     def one_origin(self) -> TextConfig:
@@ -32,6 +33,13 @@ class DualSpec(Strict):
     vision: VisionConfig
     text: TextConfig
     embedding: int = Field(256, gt=0)
+
+
+class FusionSpec(DualSpec):
+    """Cross-attention over the parts of a dual encoder, which may be pretrained or start from random weights."""
+
+    heads: int = Field(4, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the matching head
 
 
 class DualStudentSpec(Strict):
@@ -95,8 +103,16 @@ class StepSpec(AdamWSpec):
     micro_batch_size: ClassVar[None] = None
 
 
+class AugmentSpec(Strict):
+    """Random shifts (share of a picture's side) and scalings (1 - scale ... 1 + scale) of pictures in training."""
+
+    shift: float = Field(0.0, ge=0, lt=1)
+    scale: float = Field(0.0, ge=0, lt=1)
+
+
 class TrainingSpec(LoopSpec):
     optimiser: StepSpec = StepSpec()
+    augment: AugmentSpec | None = None
 
 
 class RetrievalSpec(Strict):
@@ -133,10 +149,11 @@ class CrossSpec(Strict):
 class MatchingSpec(Strict):
     model: str | None = None
     config: CrossSpec | None = None
+    fuse: FusionSpec | None = None
 
     @model_validator(mode="after")
     def one_origin(self) -> MatchingSpec:
-        return one_of(self, model="a BLIP to fine-tune", config="random weights")
+        return one_of(self, model="a folder or BLIP to train on", config="a BLIP from random weights", fuse="two encoders")
 
 
 class MatchingRecipe(Strict):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmkd.data.samples import DataError
 
-FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference")
+FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference", "shards", "datasets")
 PARTS = ("vision", "projector", "language")
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 

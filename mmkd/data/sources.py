@@ -13,6 +13,7 @@ from mmkd.data.formats import read_conversations, read_questions
 from mmkd.data.preference import read_preferences
 from mmkd.data.prompts import render
 from mmkd.data.samples import DataError, Sample
+from mmkd.data.stream import STREAMS, Stream, open_stream
 
 
 class DataCard(BaseModel):
@@ -22,7 +23,7 @@ class DataCard(BaseModel):
 
     name: str
     title: str
-    format: Literal["scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference"]
+    format: Literal["scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference", "shards", "datasets"]
     root: str
     prompt: Literal["letter", "short", "plain"] = "plain"
     ocr: bool = False
@@ -60,7 +61,10 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
 
 
 def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
-    """The training samples of one data entry, its subset drawn by `seed`. Raises DataError."""
+    """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
+    stream = stream_of(spec, seed, data_root)
+    if stream is not None:
+        return stream.head()
     fields = resolve(spec)
     root = folder_of(fields, data_root)
     subset = {"limit": fields.get("limit"), "image_limit": fields.get("image_limit"), "seed": seed}
@@ -74,6 +78,15 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sam
         )
         samples = [render(q, fields["prompt"], with_answer=True, ocr=fields["ocr"]) for q in questions]
     return _weighted(samples, fields["weight"], seed)
+
+
+def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | None:
+    """The stream of a data entry, None for one whose samples are all read. Raises DataError."""
+    fields = resolve(spec)
+    if fields["format"] not in STREAMS:
+        return None
+    root = folder_of(fields, data_root) if fields["format"] == "shards" else fields["root"]
+    return open_stream(fields, root, seed)
 
 
 def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:

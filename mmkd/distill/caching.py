@@ -32,6 +32,7 @@ from mmkd.distill.preference import PreferenceDataset
 from mmkd.distill.reference import fill_reference
 from mmkd.distill.rows import Head, row_log_probs
 from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, terms_of
+from mmkd.distill.streaming import stage_stream
 from mmkd.distill.terms import rows_at
 from mmkd.recipe import Recipe, RecipeError
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
@@ -92,15 +93,16 @@ def write_cache(
     teacher = load_teacher(live)
     facts: dict[str, Any] = {"folder": str(folder)}
     if plan.samples:
-        forecast = forecast_of(plan, teacher)
-        logger.info("forecast: %s", forecast)
-        facts["forecast"] = forecast
-        if forecast_only:
-            return facts
-        check_space(folder, forecast)
-        claim_folder(live, folder, plan, teacher)
+        facts["forecast"] = forecast_of(plan, teacher)
+        logger.info("forecast: %s", facts["forecast"])
+    if forecast_only:
+        return facts
+    if plan.samples:
+        check_space(folder, facts["forecast"])
+    claim_folder(live, folder, plan, teacher)
+    if plan.samples:
         facts |= _fill(plan, teacher, folder, batch_size, workers, recipe.guards.pixels_matter)
-    if not forecast_only:
+    if is_main_process():  # two numbers a pair: one process does it
         facts["pairs"] = _fill_references(live, folder, teacher, batch_size)
     return facts
 
@@ -116,6 +118,9 @@ def plan_of(recipe: Recipe, top_k: int | None) -> Plan:
     live = [f"{name}.{t.name}" for name, own in terms.items() for t in own if t.path == "switch"]
     if live:
         logger.warning("not from a cache: %s (the visual switch needs the live teacher)", ", ".join(live))
+    streamed = [name for name in rows if stage_stream(recipe, recipe.stages[name]) is not None]
+    if streamed:
+        raise RecipeError(f"stages {', '.join(streamed)} read streams, which have no end; write their samples down to cache them")
     of_rows = [t for name in rows for t in terms[name] if t.needs_teacher and not t.is_preference]
     samples = {(text_key(s), tuple(i.key for i in s.images)): s for stage in rows.values() for s in stage_samples(recipe, stage)}
     features = any(t.kind == "feature_match" for t in of_rows)

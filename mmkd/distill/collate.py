@@ -148,6 +148,13 @@ class PairDataset(Dataset):
             self._free -= 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
         self._kept[index] = pair
 
+    def prepare(self, sample: Sample) -> Pair | None:
+        """A sample that is none of the set's own; None where its picture cannot be read."""
+        pair = self._prepare(sample)
+        if pair is None:
+            logger.warning("skipped %s: %s", sample.id, self.skipped.pop(sample.id))
+        return pair
+
     def _prepare(self, sample: Sample) -> Pair | None:
         try:
             student = self.student.encode(sample)

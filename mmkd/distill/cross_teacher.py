@@ -1,8 +1,9 @@
 """Cross-encoders: models that read a picture and a text together and say how likely they match.
 
-Two kinds. `ItmEncoder` is BLIP's image-text-matching head (transformers' `BlipForImageTextRetrieval`). `PromptedTower` asks
-any vision-language tower whether the text fits and compares its answers "yes" and "no". Both give log-odds, with gradient;
-the score of CPRD is their sigmoid, a probability.
+Three kinds. `ItmEncoder` is BLIP's image-text-matching head (transformers' `BlipForImageTextRetrieval`), `FusionEncoder` a small
+one of our own over any vision and text encoder; `load_matching` tells these two by their folder. `PromptedTower` asks any
+vision-language tower whether the text fits and compares its answers "yes" and "no". All give log-odds, with gradient; the score
+of CPRD is their sigmoid, a probability.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmkd.data.pairs import PairSet
 from mmkd.data.samples import ImageRef, Sample, Turn
-from mmkd.towers.dual import weights_fingerprint
+from mmkd.towers.dual import text_length, weights_fingerprint
 from mmkd.towers.tower import Tower, TowerError
 
 logger = logging.getLogger(__name__)
@@ -78,38 +80,28 @@ class CrossEncoder(ABC):
         return scores
 
 
-class ItmEncoder(CrossEncoder):
-    """BLIP's image-text-matching head: the text encoder reads the caption, attending to the picture's states.
-
-    The tokenizer's first token takes the place of BLIP's [ENC], as in transformers' own forward pass.
-    """
+class MatchingEncoder(CrossEncoder):
+    """A cross-encoder with unimodal embeddings and a matching head, which can be trained (mmkd.distill.matching)."""
 
     def __init__(self, model: nn.Module, processor: Any):
         self.model, self.processor = model, processor
 
-    @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype | str = "auto") -> ItmEncoder:
-        """From a folder or hub id of a `BlipForImageTextRetrieval`. Raises TowerError."""
-        from transformers import AutoConfig, AutoProcessor, BlipForImageTextRetrieval
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens of a text that the model reads at most."""
 
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            if config.model_type != "blip":
-                raise TowerError(
-                    f"{str(folder)!r} is a {config.model_type!r}, not a BLIP; set teacher.kind=prompted to ask a "
-                    "vision-language model"
-                )
-            model, report = BlipForImageTextRetrieval.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-            processor = AutoProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            if isinstance(error, TowerError):
-                raise
-            raise TowerError(f"no BLIP can be loaded from {str(folder)!r}: {error}") from error
-        if any(name.startswith("itm_head") for name in report["missing_keys"]):
-            raise TowerError(f"{str(folder)!r} has no image-text-matching head; use a BLIP made for retrieval (blip-itm-...)")
-        return cls(model, processor)
+    @abstractmethod
+    def states(self, pixels: Tensor) -> Tensor:
+        """What the vision encoder makes of pixels. [n, 3, H, W] -> [n, N, Dv]"""
+
+    @abstractmethod
+    def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """Log-odds from vision states [P, N, Dv] and the tokens of P texts. [P]"""
+
+    @abstractmethod
+    def similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """Cosines of the unimodal embeddings, pictures by texts. [B, B]"""
 
     def save(self, folder: str | Path) -> None:
         self.model.save_pretrained(folder)
@@ -134,22 +126,46 @@ class ItmEncoder(CrossEncoder):
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids and mask. [n, L] each"""
-        length = self.model.config.text_config.max_position_embeddings
-        batch = self.processor.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        batch = self.processor.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        )
         return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def see(self, images: Sequence[ImageRef]) -> Tensor:
         return self.states(self.pixels(images))
 
+    def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        places = torch.tensor([distinct[text] for text in texts])
+        return self.match(torch.stack(list(seen)), {name: ids[places] for name, ids in self.tokens(list(distinct)).items()})
+
+
+class ItmEncoder(MatchingEncoder):
+    """BLIP's image-text-matching head: the text encoder reads the caption, attending to the picture's states.
+
+    The tokenizer's first token takes the place of BLIP's [ENC], as in transformers' own forward pass.
+    """
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype | str = "auto") -> ItmEncoder:
+        """From a folder or hub id of a `BlipForImageTextRetrieval`. Raises TowerError."""
+        from transformers import AutoProcessor, BlipForImageTextRetrieval
+
+        model, report = BlipForImageTextRetrieval.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if any(name.startswith("itm_head") for name in report["missing_keys"]):
+            raise TowerError(f"{str(folder)!r} has no image-text-matching head; use a BLIP made for retrieval (blip-itm-...)")
+        return cls(model, AutoProcessor.from_pretrained(folder))
+
+    @property
+    def length(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
     def states(self, pixels: Tensor) -> Tensor:
-        """The vision encoder's states. [n, N, Dv]"""
         return self.model.vision_model(pixel_values=pixels).last_hidden_state
 
-    def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
-        return self.match(torch.stack(list(seen)), self.tokens(texts))
-
     def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        """Log-odds from vision states [P, N, Dv] and the tokens of P texts. [P]"""
         hidden = self.model.text_encoder(
             **tokens,
             encoder_hidden_states=states,
@@ -157,6 +173,59 @@ class ItmEncoder(CrossEncoder):
         ).last_hidden_state  # [P, L, D]
         no, yes = self.model.itm_head(hidden[:, 0]).unbind(-1)
         return yes - no
+
+    def similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        hidden = self.model.text_encoder(**tokens).last_hidden_state
+        images = F.normalize(self.model.vision_proj(states[:, 0]), dim=-1)
+        texts = F.normalize(self.model.text_proj(hidden[:, 0]), dim=-1)
+        return images @ texts.T
+
+
+class FusionEncoder(MatchingEncoder):
+    """A `mmkd.towers.fusion.FusionModel`: cross-attention on the two encoders of a dual encoder."""
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype | str = "auto") -> FusionEncoder:
+        """From a folder that `save` wrote."""
+        from transformers import VisionTextDualEncoderProcessor
+
+        from mmkd.towers.fusion import FusionModel
+
+        model = FusionModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return cls(model, VisionTextDualEncoderProcessor.from_pretrained(folder))
+
+    @property
+    def length(self) -> int:
+        return text_length(self.model.config.dual.text_config, self.processor.tokenizer)
+
+    def states(self, pixels: Tensor) -> Tensor:
+        return self.model.see(pixels)
+
+    def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        return self.model(states, self.model.read(tokens), tokens["attention_mask"])
+
+    def similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        return self.model.embed_pictures(states) @ self.model.embed_texts(self.model.read(tokens)).T
+
+
+def load_matching(folder: str | Path, dtype: torch.dtype | str = "auto") -> MatchingEncoder:
+    """The cross-encoder with a matching head at a folder or hub id: a BLIP or a fusion model. Raises TowerError."""
+    from transformers import AutoConfig
+
+    import mmkd.towers.fusion  # noqa: F401  registers its configuration
+
+    kinds: dict[str, type[ItmEncoder] | type[FusionEncoder]] = {"blip": ItmEncoder, "mmkd_fusion": FusionEncoder}
+    try:
+        found = AutoConfig.from_pretrained(folder).model_type
+        if found in kinds:
+            return kinds[found].load(folder, dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, TowerError):
+            raise
+        raise TowerError(f"no cross-encoder can be loaded from {str(folder)!r}: {error}") from error
+    raise TowerError(
+        f"{str(folder)!r} is a {found!r}, not a BLIP; set teacher.kind=prompted to ask a vision-language model"
+    )
 
 
 class PromptedTower(CrossEncoder):

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from mmkd.data.pairs import PairSet
 from mmkd.data.samples import ImageRef
-from mmkd.distill.cross_teacher import ItmEncoder
+from mmkd.distill.augment import augmented
+from mmkd.distill.cross_teacher import FusionEncoder, ItmEncoder, MatchingEncoder
+from mmkd.distill.dual_models import assemble_from
 from mmkd.distill.ranking import PairBatch, PairDataset, Sums
 from mmkd.losses import contrastive
-from mmkd.ranking_recipe import CrossSpec
+from mmkd.ranking_recipe import AugmentSpec, CrossSpec, FusionSpec
 from mmkd.towers.dual import TEMPERATURE_RANGE, Inputs, text_defaults, train_text_tokenizer
 from mmkd.towers.tower import TowerError
 
@@ -46,28 +48,51 @@ def build_cross_encoder(spec: CrossSpec, texts: Sequence[str], seed: int) -> Itm
     return ItmEncoder(model, BlipProcessor(pictures, tokenizer))
 
 
+def build_fusion(spec: FusionSpec, texts: Sequence[str], seed: int) -> FusionEncoder:
+    """Cross-attention over the parts of a dual encoder, random weights drawn from `seed`. Raises TowerError."""
+    from mmkd.towers.fusion import FusionConfig, FusionModel
+
+    dual = assemble_from(spec, texts, seed)
+    if spec.embedding % spec.heads:
+        raise TowerError(f"embedding {spec.embedding} does not divide over {spec.heads} heads")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FusionModel(FusionConfig(dual.model.config, heads=spec.heads, dropout=spec.dropout), dual.model)
+    return FusionEncoder(model, dual.processor)
+
+
 class MatchingDataset(PairDataset):
     """The pairs of a set, prepared for the cross-encoder."""
 
-    def prepare(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[Inputs, Inputs]:
-        return {"pixels": self.model.pixels(images)}, self.model.tokens(texts)
+    def prepare_images(self, images: Sequence[ImageRef]) -> Inputs:
+        return {"pixels": self.model.pixels(images)}
+
+    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
+        return self.model.tokens(texts)
 
 
 class MatchingModel(nn.Module):
     """The cross-encoder with its two losses."""
 
-    def __init__(self, encoder: ItmEncoder, pairs: PairSet, negatives: int = 1, temperature: float = 0.07):
+    def __init__(
+        self,
+        encoder: MatchingEncoder,
+        pairs: PairSet,
+        negatives: int = 1,
+        temperature: float = 0.07,
+        augment: AugmentSpec | None = None,
+    ):
         super().__init__()
-        self.encoder, self.pairs, self.negatives = encoder, pairs, negatives
+        self.encoder, self.pairs, self.negatives, self.augment = encoder, pairs, negatives, augment
         self.model = encoder.model
         self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
     def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, Sums]:
         """Contrastive plus matching loss, means over the batch; and {term: (sum, count)} for the log."""
         size = len(batch.images)
-        states = self.encoder.states(batch.pixels["pixels"])  # [B, N, Dv]
+        states = self.encoder.states(augmented(batch.pixels, self)["pixels"])  # [B, N, Dv]
         positives = self.pairs.match(batch.images, batch.texts)  # [B, B]
-        similarities = self._similarities(states, batch.tokens)  # [B, B]
+        similarities = self.encoder.similarities(states, batch.tokens)  # [B, B]
         temperature = (-self.log_scale).exp().clamp(*TEMPERATURE_RANGE)
         itc = contrastive(similarities, positives, temperature) + contrastive(similarities.T, positives.T, temperature)  # [B]
         logits = (similarities / temperature).detach()
@@ -86,13 +111,6 @@ class MatchingModel(nn.Module):
             "matching_accuracy": (right, pairs),
         }
         return itc.mean() / 2 + itm / len(images), log
-
-    def _similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        """Cosines of the unimodal embeddings, pictures by texts. [B, B]"""
-        hidden = self.model.text_encoder(**tokens).last_hidden_state
-        images = F.normalize(self.model.vision_proj(states[:, 0]), dim=-1)
-        texts = F.normalize(self.model.text_proj(hidden[:, 0]), dim=-1)
-        return images @ texts.T
 
 
 def draw_negatives(logits: Tensor, positives: Tensor, count: int) -> Tensor:

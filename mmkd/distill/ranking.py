@@ -11,7 +11,7 @@ Every process takes the losses of its own queries against the gathered pool, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from transformers import Trainer, TrainingArguments
 
 from mmkd.data.pairs import PairSet
 from mmkd.data.samples import ImageRef
+from mmkd.distill.augment import augmented
 from mmkd.distill.cross_teacher import ScoreTable
 from mmkd.distill.trainer import DistillTrainer
 from mmkd.losses import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.towers.dual import DualEncoder, Inputs
+
+PIXEL_BYTES = 2**29  # prepared pictures that are kept in memory, about
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # {term: (sum, count)}
 
@@ -47,11 +50,35 @@ class PairBatch:
         return PairBatch(self.images.to(device), self.texts.to(device), move(self.pixels), move(self.tokens))
 
 
+class PixelCache:
+    """Prepared pictures by number: kept in memory, since preparing small pictures takes longer than a step with them."""
+
+    def __init__(self, images: Sequence[ImageRef], prepare: Callable[[list[ImageRef]], Inputs]):
+        self.images, self.prepare = images, prepare
+        self._kept: dict[int, Inputs] = {}
+        self._bytes = 0
+
+    def __call__(self, numbers: Sequence[int]) -> Inputs:
+        """Inputs of the pictures of these numbers, in their order."""
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._kept]
+        fresh = self._prepared(missing) if missing else {}
+        rows = [fresh[number] if number in fresh else self._kept[number] for number in numbers]
+        if self._bytes < PIXEL_BYTES:
+            self._kept |= fresh
+            self._bytes += sum(tensor.nbytes for row in fresh.values() for tensor in row.values())
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _prepared(self, numbers: list[int]) -> dict[int, Inputs]:
+        inputs = self.prepare([self.images[number] for number in numbers])
+        return {number: {name: tensor[i] for name, tensor in inputs.items()} for i, number in enumerate(numbers)}
+
+
 class PairDataset(Dataset):
     """The pairs of a set by number; `collate` loads and prepares them for the model that is trained."""
 
     def __init__(self, pairs: PairSet, model: Any):
         self.pairs, self.model = pairs, model
+        self.pixels = PixelCache(pairs.images, self.prepare_images)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -62,22 +89,28 @@ class PairDataset(Dataset):
 
     def collate(self, numbers: Sequence[tuple[int, int]]) -> dict[str, PairBatch]:
         images, texts = ([n[i] for n in numbers] for i in (0, 1))
-        inputs = self.prepare([self.pairs.images[i] for i in images], [self.pairs.texts[t] for t in texts])
-        return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), *inputs)}
+        tokens = self.prepare_texts([self.pairs.texts[t] for t in texts])
+        return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), self.pixels(images), tokens)}
 
-    def prepare(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[Inputs, Inputs]:
-        """Pictures and texts in the model's terms."""
-        return self.model.prepare_images([image.load() for image in images]), self.model.prepare_texts(texts)
+    def prepare_images(self, images: Sequence[ImageRef]) -> Inputs:
+        """Pictures in the model's terms."""
+        return self.model.prepare_images([image.load() for image in images])
+
+    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
+        """Texts in the model's terms."""
+        return self.model.prepare_texts(texts)
 
 
 class RankingModel(nn.Module):
     """Student and losses in one module, which data-parallel wrappers wrap. Without `scores` the loss is contrastive alone."""
 
-    def __init__(self, student: DualEncoder, pairs: PairSet, spec: Any, scores: ScoreTable | None = None):
-        """`spec` is the recipe's `ranking` (mmkd.ranking_recipe.RankingSpec)."""
+    def __init__(
+        self, student: DualEncoder, pairs: PairSet, spec: Any, scores: ScoreTable | None = None, augment: Any = None
+    ):
+        """`spec` is the recipe's `ranking` (mmkd.ranking_recipe.RankingSpec), `augment` its `training.augment`."""
         super().__init__()
         self.student = student
-        self.pairs, self.spec, self.table = pairs, spec, scores
+        self.pairs, self.spec, self.table, self.augment = pairs, spec, scores, augment
 
     def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, Sums]:
         """The loss of this process's queries, divided by the number of all; and {term: (sum, count)} for the log.
@@ -86,7 +119,8 @@ class RankingModel(nn.Module):
         """
         if self.training:
             self.student.clamp_temperature()
-        images, texts = self.student.embed_images(batch.pixels), self.student.embed_texts(batch.tokens)  # [B, D]
+        images = self.student.embed_images(augmented(batch.pixels, self))  # [B, D]
+        texts = self.student.embed_texts(batch.tokens)  # [B, D]
         all_images, all_texts = gather(images), gather(texts)  # [M, D]
         image_numbers, text_numbers = gather(batch.images), gather(batch.texts)  # [M]
         terms = [

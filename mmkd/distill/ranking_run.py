@@ -21,8 +21,9 @@ from transformers import set_seed
 import mmkd
 from mmkd.data.pairs import PairSet, read_pairs
 from mmkd.data.samples import DataError
-from mmkd.distill.cross_teacher import CrossEncoder, ItmEncoder, PromptedTower, ScoreTable
-from mmkd.distill.matching import MatchingDataset, MatchingModel, build_cross_encoder
+from mmkd.distill.cross_teacher import CrossEncoder, PromptedTower, ScoreTable, load_matching
+from mmkd.distill.dual_models import assemble_from
+from mmkd.distill.matching import MatchingDataset, MatchingModel, build_cross_encoder, build_fusion
 from mmkd.distill.ranking import PairDataset, RankingModel, RankingTrainer, freeze_unreached
 from mmkd.distill.run import claim, write_whole
 from mmkd.distill.stages import is_main_process
@@ -30,8 +31,7 @@ from mmkd.distill.trainer import last_checkpoint, split_evenly, training_argumen
 from mmkd.evaluation.compare import verdict
 from mmkd.evaluation.retrieval import CUTOFFS, DIRECTIONS, compare_retrieval, retrieval_ranks
 from mmkd.ranking_recipe import CrossTeacherSpec, MatchingRecipe, RankingRecipe, RetrievalSpec, TrainingSpec
-from mmkd.towers.assemble import VisionSpec
-from mmkd.towers.dual import DualEncoder, TextSpec, assemble_dual, load_dual, train_text_tokenizer
+from mmkd.towers.dual import DualEncoder, load_dual
 from mmkd.towers.loading import dtype_of
 from mmkd.towers.tower import Tower
 
@@ -87,7 +87,7 @@ def _world_size() -> int:
 def load_cross_teacher(spec: CrossTeacherSpec) -> CrossEncoder:
     """The frozen teacher of a recipe, on this process's device."""
     if spec.kind == "itm":
-        teacher: CrossEncoder = ItmEncoder.load(spec.model, dtype_of(spec.dtype))
+        teacher: CrossEncoder = load_matching(spec.model, dtype_of(spec.dtype))
     else:
         tower = Tower.load(spec.model, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code)
         teacher = PromptedTower(tower, **spec.prompt())
@@ -100,17 +100,7 @@ def build_dual(recipe: RankingRecipe, pairs: PairSet) -> DualEncoder:
     spec = recipe.student
     if spec.model is not None:
         return _to_device(load_dual(spec.model, dtype="float32", seed=recipe.seed, trust_remote_code=spec.trust_remote_code))
-    parts = spec.assemble
-    size = parts.vision.image_size
-    vision = {k: v for k, v in parts.vision.model_dump(exclude={"image_size"}).items() if v is not None}
-    student = assemble_dual(
-        VisionSpec(**vision, image_size=(size, size) if isinstance(size, int) else size),
-        TextSpec(parts.text.source, parts.text.config),
-        embedding=parts.embedding,
-        tokenizer=None if parts.text.vocab_size is None else train_text_tokenizer(pairs.texts, parts.text.vocab_size),
-        seed=recipe.seed,
-    )
-    return _to_device(student)
+    return _to_device(assemble_from(spec.assemble, pairs.texts, recipe.seed))
 
 
 def _to_device(model: Any) -> Any:
@@ -130,7 +120,7 @@ def train_dual(
     if not final.exists():
         set_seed(recipe.seed)
         dataset = PairDataset(pairs, student)
-        model = RankingModel(student, pairs, recipe.ranking, table)
+        model = RankingModel(student, pairs, recipe.ranking, table, recipe.training.augment)
         train_model(model, dataset, recipe.training, recipe.seed, role, run)
         save_whole(student, final)
         clear(run, role)
@@ -312,17 +302,19 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
     final = run / "model"
     if not final.exists():
         spec = recipe.model
-        if spec.config is None:
-            encoder = ItmEncoder.load(spec.model, torch.float32)
-        else:
+        if spec.model is not None:
+            encoder = load_matching(spec.model, torch.float32)
+        elif spec.config is not None:
             encoder = build_cross_encoder(spec.config, pairs.texts, recipe.seed)
+        else:
+            encoder = build_fusion(spec.fuse, pairs.texts, recipe.seed)
         _to_device(encoder.model)
         set_seed(recipe.seed)
-        model = MatchingModel(encoder, pairs, recipe.negatives)
+        model = MatchingModel(encoder, pairs, recipe.negatives, augment=recipe.training.augment)
         train_model(model, MatchingDataset(pairs, encoder), recipe.training, recipe.seed, "model", run)
         save_whole(encoder, final)
         clear(run, "model")
-    teacher = ItmEncoder.load(final, torch.float32)
+    teacher = load_matching(final, torch.float32)
     _to_device(teacher.model)
     scores = ScoreTable(teacher.freeze(), test).all_scores()
     ranks = {"teacher": retrieval_ranks(scores, scores.T, test.relevance())}

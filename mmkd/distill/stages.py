@@ -29,6 +29,7 @@ from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, Pref
 from mmkd.distill.reference import fill_reference
 from mmkd.distill.sharded import make_whole
 from mmkd.distill.sparse import summarise_experts, upcycled, write_receipt
+from mmkd.distill.streaming import StreamDataset, stage_stream
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.distill.watch import Watch
@@ -192,7 +193,8 @@ def _train_stage(
     wrong = split_evenly(stage.optimiser, world_size)
     if wrong:
         raise DataError(f"stage {name}: {'; '.join(wrong)}")
-    if len(samples) < stage.optimiser.batch_size:
+    stream = stage_stream(recipe, stage)
+    if stream is None and len(samples) < stage.optimiser.batch_size:
         raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
     arguments = training_arguments(stage, name, folder, recipe.seed, world_size, recipe.workers)
     if of_pairs:
@@ -209,13 +211,18 @@ def _train_stage(
         run_guards(distiller, dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
     set_seed(recipe.seed)
     loop = PreferenceTrainer if of_pairs else DistillTrainer
+    if stream is not None:
+        done = 0 if resume is None else int(resume.rpartition("-")[2]) * stage.optimiser.batch_size
+        dataset = StreamDataset(dataset, stream, arguments.per_device_train_batch_size * world_size, done)
+        arguments.ignore_data_skip = True
+        arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
     trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
     if recipe.evaluation.every is not None:
         trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
-    if dataset.skipped_count:
+    if stream is None and dataset.skipped_count:
         logger.warning("stage %s skipped %d samples with unreadable images", name, dataset.skipped_count)
-    if dataset.truncated:
+    if stream is None and dataset.truncated:
         logger.warning("stage %s cut the ends of %d answers at max_length %d", name, len(dataset.truncated), student.max_length)
     make_whole(trainer)
     if is_main_process():
@@ -299,8 +306,10 @@ def control_key(recipe: Recipe, student: Tower) -> str:
 def _data_state(spec: Any, data_root: str | None) -> list:
     """Annotation files of a data set with size and time: a set that was changed makes a new control."""
     fields = resolve(spec)
+    if fields["format"] == "datasets":  # may be of the hub
+        return [fields]
     root = folder_of(fields, data_root)
-    files = sorted(p for pattern in ("*.json", "*.jsonl", "*/*.jsonl") for p in root.glob(pattern))
+    files = sorted(p for pattern in ("*.json", "*.jsonl", "*/*.jsonl", "*.tar") for p in root.glob(pattern))
     return [fields, [[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
 
 

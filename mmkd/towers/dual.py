@@ -109,8 +109,7 @@ class TransformersDual(DualEncoder):
         super().__init__()
         self.model, self.processor = model, processor
         text = model.config.text_config
-        limits = (processor.tokenizer.model_max_length, getattr(text, "max_position_embeddings", math.inf))
-        self._length = int(min(limits))
+        self._length = text_length(text, processor.tokenizer)
         self._fixed_length = text.model_type.removesuffix("_text_model") in _FIXED_LENGTH
 
     def prepare_images(self, pictures: Sequence[Image.Image]) -> Inputs:
@@ -133,6 +132,11 @@ class TransformersDual(DualEncoder):
     def save(self, folder: str | Path) -> None:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def text_length(config: Any, tokenizer: Any) -> int:
+    """Tokens of a text that an encoder reads at most."""
+    return int(min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf)))
 
 
 class OpenClipDual(DualEncoder):
@@ -182,7 +186,8 @@ def load_dual(
         return _open_clip_folder(Path(source))
     from transformers import AutoModel, AutoProcessor
 
-    import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
+    import mmkd.towers.encoders  # registers the encoders that transformers does not know
+    import mmkd.towers.text_encoders  # noqa: F401
 
     try:
         model = AutoModel.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
@@ -295,6 +300,8 @@ def build_text_encoder(spec: TextSpec, tokenizer: Any) -> nn.Module:
     """The text encoder of a spec; the vocabulary and special tokens of one from a configuration are its tokenizer's."""
     from transformers import AutoModel
 
+    import mmkd.towers.text_encoders  # noqa: F401  registers the encoder that transformers does not know
+
     if (spec.source is None) == (spec.config is None):
         raise TowerError("a text encoder needs either `source` (pretrained) or `config` (random weights)")
     if spec.source is not None:
@@ -326,20 +333,31 @@ def _pooled_width(encoder: nn.Module, **inputs: Tensor) -> int:
     if pooled is None or pooled.dim() != 2:
         raise TowerError(
             f"{type(encoder).__name__} gives no pooled output, which a dual encoder projects; use an encoder with one "
-            "(vit, clip_vision_model, dinov2, focalnet, mmkd_encoder; bert, clip_text_model)"
+            "(vit, clip_vision_model, dinov2, focalnet, mmkd_encoder; bert, clip_text_model, mmkd_bag_of_words)"
         )
     return pooled.shape[-1]
 
 
-def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A lower-casing byte-level BPE tokenizer that writes `<|cls|> text <|end|>`: encoders pool at either end.
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int, words: bool = False) -> Any:
+    """A lower-casing tokenizer that writes `<|cls|> text <|end|>`: encoders pool at either end.
 
-    `vocab_size` counts the three special tokens and the 256 bytes. Raises TowerError when it is smaller.
+    Byte-level BPE, whose `vocab_size` counts the three special tokens and the 256 bytes (TowerError when it is smaller); or, with
+    `words`, the most frequent words, numbers and signs as they stand, every other one becoming `<|pad|>`.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     specials = {"pad_token": "<|pad|>", "cls_token": "<|cls|>", "eos_token": "<|end|>"}
+    train = _word_tokenizer if words else _bpe_tokenizer
+    raw = train(texts, vocab_size, list(specials.values()))
+    ends = [(token, raw.token_to_id(token)) for token in (specials["cls_token"], specials["eos_token"])]
+    raw.post_processor = processors.TemplateProcessing(single="<|cls|> $A <|end|>", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="right", unk_token="<|pad|>", **specials)
+
+
+def _bpe_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     least = len(specials) + 256
     if vocab_size < least:
         raise TowerError(f"vocab_size {vocab_size} is too small: bytes and special tokens alone are {least}")
@@ -351,11 +369,25 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(specials.values()),
+            special_tokens=specials,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
-    ends = [(token, raw.token_to_id(token)) for token in (specials["cls_token"], specials["eos_token"])]
-    raw.post_processor = processors.TemplateProcessing(single="<|cls|> $A <|end|>", special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="right", unk_token="<|pad|>", **specials)
+    return raw
+
+
+def _word_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Any:
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.WordLevel(unk_token=specials[0]))
+    raw.normalizer = normalizers.Lowercase()
+    # Underscores and white space part words; every other sign is a word of its own.
+    gaps, signs = Regex(r"[\s_]+"), Regex(r"[^\p{L}\p{M}\p{N}]")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(gaps, "removed"), pre_tokenizers.Split(signs, "isolated")]
+    )
+    raw.train_from_iterator(
+        texts, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
+    )
+    return raw

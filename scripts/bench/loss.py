@@ -62,6 +62,7 @@ def main() -> None:
     for _ in range(options.repeats):
         for found, one in zip(results, cases, strict=False):
             found.append(run_fresh(one))
+            print(json.dumps(summary(one, found)), file=sys.stderr, flush=True)  # of what was measured so far
     table = [summary(one, found) for one, found in zip(cases, results, strict=False)]
     show(table)
     if options.json:

@@ -40,7 +40,7 @@ from mmkd.towers.tower import Tower  # noqa: E402
 # (width, layers) of the language models; pictures of image x image pixels in patches; answers of so many words
 PRESETS = {
     "tiny": dict(teacher=(64, 2), student=(32, 2), vocabulary=1000, image=32, patch=8, batch=4, answer=4),
-    "small": dict(teacher=(512, 8), student=(256, 4), vocabulary=32000, image=112, patch=14, batch=8, answer=16),
+    "small": dict(teacher=(384, 6), student=(192, 3), vocabulary=32000, image=112, patch=14, batch=4, answer=16),
     "large": dict(teacher=(3584, 28), student=(896, 24), vocabulary=151936, image=336, patch=14, batch=8, answer=64),
 }
 CASES = {
@@ -67,7 +67,10 @@ def main() -> None:
     sizes = PRESETS[options.preset]
     teacher, student = (tower(sizes, role, device, options.dtype) for role in ("teacher", "student"))
     teacher.freeze()
-    table = [race(name, options, sizes, student, teacher, device) for name in options.cases]
+    table = []
+    for name in options.cases:
+        table.append(race(name, options, sizes, student, teacher, device))
+        print(json.dumps(table[-1]), file=sys.stderr, flush=True)
     about = {
         "preset": options.preset, **sizes, "dtype": options.dtype, "torch": torch.__version__, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "clock": options.clock,

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from tiny import WORDS, tiny_picture, tiny_samples, tiny_tower
 
@@ -222,6 +223,34 @@ def test_a_cache_asked_for_something_new_says_so(folder, cache, capsys):
     with pytest.raises(TowerError, match="cannot see pictures anew"):
         teacher.see(teacher.prepare(tiny_rows(recipe(folder))))
     assert main(["cache", str(folder / "nowhere.yaml")]) == 2
+
+
+def test_pairs_of_answers_need_no_live_teacher_either(folder, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()][:8]
+    names = {"prompt": "question", "chosen": "answer"}
+    pairs = [{k: r[v] for k, v in names.items()} | {"images": [r["image"]], "rejected": r["answer"] + " A"} for r in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = [{"format": "preference", "root": str(folder), "split": "pairs"}]
+    changes = {"stages__only__data": data, "stages__only__steps": 2}
+    _, live = trained(recipe(folder, {"dpo": 1}, **changes), tmp_path / "live" / "run")
+    assert write_cache(recipe(folder, {"dpo": 1}, **changes), tmp_path / "cache")["pairs"] == 8
+    monkeypatch.setattr("mmkd.towers.tower.Tower.load", _only_students(folder))
+    spec = recipe(folder, {"dpo": 1}, teacher__cache=str(tmp_path / "cache"), **changes)
+    _, cached = trained(spec, tmp_path / "cached" / "run")
+    assert [r["dpo"] for r in cached] == pytest.approx([r["dpo"] for r in live], rel=1e-5)
+    assert not (tmp_path / "cached" / "references").exists()
+
+
+def test_the_command_says_how_to_use_it(folder, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(folder, {"kl": {"kind": "forward_kl"}}).model_dump(mode="json", exclude_none=True)))
+    where = f"teacher.cache={tmp_path / 'written'}"
+    assert main(["cache", str(path), where, "--forecast"]) == 0
+    assert "60 samples, about" in capsys.readouterr().out and not (tmp_path / "written").exists()
+    assert main(["cache", str(path), where, "--workers", "0"]) == 0
+    assert f"use it: mmkd distill {path} {where}" in capsys.readouterr().out
+    assert main(["cache", str(path), where, "--top-k", "4"]) == 2
+    assert "top_k: None in the cache, 4 in the recipe" in capsys.readouterr().err
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from tiny import WORDS, tiny_picture, tiny_tower
 
 from mmkd.data.pairs import PairSet, pair_set
 from mmkd.data.samples import Sample, Turn
-from mmkd.distill.cross_teacher import QUESTION, ItmEncoder, PromptedTower, ScoreTable
+from mmkd.distill.cross_teacher import QUESTION, ItmEncoder, PromptedTower, ScoreTable, load_matching
 from mmkd.distill.matching import build_cross_encoder, draw_negatives
 from mmkd.ranking_recipe import CrossSpec
 from mmkd.towers.tower import TowerError
@@ -128,13 +128,13 @@ def test_drawn_negatives_are_hard_and_none_is_a_positive():
 def test_errors(tmp_path):
     tiny_tower().save(tmp_path / "vlm")
     with pytest.raises(TowerError, match=r"'llava', not a BLIP; set teacher.kind=prompted"):
-        ItmEncoder.load(tmp_path / "vlm")
+        load_matching(tmp_path / "vlm")
     from transformers import BlipForConditionalGeneration
 
     encoder = blip()
     BlipForConditionalGeneration(encoder.model.config).save_pretrained(tmp_path / "captioner")
     encoder.processor.save_pretrained(tmp_path / "captioner")
     with pytest.raises(TowerError, match="no image-text-matching head"):
-        ItmEncoder.load(tmp_path / "captioner")
+        load_matching(tmp_path / "captioner")
     with pytest.raises(TowerError, match="no place for the text"):
         PromptedTower(tiny_tower(), "Does it match?")

@@ -1,6 +1,8 @@
 """Nothing in a step waits for the accelerator: "meta" tensors have no values, so whatever asks for one raises."""
 
+import os
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny import tiny_samples, tiny_tokenizer, tiny_tower
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller, gathered, spread
 from mmkd.distill.terms import Schedule, Term
+from mmkd.distill.trainer import DistillTrainer
 
 TERMS = {
     "divergences": [("cross_entropy", "prompt", "student"), ("forward_kl", "visual", "student"), ("dbild", "response", "switch")],
@@ -47,3 +50,20 @@ def test_rows_are_gathered_in_order_and_spread_back():
     assert torch.equal(hidden.grad, where[..., None].expand(2, 4, 3).float())
     places = torch.tensor([True, False, True, True])
     assert torch.equal(spread(rows, places)[places], rows) and not spread(rows, places)[~places].any()
+
+
+def test_counts_are_added_up_between_the_cpus_of_processes(tmp_path):
+    """Forked processes join a group of their own; each has the sum over both and over its two micro-batches."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2)
+            trainer = object.__new__(DistillTrainer)
+            trainer.args = SimpleNamespace(world_size=2)
+            samples = [{"batch": SimpleNamespace(counts=torch.full((3,), 1.0 + rank))}] * 2
+            for _ in range(2):
+                counts = trainer._get_num_items_in_batch(samples, torch.device("meta"))
+            os._exit(0 if counts.tolist() == [6.0] * 3 else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]

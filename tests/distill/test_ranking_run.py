@@ -290,7 +290,7 @@ def test_each_command_names_the_other(folder, capsys):
     ("name", "override", "words"),
     [
         ("ranking", "training.optimiser.batch_size=13", "12 pairs, fewer than batch_size 13"),
-        ("ranking", "teacher.model=nowhere", "no BLIP can be loaded from 'nowhere'"),
+        ("ranking", "teacher.model=nowhere", "no cross-encoder can be loaded from 'nowhere'"),
         ("teacher", "evaluation.rerank=3", "has no student whose order could be reranked"),
     ],
 )

@@ -25,6 +25,7 @@ from mmkd.towers.dual import (
     TextSpec,
     TransformersDual,
     assemble_dual,
+    build_text_encoder,
     load_dual,
     train_text_tokenizer,
 )
@@ -199,3 +200,45 @@ def test_errors(tmp_path, open_clip_name):
         assembled(text={"model_type": "llama", **SIZES})
     with pytest.raises(TowerError, match="needs a tokenizer"):
         assemble_dual(VisionSpec(config=dict(VISIONS["vit"])), TextSpec(config=BERT))
+
+
+# ---- a bag of words --------------------------------------------------------------------------------------------------
+
+BAG = {"model_type": "mmkd_bag_of_words", "hidden_size": 16}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_text_tokenizer(TEXTS, 100, words=True)
+
+
+def test_words_are_cut_at_signs_and_underscores(words):
+    tokenizer = train_text_tokenizer(["keycap: 10", "grinning_face", "Grinning cat"], 50, words=True)
+    assert tokenizer.tokenize("KEYCAP: 10 grinning_cat") == ["keycap", ":", "10", "grinning", "cat"]
+    ids = tokenizer("grinning dog")["input_ids"]
+    assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.eos_token_id
+    assert ids[2] == tokenizer.pad_token_id, "an unknown word is padding"
+    few = train_text_tokenizer(["a a a b"], 4, words=True)
+    assert few.tokenize("a b") == ["a", few.pad_token], "only the most frequent words are kept"
+
+
+def test_a_bag_is_the_mean_of_its_words(words):
+    torch.manual_seed(0)
+    bag = build_text_encoder(TextSpec(config=BAG), words)
+    batch = words(["red circle", "one green triangle and two"], padding=True, return_tensors="pt")
+    pooled = bag(**batch).pooler_output.double()
+    table = bag.embeddings.weight.double()
+    for row, text in enumerate((["red", "circle"], ["one", "green", "triangle", "and", "two"])):
+        mean = table[words.convert_tokens_to_ids(text)].mean(0)
+        expected = bag.output.weight.double() @ mean + bag.output.bias.double()
+        torch.testing.assert_close(pooled[row], expected, rtol=1e-6, atol=1e-6)
+    order = bag(**words(["circle red"], return_tensors="pt")).pooler_output
+    torch.testing.assert_close(order[0].double(), pooled[0])
+    unknown = bag(**words(["dodecahedron"], return_tensors="pt")).pooler_output
+    torch.testing.assert_close(unknown[0], bag.output.bias)
+
+
+def test_a_dual_encoder_on_it_keeps_the_contract(tmp_path):
+    model = assembled("conv", text=BAG)
+    check_contract(model, 8)
+    check_round_trip(model, tmp_path / "dual")
