@@ -100,7 +100,9 @@ class TokenizerConfig(Strict):
 class AssembleSpec(Strict):
     vision: VisionConfig
     language: LanguageConfig
-    projector: Literal["mlp", "linear"] = "mlp"
+    projector: Literal["mlp", "linear", "average_pool", "pixel_shuffle", "ldp", "resampler"] = "mlp"
+    # Of those that give fewer tokens: `factor`, the side of the squares, and `queries`, of the resampler.
+    projector_options: dict[Literal["factor", "queries"], int] = Field(default_factory=dict, exclude_if=is_default({}))
     tokenizer: TokenizerConfig | None = None
     import_module: str | None = None  # a Python module that registers your own encoder
 

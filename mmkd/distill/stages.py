@@ -81,6 +81,7 @@ def build_student(recipe: Recipe, teacher: Tower | None, texts: list[str]) -> To
         VisionSpec(**vision, image_size=(size, size) if isinstance(size, int) else size),
         LanguageSpec(**parts.language.model_dump()),
         projector=parts.projector,
+        projector_options=parts.projector_options,
         tokenizer=_tokenizer(parts, teacher, texts),
         max_length=recipe.max_length,
         seed=recipe.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, build_backbone
+from mmkd.towers.reducers import REDUCERS, ReducedEncoder, ReducedEncoderConfig
 from mmkd.towers.tower import Tower, TowerError
 
 logger = logging.getLogger(__name__)
 
 IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-ACTIVATIONS = {"mlp": "gelu", "linear": "linear"}
+ACTIVATIONS = {"mlp": "gelu", "linear": "linear"} | dict.fromkeys(REDUCERS, "gelu")
 
 _CONTENT = (
     "{% macro content(m) %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
@@ -100,6 +101,7 @@ def assemble(
     language: LanguageSpec,
     *,
     projector: str = "mlp",
+    projector_options: Mapping[str, int] | None = None,
     tokenizer: Any = None,
     max_length: int = 2048,
     seed: int = 0,
@@ -107,6 +109,7 @@ def assemble(
 ) -> Tower:
     """A LLaVA-shaped tower from its parts; parts without pretrained weights are drawn from `seed`.
 
+    `projector`: "linear" or "mlp"; or a name of REDUCERS, an MLP behind fewer tokens, with `projector_options` (factor, queries).
     `tokenizer` is needed for a language model made from a configuration (the teacher's, or `train_tokenizer`).
     Raises TowerError when a part cannot be found or does not fit, with both numbers.
     """
@@ -121,6 +124,9 @@ def assemble(
         language_model = _build_language_model(language, tokenizer)
         _plain_head(language_model)
         features, prefix, strategy = _feature_layout(encoder, vision)
+        if projector in REDUCERS:
+            encoder = _reduced(encoder, vision, projector, prefix, projector_options or {})
+            features, prefix, strategy = _feature_layout(encoder, vision)
         config = LlavaConfig(
             vision_config=encoder.config,
             text_config=language_model.config,
@@ -169,7 +175,24 @@ def build_encoder(spec: VisionSpec) -> nn.Module:
         return _with_width(encoder)
     raise TowerError(
         f"vision source {spec.source!r} has no known prefix; write hf-hub:NAME, local-dir:PATH, timm:NAME or open_clip:NAME/TAG"
+        + _similar_sources(spec.source)
     )
+
+
+def _similar_sources(name: str) -> str:
+    """Sources with a name like this one, with their prefixes, as the end of a message."""
+    import open_clip
+    import timm
+
+    known = {f"timm:{model}": model for model in timm.list_models()} | {f"open_clip:{m}": m for m in open_clip.list_models()}
+    bare = name.rpartition("/")[2].lower()
+    close = difflib.get_close_matches(bare, [model.lower() for model in known.values()], n=3, cutoff=0.7)
+    found = [source for source, model in known.items() if model.lower() in close]
+    if Path(name).is_dir():
+        found.insert(0, f"local-dir:{name}")
+    elif "/" in name:
+        found.insert(0, f"hf-hub:{name}")
+    return f". Did you mean {' or '.join(found[:4])}?" if found else ""
 
 
 def _encoder_from_config(config: dict[str, Any], spec: VisionSpec) -> nn.Module:
@@ -227,6 +250,17 @@ def _probe(encoder: nn.Module, size: tuple[int, int]) -> Any:
         ) from error
 
 
+def _reduced(encoder: nn.Module, spec: VisionSpec, kind: str, prefix: int, options: Mapping[str, int]) -> ReducedEncoder:
+    """The encoder with a reducer behind its feature layer."""
+    unknown = sorted({*options} - {"factor", "queries"})
+    if unknown:
+        raise TowerError(f"projector_options has no {unknown[0]!r}; it has factor (of squares), queries (of the resampler)")
+    layer = _feature_layer(spec, encoder)
+    size = image_size(spec, encoder)
+    config = ReducedEncoderConfig(encoder.config, kind, feature_layer=layer, prefix=prefix, image_size=size, **options)
+    return ReducedEncoder(config, encoder)
+
+
 def _build_language_model(spec: LanguageSpec, tokenizer: Any) -> nn.Module:
     if (spec.source is None) == (spec.config is None):
         raise TowerError("a language model needs either `source` (pretrained) or `config` (random weights)")
@@ -257,7 +291,7 @@ def _load_tokenizer(spec: LanguageSpec) -> Any:
 
 
 def _feature_layer(spec: VisionSpec, encoder: nn.Module) -> int:
-    if isinstance(encoder, WrappedEncoder):
+    if isinstance(encoder, WrappedEncoder | ReducedEncoder):
         return -1
     return -2 if spec.feature_layer is None else spec.feature_layer
 
@@ -323,6 +357,7 @@ def _processor(
 def pixel_statistics(spec: VisionSpec, encoder: nn.Module) -> tuple[list[float], list[float]]:
     """(mean, standard deviation) by colour: the spec's, else what the pretrained weights expect, else CLIP's."""
     known = None
+    encoder = encoder.encoder if isinstance(encoder, ReducedEncoder) else encoder
     if spec.source is not None:
         _, _, name = spec.source.partition(":")
         known = getattr(encoder.backbone, "statistics", None) if isinstance(encoder, WrappedEncoder) else _hub_statistics(name)

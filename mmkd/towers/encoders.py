@@ -231,3 +231,5 @@ class _OpenClipFeatures(nn.Module):
 
 AutoConfig.register(EncoderConfig.model_type, EncoderConfig)
 AutoModel.register(EncoderConfig, WrappedEncoder)
+
+import mmkd.towers.reducers  # noqa: E402, F401  registers encoders with fewer tokens

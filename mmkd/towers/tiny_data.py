@@ -219,6 +219,7 @@ _MINICPM_TOKENS = {
     "image_id_start_token": "<image_id>",
     "image_id_end_token": "</image_id>",
 }
+_SAM = {"patch_size": 16, "downsample_channels": [16, ENCODER_WIDTH]}  # their processors count tokens by this patch
 # 256 visual tokens is what their processor writes, whatever the picture: a side of 512 pixels, patches of 8, merged by 4.
 _GOT = {
     "image": "<img><imgpad></img>",
@@ -497,11 +498,11 @@ FAMILIES: dict[str, Tiny] = {
     "deepseek_ocr2": Tiny(
         config={
             "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
-            "vision_config": {"sam_config": {"downsample_channels": [16, ENCODER_WIDTH]}},
+            "vision_config": {"sam_config": _SAM},
         },
         processor={"patch_size": 16},
     ),
-    "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": {"downsample_channels": [16, ENCODER_WIDTH]}}}),
+    "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": _SAM}}, processor={"patch_size": 16}),
     "janus": Tiny(
         image="<image>",
         tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},

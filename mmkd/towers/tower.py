@@ -227,7 +227,8 @@ class Tower:
         projector, vision = set(map(id, self.projector.parameters())), set(map(id, self.vision.parameters()))
         parts: dict[str, list[tuple[str, nn.Parameter]]] = {"vision": [], "projector": [], "language": []}
         for name, parameter in self.model.named_parameters():
-            part = "projector" if id(parameter) in projector else "vision" if id(parameter) in vision else "language"
+            reduces = ".vision_tower.reducer." in f".{name}"  # see towers/reducers.py
+            part = "projector" if reduces or id(parameter) in projector else "vision" if id(parameter) in vision else "language"
             parts[part].append((name, parameter))
         return parts
 

@@ -10,6 +10,7 @@ from tiny import VISIONS, tiny_samples, tiny_tower
 from torch import nn
 
 from mmkd.testing import check_encoder, check_tower
+from mmkd.towers.assemble import VisionSpec, build_encoder
 from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, find_encoder, register_encoder
 from mmkd.towers.tower import TowerError
 
@@ -176,3 +177,18 @@ def test_a_taken_name_is_refused_and_the_same_class_is_not():
     assert register_encoder("tiny_conv")(TinyConv) is find_encoder("tiny_conv")
     with pytest.raises(TowerError, match=r"the encoder name 'tiny_conv' is taken by .*TinyConv"):
         register_encoder("tiny_conv")(Noisy)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("resnet10t", "timm:resnet10t"),
+        ("ViT-B-32-quickgelu", "open_clip:ViT-B-32-quickgelu"),
+        ("openai/clip-vit-base-patch32", "hf-hub:openai/clip-vit-base-patch32"),
+        ("convnext_atom", "timm:convnext_atto"),
+    ],
+)
+def test_a_bare_name_gets_the_prefix_it_may_mean(name, wanted):
+    with pytest.raises(TowerError, match="no known prefix") as caught:
+        build_encoder(VisionSpec(source=name))
+    assert wanted in str(caught.value)
