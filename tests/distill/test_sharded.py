@@ -48,7 +48,7 @@ def shard_and_train(folder: Path) -> None:
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    student, model, batches = distiller_of(folder)
+    student, model, batches = distiller_of(folder / f"pictures_{rank}")  # not written by one while the other reads
     layers = tuple(model._no_split_modules)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     for module in list(model.modules()):
