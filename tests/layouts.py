@@ -213,6 +213,18 @@ def write_object_halbench(root: Path) -> None:
     (root / "obj_halbench_300_with_image.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
+def write_math_vision(root: Path) -> None:
+    row = {"question": "How many?\n<image1>", "image": "images/6.jpg", "solution": None, "level": 3, "subject": "logic"}
+    rows = [row | {"id": "6", "options": ["a cat", "$2$"], "answer": "B"}, row | {"id": "8", "options": [], "answer": "4.8"}]
+    (root / "testmini.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    picture(root / "images" / "6.jpg")
+
+
+BOXED = (
+    'Please solve the problem and put your answer in one "\\boxed{}". '
+    'If it is a multiple choice question, only one letter is allowed in the "\\boxed{}".'
+)
+
 # card -> (writer, questions, one prompt in full)
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -239,6 +251,7 @@ CARDS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "mmmu": (write_mmmu, 2, f"Which is <image 1>?\n\n(A) <image 2>\n(B) b\n(C) c\n\n\n{LETTER}"),
     "mme": (write_mme, 28, f"Is it a cat?\n{SHORT}"),
     "pope": (write_pope, 6, f"Is there a dog in the image?\n{SHORT}"),
+    "math_vision": (write_math_vision, 2, f"{BOXED}\nHow many?\n(A) a cat\n(B) $2$"),
     "chair_coco": (write_chair_coco, 2, "Please describe this image in detail."),
     "object_halbench": (write_object_halbench, 1, "Tell me all that you see."),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -50,6 +51,31 @@ def _resolved(root: Path) -> Path:
     return root.resolve()
 
 
+def _inside(root: Path, name: str) -> Path:
+    """`(root / name).resolve()` of a resolved root; folders on the way are asked once whether they are links."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        return (root / name).resolve()
+    folder = _real(root, parts[:-1])
+    return folder / parts[-1] if not _is_link(folder / parts[-1]) else (folder / parts[-1]).resolve()
+
+
+@lru_cache(maxsize=4096)
+def _real(root: Path, parts: tuple[str, ...]) -> Path:
+    if not parts:
+        return root
+    folder = _real(root, parts[:-1]) / parts[-1]
+    return folder.resolve() if _is_link(folder) else folder
+
+
+def _is_link(path: Path) -> bool:
+    """Raises ValueError for a name that no file can have."""
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except OSError:  # not there, which loading will tell
+        return False
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """A picture that has not been read yet: a file under `root`, a member of the zip archive `root`, or a cell of
@@ -74,7 +100,7 @@ class ImageRef:
                 raise DataError(f"image {name!r} leaves its archive {root}; use a name inside the archive")
             return ImageRef(root, name)
         try:
-            target = (root / name).resolve()
+            target = _inside(_resolved(root), name)
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"image path {name[:80]!r} cannot be a file's name: {error}") from error
         if not target.is_relative_to(_resolved(root)):

@@ -261,14 +261,14 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
     loader = DataLoader(prepared, batch_size=batch_size, num_workers=workers, collate_fn=list)
     writer = ShardWriter(folder, rank)
     done = unreadable = 0
+    checked = not pixels_matter
     with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=rank > 0) as bar:
         for items in loader:
             new = {item[0]: item for item in items if isinstance(item, tuple)}
             unreadable += _log_unreadable(items)
             if new:
                 keys, texts, encoded = zip(*new.values(), strict=True)
-                if pixels_matter and done == 0:
-                    check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
+                checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
                 for key, text, said in zip(keys, texts, said_of(plan, teacher, encoded), strict=True):
                     writer.add(key, text, said)
             done += len(new)

@@ -35,7 +35,7 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
         hidden = answer_rows(tower, inputs)
         facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
-        if pixels_matter and sum(inputs.images) > 1:
+        if pixels_matter and _pictures_differ(inputs):
             permuted = answer_rows(tower, inputs, permute=True)
             facts[f"{role}_loss_permuted"] = answer_loss(tower, inputs, permuted)
             _check_pixels(role, hidden, permuted)
@@ -96,10 +96,23 @@ def answer_rows(tower: Tower, inputs: TowerInputs, *, permute: bool = False) -> 
     return hidden
 
 
-def check_pixels(role: str, tower: Tower, inputs: TowerInputs) -> None:
-    """Raises GuardError when permuting the pictures of a batch changes nothing; one picture cannot be permuted."""
-    if sum(inputs.images) > 1:
-        _check_pixels(role, answer_rows(tower, inputs), answer_rows(tower, inputs, permute=True))
+def check_pixels(role: str, tower: Tower, inputs: TowerInputs) -> bool:
+    """Raises GuardError when permuting the pictures of a batch changes nothing; False if it cannot tell, from one picture."""
+    if not _pictures_differ(inputs):
+        return False
+    _check_pixels(role, answer_rows(tower, inputs), answer_rows(tower, inputs, permute=True))
+    return True
+
+
+def _pictures_differ(inputs: TowerInputs) -> bool:
+    """Whether a batch holds two different pictures: many questions may be about one."""
+    count = sum(inputs.images)
+    if count < 2:
+        return False
+    return any(
+        len(tensor) % count or any(not torch.equal(part, tensor[: len(part)]) for part in tensor.chunk(count))
+        for tensor in inputs.pixels.values()
+    )
 
 
 def _permuted(seen: Seen) -> list[Tensor]:

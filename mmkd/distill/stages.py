@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mmkd.distill.streaming import StreamDataset, stage_stream
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.distill.watch import Watch
-from mmkd.recipe import AssembleSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
+from mmkd.recipe import AssembleSpec, DataSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.recompute import recompute_layers
@@ -112,13 +113,21 @@ def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> 
 
 def stage_samples(recipe: Recipe, stage: StageSpec) -> list[Sample]:
     """All training samples of a stage, in the order of its data entries."""
-    samples = [sample for spec in stage.data for sample in read_samples(spec, recipe.seed, recipe.data_root)]
+    entries = tuple(spec.model_dump_json() for spec in stage.data)
+    state = json.dumps([_data_state(spec, recipe.data_root) for spec in stage.data])
+    samples = list(_read_once(entries, recipe.seed, recipe.data_root, state))
     if not samples:
         raise DataError("a stage has no samples")
     if any(KINDS[term.kind].preference for term in stage.terms.values()):
         for sample in samples:
             rejected_of(sample)
     return samples
+
+
+@lru_cache(maxsize=1)  # the control, the student and a check before them read the same data one after another
+def _read_once(entries: tuple[str, ...], seed: int, data_root: str | None, state: str) -> tuple[Sample, ...]:
+    specs = [DataSpec.model_validate_json(entry) for entry in entries]
+    return tuple(sample for spec in specs for sample in read_samples(spec, seed, data_root))
 
 
 def terms_of(specs: dict[str, TermSpec]) -> list[Term]:

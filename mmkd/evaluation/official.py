@@ -524,6 +524,38 @@ def _description(source: Source, row: Row, question: str, there: dict[int, set[s
     return _free_question(row.identifier("image_id"), references, question=question, images=(source.coco(row),))
 
 
+# ---- MATH-Vision -------------------------------------------------------------------------------------------------------
+
+_BOXED = (
+    'Please solve the problem and put your answer in one "\\boxed{}". '
+    'If it is a multiple choice question, only one letter is allowed in the "\\boxed{}".'
+)
+
+
+def _read_math_vision(source: Source) -> list[Question]:
+    """Free answers, and letters of options: right is the letter or the option's own words."""
+    return [_math_question(source, row) for row in source.entries("annotations")]
+
+
+def _math_question(source: Source, row: Row) -> Question:
+    options, answer = row.texts("options"), row.text("answer")
+    references = (answer,)
+    if options:
+        index = _letter_index(row, "answer")
+        if index >= len(options):
+            raise DataError(f"{row.where}: the answer is {answer}, there are {len(options)} options")
+        references = (answer, options[index])
+    lines = [_BOXED, re.sub(r"\s*<image\d>", "", row.text("question"))]
+    lines += [f"({LETTERS[place]}) {option}" for place, option in enumerate(options)]
+    return _free_question(
+        row.identifier("id"),
+        references,
+        question="\n".join(lines),
+        images=(source.image(row, row.text("image")),),
+        categories={key: row.identifier(key) for key in ("subject", "level") if row.has(key)},
+    )
+
+
 # ---- the formats ---------------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +606,7 @@ FORMATS: dict[str, tuple[dict[str, str], Callable[[Source], list[Question]]]] = 
     "mmmu": ({"annotations": "*/{split}-*.parquet"}, _read_mmmu),
     "mme": ({}, _read_mme),
     "pope": ({"annotations": "coco_pope_{split}.json", "images": "val2014"}, _read_pope),
+    "math_vision": ({"annotations": "{split}.jsonl", "images": "."}, _read_math_vision),
     "chair": (
         _COCO
         | {

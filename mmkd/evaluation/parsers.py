@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from string import ascii_uppercase
 
+from mmkd.evaluation.mathematics import math_answer
+
 LETTERS = "ABCDE"  # ScienceQA has two to five choices
 
 # The trailing dot is a wildcard in LLaVA's own pattern: one more character is needed, any but a line break.
@@ -150,4 +152,5 @@ PARSERS: dict[str, Callable[[str, Sequence[str]], str | None]] = {
     "letter_exact": lambda text, choices: letter_exact(text, len(choices)),
     "gqa": lambda text, choices: gqa_parse(text),
     "mmmu": mmmu_parse,
+    "math": math_answer,
 }

@@ -13,6 +13,7 @@ from functools import lru_cache
 from mmkd.data.prompts import letter_of
 from mmkd.data.samples import DataError, Question
 from mmkd.evaluation.chair import chair, unhallucinated
+from mmkd.evaluation.mathematics import math_equal
 from mmkd.evaluation.parsers import mme_parse, pope_parse, scienceqa_index, scienceqa_parse
 
 __all__ = [
@@ -421,4 +422,5 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "pope": exact_match,
     "mme": exact_match,
     "chair": unhallucinated,
+    "math": math_equal,
 }

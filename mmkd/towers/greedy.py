@@ -3,8 +3,8 @@
 In LLaVA's prompts the picture stands before the question: the language model's keys and values up to there are the same for all
 questions on it. They are made once a picture, and copied to its questions; only the questions themselves are read row by row.
 The padding then stands between picture and question, where the mask hides it. Whether a model gives the same logits
-that way is measured on the first batch; one that does not (attention in both directions over the prompt, positions of its own)
-is asked in the ordinary way.
+that way is measured on the first batch; one that does not (a sliding window, attention in both directions over the prompt) is
+asked in the ordinary way.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 if TYPE_CHECKING:
     from mmkd.towers.tower import Encoded, Tower
 
+FAMILY = "llava"  # others place visual tokens by grids, types or absolute positions
 SHARING = 2  # questions a picture, on average, from which on sharing pays for its second forward pass
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of logits, relative to the largest; half precision:
 _HALF_TOLERANCE = 5e-2
@@ -42,38 +43,19 @@ class Prompt:
 
 def greedy(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int) -> Tensor:
     """New tokens of every prompt, padded behind their end. [B, new]"""
-    if _shares(tower, prompts):
-        return _shared(tower, prompts, max_new_tokens)[0]
-    return _apart(tower, prompts, max_new_tokens)[0]
+    way = _shared if _shares(tower, prompts) else _apart
+    return way(tower, prompts, max_new_tokens)
 
 
-def _options(tower: Tower, max_new_tokens: int) -> dict[str, Any]:
-    return {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "pad_token_id": tower.pad_id,
-        "eos_token_id": sorted(tower.stop_ids),
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-
-
-def _apart(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int) -> tuple[Tensor, Tensor]:
-    """Every prompt read whole, left-padded. New tokens [B, new] and the logits of the first [B, V]."""
+def _apart(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
+    """Every prompt read whole, left-padded. New tokens [B, new], or with None the logits of the first [B, V]."""
     inputs = tower.collate([prompt.encoded for prompt in prompts], padding_side="left").to(tower.device)
     tokens = [token for prompt in prompts for token in prompt.tokens]
-    out = tower.model.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        mm_encoder_outputs=tower.encoder_outputs(tokens),
-        **tower.layout(inputs),
-        **_options(tower, max_new_tokens),
-    )
-    return out.sequences[:, inputs.input_ids.shape[1] :], out.logits[0]
+    visual = {"mm_encoder_outputs": tower.encoder_outputs(tokens), **tower.layout(inputs)}
+    return _generate(tower, inputs.input_ids, inputs.attention_mask, max_new_tokens, **visual)
 
 
-def _shared(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int) -> tuple[Tensor, Tensor]:
+def _shared(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
     """The same, with what stands before the questions read once a picture."""
     length = _prefix_length(tower, prompts[0])
     first: dict[Hashable, Prompt] = {}
@@ -81,13 +63,12 @@ def _shared(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int) -> tup
         first.setdefault(prompt.key, prompt)
     heads = tower.collate([_cut(prompt.encoded, slice(0, length)) for prompt in first.values()]).to(tower.device)
     cache = DynamicCache(config=tower.model.config.get_text_config())
-    tower.model(
+    tower.base(
         input_ids=heads.input_ids,
         attention_mask=heads.attention_mask,
         mm_encoder_outputs=tower.encoder_outputs([token for prompt in first.values() for token in prompt.tokens]),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
     )
     places = {key: number for number, key in enumerate(first)}
     rows = torch.tensor([places[prompt.key] for prompt in prompts], device=tower.device)
@@ -95,10 +76,23 @@ def _shared(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int) -> tup
     tails = tower.collate([_cut(p.encoded, slice(length, None)) for p in prompts], padding_side="left").to(tower.device)
     ids = torch.cat([heads.input_ids[rows], tails.input_ids], dim=1)  # [B, L]
     mask = torch.cat([heads.attention_mask[rows], tails.attention_mask], dim=1)  # [B, L]
+    return _generate(tower, ids, mask, max_new_tokens, past_key_values=cache)
+
+
+def _generate(tower: Tower, ids: Tensor, mask: Tensor, max_new_tokens: int | None, **inputs: Any) -> Tensor:
     out = tower.model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, **_options(tower, max_new_tokens)
+        input_ids=ids,
+        attention_mask=mask,
+        **inputs,
+        max_new_tokens=max_new_tokens or 1,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tower.pad_id,
+        eos_token_id=sorted(tower.stop_ids),
+        return_dict_in_generate=True,
+        output_logits=max_new_tokens is None,
     )
-    return out.sequences[:, ids.shape[1] :], out.logits[0]
+    return out.logits[0] if max_new_tokens is None else out.sequences[:, ids.shape[1] :]
 
 
 def _cut(encoded: Encoded, part: slice) -> Encoded:
@@ -115,7 +109,7 @@ def _shares(tower: Tower, prompts: Sequence[Prompt]) -> bool:
     keys = {prompt.key for prompt in prompts}
     if not all(prompt.tokens for prompt in prompts) or len(prompts) < SHARING * len(keys):
         return False
-    if _fits.get(tower.model) is False or tower.layout(tower.collate([prompts[0].encoded])):
+    if tower.model.config.model_type != FAMILY or _fits.get(tower.model) is False:
         return False
     length = _prefix_length(tower, prompts[0])
     heads: dict[Hashable, list[int]] = {}
@@ -136,7 +130,7 @@ def _reads_alike(tower: Tower, prompts: Sequence[Prompt]) -> bool:
         return False
     few = sorted(prompts, key=lambda prompt: len(prompt.encoded.input_ids))
     few = [few[0], *few[1:-1][:2], few[-1]]
-    apart, shared = (way(tower, few, 1)[1].float() for way in (_apart, _shared))
+    apart, shared = (way(tower, few, None).float() for way in (_apart, _shared))
     difference, largest = (apart - shared).abs().max(), apart.abs().max()
     same = bool(difference <= _TOLERANCE.get(tower.model.dtype, _HALF_TOLERANCE) * largest)
     if not same:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Race a whole distillation step against the sum of its unavoidable parts, and a step from the cache against fine-tuning.
 
-    python scripts/bench/step.py --preset small --threads 1 --clock cpu
+    python scripts/bench/step.py --preset scaled --threads 1 --clock cpu
     python scripts/bench/step.py --preset large --dtype bfloat16 --json step.json       on a GPU: 7B- and 0.5B-shaped towers
 
 Random towers, one batch. `teacher` is the teacher's pass and its head on the compared rows; `student` the student's forward
@@ -37,10 +37,13 @@ from mmkd.distill.terms import Schedule, Term  # noqa: E402
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer  # noqa: E402
 from mmkd.towers.tower import Tower  # noqa: E402
 
-# (width, layers) of the language models; pictures of image x image pixels in patches; answers of so many words
+# (width, layers) of the language models; pictures of image x image pixels in patches; answers of so many words.
+# "scaled" has the proportions of "large" in what a CPU can do: the heads' share of a pass, and of the positions that are answers.
+# "small" has not: its student's head costs four times its layers.
 PRESETS = {
     "tiny": dict(teacher=(64, 2), student=(32, 2), vocabulary=1000, image=32, patch=8, batch=4, answer=4),
     "small": dict(teacher=(384, 6), student=(192, 3), vocabulary=32000, image=112, patch=14, batch=4, answer=16),
+    "scaled": dict(teacher=(384, 6), student=(192, 3), vocabulary=2000, image=224, patch=14, batch=4, answer=16),
     "large": dict(teacher=(3584, 28), student=(896, 24), vocabulary=151936, image=336, patch=14, batch=8, answer=64),
 }
 CASES = {
@@ -83,7 +86,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--preset", choices=PRESETS, default="scaled")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default=None)

@@ -146,3 +146,21 @@ def test_a_sample_knows_its_prompt_its_answer_and_its_blind_form():
     assert (blind.images, [t.images for t in blind.turns]) == ((), [0, 0])
     assert [t.text for t in blind.turns] == ["What?", "A star."]
     assert blind.meta is sample.meta
+
+
+def test_links_below_a_root_are_followed_wherever_they_stand(tmp_path):
+    """A folder or file that is a link may lead inside the root, not out of it; also after its neighbours were looked up."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "a" / "b", outside):
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(b"x")
+    (root / "in").symlink_to(root / "a")
+    (root / "out").symlink_to(outside)
+    (root / "a" / "file.png").symlink_to(outside / "x.png")
+    (root / "a" / "near.png").symlink_to(root / "a" / "b" / "x.png")
+    for _ in range(2):
+        for name in ("a/b/x.png", "in/b/x.png", "a/near.png", "a/./b/x.png", "not/there.png"):
+            assert ImageRef.inside(root, name).name == name
+        for name in ("out/x.png", "a/file.png", "in/file.png", "a/../../outside/x.png", str(outside / "x.png")):
+            with pytest.raises(DataError, match="leaves its root"):
+                ImageRef.inside(root, name)

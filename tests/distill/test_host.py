@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import tiny_samples, tiny_tokenizer, tiny_tower
 
 from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller, gathered, spread
+from mmkd.distill.guards import check_pixels
 from mmkd.distill.terms import Schedule, Term
 from mmkd.distill.trainer import DistillTrainer
 
@@ -67,3 +69,11 @@ def test_counts_are_added_up_between_the_cpus_of_processes(tmp_path):
             os._exit(0 if counts.tolist() == [6.0] * 3 else 1)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+def test_questions_on_one_picture_cannot_tell_whether_pictures_matter(tmp_path):
+    tower = tiny_tower(1)
+    first, second = tiny_samples(tmp_path, 2)
+    same = replace(second, images=first.images)
+    assert check_pixels("student", tower, tower.prepare([first, same])) is False
+    assert check_pixels("student", tower, tower.prepare([first, same, second])) is True
