@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_samples
 
 from mmkd.cli import main
+from mmkd.distill.guards import answer_loss, answer_rows
 from mmkd.family_check import check_families, families_table, markdown_table
 from mmkd.model_cards import KINDS, families, model_cards, readme
 from mmkd.testing import check_tower
@@ -113,3 +114,21 @@ def test_a_soft_cap_is_found_where_logits_are_small():
     tower = tiny_family("inkling2")
     assert tower.logit_rule == (1.0, 30.0)
     assert tiny_config("llava", Tiny(), tower.tokenizer).text_config.vocab_size == len(tower.tokenizer)
+
+
+# Cohere 2 Vision names a scale in its configuration that its class does not apply.
+RULES = [("muse_glimmer", True, True), ("cohere2_vision", False, False), ("llava", False, False)]
+
+
+@pytest.mark.parametrize(("family", "scaled", "capped"), RULES)
+def test_the_row_engine_has_the_logits_of_the_model(family, scaled, capped, tmp_path):
+    tower = tiny_family(family)
+    if family == "llava":  # no family has a bias of its own; the engine takes one all the same
+        tower.model.lm_head.bias = torch.nn.Parameter(torch.randn(tower.head.weight.shape[0]))
+    inputs = tower.prepare(tiny_samples(tmp_path, 3))
+    scale, cap = tower.logit_rule
+    assert (scale != 1.0, cap is not None) == (scaled, capped)
+    with torch.no_grad():
+        own = tower.model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels).logits
+    expected = torch.nn.functional.cross_entropy(own[inputs.response].double(), inputs.targets[inputs.response])
+    assert answer_loss(tower, inputs, answer_rows(tower, inputs)) == pytest.approx(float(expected), rel=1e-4)
