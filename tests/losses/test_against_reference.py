@@ -522,12 +522,59 @@ def test_gradients_equal_numerical_differentiation(name):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+def drawn_spans(vocabularies=(40, 56), groups=6, matched=25):
+    """Next-token log-probabilities of two vocabularies, the tokens that stand there, and the rest of each span."""
+    draw = torch.Generator().manual_seed(3)
+    sides = []
+    for width in vocabularies:
+        log_p = torch.randn(groups, width, generator=draw, dtype=torch.float64).mul(3).log_softmax(-1)
+        first = torch.randint(width, (groups,), generator=draw)
+        sides.append((log_p, first, -2 * torch.rand(groups, generator=draw, dtype=torch.float64)))
+    pairs = torch.stack([torch.randperm(width, generator=draw)[:matched] for width in vocabularies])
+    return sides, pairs
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_spans_against_plain_sums(beta):
+    sides, pairs = drawn_spans()
+    halves = [losses.span_events(log_p.float(), first, following.float()) for log_p, first, following in sides]
+    value = losses.spans(*halves, pairs, beta)
+    for g in range(6):
+        events, profiles = [], []
+        for (log_p, first, following), ids in zip(sides, pairs, strict=True):
+            p = np.exp(log_p[g].numpy())
+            span = p[first[g]] * np.exp(following[g].item())
+            p[first[g]] -= span
+            rest = np.delete(p, ids.numpy())
+            events.append(np.array([span, *p[ids.numpy()], rest.sum()]))
+            profiles.append(np.sort(rest)[::-1])
+        q, p = events
+        mixture = beta * p + (1 - beta) * q
+        forward, reverse = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
+        between = beta * (p * np.log(p / mixture)).sum() + (1 - beta) * (q * np.log(q / mixture)).sum()
+        divergence = {0.0: forward, 1.0: reverse}.get(beta, between)
+        width = max(len(x) for x in profiles)
+        longer = [np.pad(x, (0, width - len(x))) for x in profiles]
+        share = len(pairs[0]) / 56
+        expected = share * divergence + (1 - share) * np.abs(longer[0] - longer[1]).sum()
+        assert value[g].item() == pytest.approx(expected, rel=2e-6)
+
+
+def test_gradients_of_spans_equal_numerical_differentiation():
+    (own, other), pairs = drawn_spans((7, 9), 3, 4)
+
+    def loss(log_p, following):
+        return losses.spans(losses.span_events(log_p, own[1], following), losses.span_events(*other), pairs, 0.3)
+
+    assert torch.autograd.gradcheck(loss, [x.clone().requires_grad_() for x in (own[0], own[2])])
+
+
 def test_every_function_of_the_package_is_here():
     """A new loss gets a reference and a gradient test too."""
     tested = {
         "contrastive", "contrastive_partial_ranking", "cross_entropy", "dbild", "dpo", "feature_match", "forward_kl", "jsd",
         "kto_pair", "load_balance", "relation", "relation_from_hidden", "reverse_kl", "tags", "choose_experts",
-        "balance_of_layers", "top_k_forward_kl",
+        "balance_of_layers", "top_k_forward_kl", "spans", "sorted_distance", "span_events",
     }  # fmt: skip
     parts = {"head_gram", "kneedle_k", "hard_negatives", "valid_negatives"}  # no losses: tested with those that use them
     functions = {name for name in losses.__all__ if not isinstance(getattr(losses, name), type)}
