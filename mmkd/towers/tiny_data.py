@@ -517,6 +517,7 @@ FAMILIES: dict[str, Tiny] = {
             "vision_config": {"per_layer_config": {}},
             "audio_config": {"adapter_input_size": 16},
         },
+        image_processor={"temporal_patch_size": 1},
         parts={"feature_extractor": ("Dots3NoteFeatureExtractor", {})},
         video_processor_class="Qwen3VLVideoProcessor",
     ),
