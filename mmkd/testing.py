@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.distill.distiller import head_of
+from mmkd.towers.answering import evaluating
 from mmkd.towers.encoders import WrappedEncoder, tokens_of
 from mmkd.towers.tower import Tower, TowerError, TowerInputs
 
@@ -83,14 +84,11 @@ def example_samples(folder: Path) -> list[Sample]:
 @contextmanager
 def _kept_as_it_is(tower: Tower) -> Iterator[None]:
     """Evaluation mode meanwhile; mode, gradients and what is trained are put back."""
-    training = [(module, module.training) for module in tower.model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in tower.model.parameters()]
-    tower.model.eval()
     try:
-        yield
+        with evaluating(tower):
+            yield
     finally:
-        for module, mode in training:
-            module.training = mode
         for parameter, trained, gradient in parameters:
             parameter.requires_grad_(trained).grad = gradient
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkd.data.samples import DataError
 from mmkd.distill.collate import PairDataset
@@ -62,14 +62,20 @@ def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
             f"the terms reach no trained parameter: {', '.join(t.name for t in distiller.terms)}; "
             "train the part that they act on"
         )
+    unreached = freeze_unreached_by(distiller, loss)
+    if unreached:
+        logger.info("not trained, since no term reaches them: %s", _brief(unreached))
+    return unreached
+
+
+def freeze_unreached_by(model: nn.Module, loss: Tensor) -> list[str]:
+    """Takes the parameters that `loss` does not reach out of training and leaves no gradient; returns their names."""
     loss.backward()
-    unreached = [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
-    for name, parameter in distiller.named_parameters():
+    unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name, parameter in model.named_parameters():
         parameter.grad = None
         if name in unreached:
             parameter.requires_grad_(False)
-    if unreached:
-        logger.info("not trained, since no term reaches them: %s", _brief(unreached))
     return unreached
 
 

@@ -25,6 +25,7 @@ from mmkd.data.pairs import PairSet
 from mmkd.data.samples import ImageRef
 from mmkd.distill.augment import augmented
 from mmkd.distill.cross_teacher import ScoreTable
+from mmkd.distill.guards import freeze_unreached_by
 from mmkd.distill.trainer import DistillTrainer
 from mmkd.losses import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.towers.dual import DualEncoder, Inputs
@@ -258,10 +259,4 @@ def freeze_unreached(model: nn.Module, batch: Any) -> list[str]:
     """Takes parameters that the loss does not reach out of training; data-parallel training would wait for them for ever."""
     model.train()
     loss, _ = model(batch)
-    loss.backward()
-    unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    for name, parameter in model.named_parameters():
-        parameter.grad = None
-        if name in unreached:
-            parameter.requires_grad_(False)
-    return unreached
+    return freeze_unreached_by(model, loss)

@@ -47,7 +47,7 @@ def generate(
     tower: Tower, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
 ) -> list[str]:
     """Greedy answers of one batch."""
-    with _evaluating(tower):
+    with evaluating(tower):
         encoded, tokens = _encode(tower, samples, cache)
         by_sample = _by_sample(tower, encoded, tokens)
         keys = [tuple(ref.key for ref in sample.images) for sample in samples]
@@ -70,7 +70,7 @@ def choose(
     some tokenizers) is read as part of the prompt; the logits of the token after it are compared.
     Raises TowerError where two options have the same token there.
     """
-    with _evaluating(tower):
+    with evaluating(tower):
         encoded, tokens = _encode(tower, samples, cache)
         shared, ids = zip(*(_first_tokens(tower, s, o) for s, o in zip(samples, options, strict=True)), strict=True)
         inputs = tower.collate([_extended(e, s) for e, s in zip(encoded, shared, strict=True)]).to(tower.device)
@@ -110,7 +110,7 @@ def _extended(encoded: Encoded, ids: Sequence[int]) -> Encoded:
 
 
 @contextmanager
-def _evaluating(tower: Tower) -> Iterator[None]:
+def evaluating(tower: Tower) -> Iterator[None]:
     """Evaluation mode; every module's own mode afterwards, since a tower in training may have parts that are not."""
     modes = [(module, module.training) for module in tower.model.modules()]
     tower.model.eval()
