@@ -20,9 +20,10 @@ from filelock import FileLock, Timeout
 from jinja2 import Environment, PackageLoader
 from pydantic import Field, model_validator
 
-from mmkd.distill.run import distill, evaluate_all, write_whole
+from mmkd.distill.run import distill, evaluate_all
 from mmkd.distill.seeds import spread
-from mmkd.distill.stages import load_teacher
+from mmkd.distill.stages import is_main_process, load_teacher
+from mmkd.files import write_whole
 from mmkd.recipe import Recipe, RecipeError, Strict, read_raw, validate
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ def ablate(grid: Grid, runs: list[Run], name: str = "ablation") -> dict[str, Any
     for data in grid.data:
         _score_teacher(Path(grid.output) / data, next(run.recipe for run in runs if run.data == data))
     result = collect(grid, runs)
+    if not is_main_process():
+        return result
     folder = Path(grid.output)
     write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     write_whole(folder / f"{name}.md", ablation_table(result) + "\n")

@@ -244,7 +244,7 @@ def _pairs(arguments: argparse.Namespace) -> int:
 def _preferences(arguments: argparse.Namespace) -> int:
     from mmkd.data.preference import read_preferences
     from mmkd.distill.preferred import preference_accuracy
-    from mmkd.distill.run import write_whole
+    from mmkd.files import write_whole
     from mmkd.towers.tower import Tower
 
     files = {"annotations": str(Path(arguments.pairs).absolute()), "images": "."}

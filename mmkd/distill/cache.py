@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmkd.data.samples import DataError, Sample
+from mmkd.files import write_whole
 
 FORMAT = 1
 # Bits of a row's kind; a row may be of several.
@@ -162,13 +163,6 @@ class About:
         elif wanted["model"] != self.model and teacher_files(wanted["model"]) is None:
             found.append(f"teacher.model: {self.model} in the cache, {wanted['model']} in the recipe, whose files are not here")
         return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------------

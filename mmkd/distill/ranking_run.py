@@ -25,11 +25,12 @@ from mmkd.distill.cross_teacher import CrossEncoder, PromptedTower, ScoreTable, 
 from mmkd.distill.dual_models import assemble_from
 from mmkd.distill.matching import MatchingDataset, MatchingModel, build_cross_encoder, build_fusion
 from mmkd.distill.ranking import PairDataset, RankingModel, RankingTrainer, freeze_unreached
-from mmkd.distill.run import claim, write_whole
+from mmkd.distill.run import claim
 from mmkd.distill.stages import is_main_process
 from mmkd.distill.trainer import last_checkpoint, split_evenly, training_arguments
 from mmkd.evaluation.compare import verdict
 from mmkd.evaluation.retrieval import CUTOFFS, DIRECTIONS, compare_retrieval, retrieval_ranks
+from mmkd.files import copy_whole, save_whole, write_whole
 from mmkd.ranking_recipe import CrossTeacherSpec, MatchingRecipe, RankingRecipe, RetrievalSpec, TrainingSpec
 from mmkd.towers.dual import DualEncoder, load_dual
 from mmkd.towers.loading import dtype_of
@@ -122,7 +123,7 @@ def train_dual(
         dataset = PairDataset(pairs, student)
         model = RankingModel(student, pairs, recipe.ranking, table, recipe.training.augment)
         train_model(model, dataset, recipe.training, recipe.seed, role, run)
-        save_whole(student, final)
+        save_on_main(student, final)
         clear(run, role)
     return _to_device(load_dual(final, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)).eval()
 
@@ -142,13 +143,10 @@ def train_model(model: Any, dataset: Any, training: TrainingSpec, seed: int, rol
     trainer.train(resume_from_checkpoint=resume)
 
 
-def save_whole(model: Any, folder: Path) -> None:
+def save_on_main(model: Any, folder: Path) -> None:
     """Saves on the main process; the folder appears complete or not at all, and no process goes on before."""
     if is_main_process():
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save(partial)
-        partial.rename(folder)
+        save_whole(folder, model.save)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -166,16 +164,9 @@ def train_control(recipe: RankingRecipe, before: DualEncoder, pairs: PairSet, ru
     if is_main_process():
         (run / "log").mkdir(parents=True, exist_ok=True)
         if not (run / "control").exists():
-            save_whole_copy(shared / "control", run / "control")
+            copy_whole(shared / "control", run / "control")
         shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
     return control
-
-
-def save_whole_copy(source: Path, target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    partial.rename(target)
 
 
 def control_key(recipe: RankingRecipe, before: DualEncoder, pairs: PairSet) -> str:
@@ -312,7 +303,7 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
         set_seed(recipe.seed)
         model = MatchingModel(encoder, pairs, recipe.negatives, augment=recipe.training.augment)
         train_model(model, MatchingDataset(pairs, encoder), recipe.training, recipe.seed, "model", run)
-        save_whole(encoder, final)
+        save_on_main(encoder, final)
         clear(run, "model")
     teacher = load_matching(final, torch.float32)
     _to_device(teacher.model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import sys
 import time
@@ -23,6 +22,7 @@ from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.command import add_importance
 from mmkd.evaluation.compare import compare_runs, verdict
 from mmkd.evaluation.report import build_report
+from mmkd.files import write_whole
 from mmkd.recipe import Recipe
 from mmkd.towers.tower import Tower
 
@@ -155,13 +155,6 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         summary["experts"] = experts
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from mmkd.distill.streaming import StreamDataset, stage_stream
 from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.distill.watch import Watch
+from mmkd.files import copy_whole, save_whole
 from mmkd.recipe import AssembleSpec, DataSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
@@ -176,7 +177,7 @@ def train(recipe: Recipe, role: str, student: Tower, teacher: Tower | None, run:
             _train_stage(recipe, role, name, stage, student, teacher, run, folder)
         student = to_device(Tower.load(folder / "model", dtype=dtype_of(recipe.student.dtype), max_length=recipe.max_length))
     if is_main_process():
-        _copy(folder / "model", final)
+        copy_whole(folder / "model", final)
     _wait()
     return student
 
@@ -237,7 +238,7 @@ def _train_stage(
     make_whole(trainer)
     if is_main_process():
         summarise_experts(run)
-        _save_whole(student, folder / "model")
+        save_whole(folder / "model", student.save)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     _wait()
@@ -286,21 +287,6 @@ def add_lora(student: Tower, spec: LoraSpec) -> None:
     inject_adapter_in_model(config, student.language)
 
 
-def _save_whole(student: Tower, folder: Path) -> None:
-    """The model folder appears complete or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    student.save(partial)
-    partial.rename(folder)
-
-
-def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    partial.rename(target)
-
-
 # ---- control ---------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +315,7 @@ def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
     control = train(control_recipe(recipe), "control", student, None, shared)
     if is_main_process():
         if not (run / "control").exists():
-            _copy(shared / "control", run / "control")
+            copy_whole(shared / "control", run / "control")
         (run / "log").mkdir(parents=True, exist_ok=True)
         shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
         summarise_experts(run)

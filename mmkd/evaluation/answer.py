@@ -28,6 +28,7 @@ from mmkd.evaluation.particulars import LENIENT, particulars
 from mmkd.evaluation.processes import ALONE, Processes
 from mmkd.evaluation.scorers import METRICS, references_of
 from mmkd.evaluation.submission import submission_file, write_submission
+from mmkd.files import write_whole
 from mmkd.towers.vision_cache import DEFAULT_CACHE_BYTES, VisionCache
 
 PREDICTIONS = "predictions.jsonl"
@@ -447,10 +448,7 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that appears whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as stream:
-        stream.write(text)
-    os.replace(beside, path)
+    write_whole(path, text, errors=_LONE_SURROGATES)
 
 
 # ---- scoring

@@ -4,7 +4,6 @@ the training split, the first one's answer is chosen and the other's rejected.""
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from mmkd.data.samples import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS
 from mmkd.evaluation.compare import read_predictions, same_questions
+from mmkd.files import write_whole
 
 RIGHT, WRONG = 1.0, 0.0  # scores that count as such; what lies between (TextVQA's accuracy) is neither
 
@@ -42,9 +42,7 @@ def write_pairs(
     if not lines:
         raise DataError(f"no question was answered rightly in {right} and wrongly in {', '.join(map(str, wrong))}: {counts}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(partial, output)
+    write_whole(output, "".join(lines))
     return counts
 
 
