@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ from pydantic import Field, model_validator
 
 from mmkd.distill.run import distill, evaluate_all
 from mmkd.distill.seeds import spread
-from mmkd.distill.stages import is_main_process, load_teacher
+from mmkd.distill.stages import load_teacher
 from mmkd.files import write_whole
+from mmkd.launched import is_main_process, world_size
 from mmkd.recipe import Recipe, RecipeError, Strict, read_raw, validate
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def ablate(grid: Grid, runs: list[Run], name: str = "ablation") -> dict[str, Any
 @contextmanager
 def _claimed(folder: Path) -> Iterator[bool]:
     """Whether this process may work on a run; the claim ends with the process, however that ends."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the processes of one launch work on a run together
+    if world_size() > 1:  # the processes of one launch work on a run together
         yield True
         return
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,9 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from mmkd.launched import end_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +38,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
+
+
+def run() -> NoReturn:
+    """The `mmkd` command."""
+    end_process(main())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -321,4 +329,4 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -31,9 +31,10 @@ from mmkd.distill.guards import check_pixels
 from mmkd.distill.preference import PreferenceDataset
 from mmkd.distill.reference import fill_reference
 from mmkd.distill.rows import Head, row_log_probs
-from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, terms_of
+from mmkd.distill.stages import build_student, load_teacher, stage_samples, terms_of
 from mmkd.distill.streaming import stage_stream
 from mmkd.distill.terms import rows_at
+from mmkd.launched import is_main_process, rank, world_size
 from mmkd.recipe import Recipe, RecipeError
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
@@ -253,16 +254,15 @@ class _Prepared(Dataset):
 
 
 def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: int, pixels_matter: bool) -> dict[str, Any]:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # Samples of like length side by side: less padding. The longest first: what does not fit the memory fails at once.
     order = sorted(range(len(plan.samples)), key=lambda i: lengths_of(plan.samples[i : i + 1])[0], reverse=True)
-    mine = [plan.samples[i] for i in order[rank::world]]
+    mine = [plan.samples[i] for i in order[rank() :: world_size()]]
     prepared = _Prepared(mine, teacher, TeacherCache(folder))
     loader = DataLoader(prepared, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    writer = ShardWriter(folder, rank)
+    writer = ShardWriter(folder, rank())
     done = unreadable = 0
     checked = not pixels_matter
-    with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=rank > 0) as bar:
+    with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
         for items in loader:
             new = {item[0]: item for item in items if isinstance(item, tuple)}
             unreadable += _log_unreadable(items)

@@ -26,11 +26,11 @@ from mmkd.distill.dual_models import assemble_from
 from mmkd.distill.matching import MatchingDataset, MatchingModel, build_cross_encoder, build_fusion
 from mmkd.distill.ranking import PairDataset, RankingModel, RankingTrainer, freeze_unreached
 from mmkd.distill.run import claim
-from mmkd.distill.stages import is_main_process
 from mmkd.distill.trainer import last_checkpoint, split_evenly, training_arguments
 from mmkd.evaluation.compare import verdict
 from mmkd.evaluation.retrieval import CUTOFFS, DIRECTIONS, compare_retrieval, retrieval_ranks
 from mmkd.files import copy_whole, save_whole, write_whole
+from mmkd.launched import is_main_process, world_size
 from mmkd.ranking_recipe import CrossTeacherSpec, MatchingRecipe, RankingRecipe, RetrievalSpec, TrainingSpec
 from mmkd.towers.dual import DualEncoder, load_dual
 from mmkd.towers.loading import dtype_of
@@ -71,15 +71,11 @@ def test_pairs(recipe: RankingRecipe | MatchingRecipe) -> PairSet:
 
 
 def check_sizes(training: TrainingSpec, pairs: PairSet) -> None:
-    wrong = split_evenly(training.optimiser, _world_size())
+    wrong = split_evenly(training.optimiser, world_size())
     if len(pairs) < training.optimiser.batch_size:
         wrong = [*wrong, f"there are {len(pairs)} pairs, fewer than batch_size {training.optimiser.batch_size}"]
     if wrong:
         raise DataError("; ".join(wrong))
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -131,7 +127,7 @@ def train_dual(
 def train_model(model: Any, dataset: Any, training: TrainingSpec, seed: int, role: str, run: Path) -> None:
     """One training with transformers' Trainer: checkpoints under OUTPUT/stages, losses in OUTPUT/log."""
     folder = run / "stages" / role
-    arguments = training_arguments(training, role, folder, seed, _world_size())
+    arguments = training_arguments(training, role, folder, seed, world_size())
     unreached = freeze_unreached(model, dataset.collate([dataset[0], dataset[1]])["batch"].to(arguments.device))
     if unreached:
         logger.info("not trained, since the loss does not reach them: %s", ", ".join(unreached[:4]))
@@ -281,8 +277,8 @@ def _share(entry: dict[str, Any], role: str) -> str:
 def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
     """Trains a cross-encoder and scores it on the test set; the model is OUTPUT/model. Raises DataError, TowerError."""
     started = time.monotonic()
-    if _world_size() > 1:
-        raise DataError(f"a matching recipe draws its negatives in one process; {_world_size()} are running")
+    if world_size() > 1:
+        raise DataError(f"a matching recipe draws its negatives in one process; {world_size()} are running")
     run = Path(recipe.output)
     pairs = read_pairs(recipe.data, recipe.seed, recipe.data_root)
     test = test_pairs(recipe)

@@ -16,13 +16,14 @@ import yaml
 from mmkd.data.samples import DataError, Sample
 from mmkd.distill.cached import CachedTower
 from mmkd.distill.sparse import check_experts, experts_table
-from mmkd.distill.stages import build_student, is_main_process, load_teacher, stage_samples, train, train_control
+from mmkd.distill.stages import build_student, load_teacher, stage_samples, train, train_control
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.command import add_importance
 from mmkd.evaluation.compare import compare_runs, verdict
 from mmkd.evaluation.report import build_report
 from mmkd.files import write_whole
+from mmkd.launched import is_main_process
 from mmkd.recipe import Recipe
 from mmkd.towers.tower import Tower
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from functools import lru_cache
 from importlib import import_module
@@ -35,6 +34,7 @@ from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.distill.watch import Watch
 from mmkd.files import copy_whole, save_whole
+from mmkd.launched import is_main_process, world_size
 from mmkd.recipe import AssembleSpec, DataSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
@@ -200,14 +200,14 @@ def _train_stage(
         samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)), workers=recipe.workers
     )
     distiller = (PreferenceDistiller if of_pairs else Distiller)(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    wrong = split_evenly(stage.optimiser, world_size)
+    processes = world_size()
+    wrong = split_evenly(stage.optimiser, processes)
     if wrong:
         raise DataError(f"stage {name}: {'; '.join(wrong)}")
     stream = stage_stream(recipe, stage)
     if stream is None and len(samples) < stage.optimiser.batch_size:
         raise DataError(f"stage {name} has {len(samples)} samples, fewer than its batch_size {stage.optimiser.batch_size}")
-    arguments = training_arguments(stage, name, folder, recipe.seed, world_size, recipe.workers)
+    arguments = training_arguments(stage, name, folder, recipe.seed, processes, recipe.workers)
     if of_pairs:
         fill_reference(
             dataset, teacher, references_of(teacher, run), batch_size=arguments.per_device_train_batch_size,
@@ -224,7 +224,7 @@ def _train_stage(
     loop = PreferenceTrainer if of_pairs else DistillTrainer
     if stream is not None:
         done = 0 if resume is None else int(resume.rpartition("-")[2]) * stage.optimiser.batch_size
-        dataset = StreamDataset(dataset, stream, arguments.per_device_train_batch_size * world_size, done)
+        dataset = StreamDataset(dataset, stream, arguments.per_device_train_batch_size * processes, done)
         arguments.ignore_data_skip = True
         arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
     trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
@@ -324,10 +324,6 @@ def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _wait() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+
+from mmkd.launched import world_size
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Processes:
 
         Objects go over gloo, also between GPUs: what is exchanged are texts, once an evaluation.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if world_size() == 1:
             return cls()
         import torch
         from accelerate import PartialState

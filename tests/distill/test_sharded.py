@@ -14,6 +14,7 @@ from mmkd.distill.collate import PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.sharded import is_sharded, replace_weights
 from mmkd.distill.terms import Schedule, Term
+from mmkd.launched import end_process
 
 KINDS = ("cross_entropy", "forward_kl", "relation", "feature_match")
 STEPS = 3
@@ -103,3 +104,4 @@ def test_replaced_weights_keep_their_ties():
 
 if __name__ == "__main__":
     shard_and_train(Path(sys.argv[1]))
+    end_process(0)

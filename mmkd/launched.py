@@ -1,0 +1,37 @@
+"""What it takes to be one of several processes that a launcher (`torchrun`, `accelerate launch`, Slurm) started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+
+def world_size() -> int:
+    """The number of processes that were started together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main_process() -> bool:
+    """Whether this is the one that writes and prints what is written and printed once."""
+    return rank() == 0
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process with an exit code.
+
+    One of several ends without the interpreter's own shutdown: threads of the connection (gloo's) may let go of Python
+    objects while it goes on, which aborts a process whose work is done (one in 40 did), and its launcher the others.
+    """
+    if world_size() == 1:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
