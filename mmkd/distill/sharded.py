@@ -10,6 +10,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.towers.tower import Seen, Tower, TowerInputs
@@ -17,6 +18,7 @@ from mmkd.towers.tower import Seen, Tower, TowerInputs
 if TYPE_CHECKING:
     from mmkd.distill.trainer import DistillTrainer
 
+ZERO_OF_WEIGHTS = 3  # the stage of DeepSpeed's ZeRO that spreads weights, not only gradients and optimiser
 BLANK = 64  # pixels a side of the picture that nobody looks at
 
 
@@ -48,6 +50,13 @@ def shard_on_cpu() -> None:
         state.distributed_type = DistributedType.MULTI_GPU  # of its parts only `state.device` says where tensors are
 
 
+def spreads_weights(trainer: DistillTrainer) -> bool:
+    """Whether no process has the whole student while it trains."""
+    if trainer.is_deepspeed_enabled:
+        return trainer.accelerator.state.deepspeed_plugin.zero_stage == ZERO_OF_WEIGHTS
+    return trainer.is_fsdp_enabled
+
+
 def make_whole(trainer: DistillTrainer) -> None:
     """Ends a sharded training: puts whole weights in the place of the main process' shards, so that it can save the student.
 
@@ -57,6 +66,8 @@ def make_whole(trainer: DistillTrainer) -> None:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.args.process_index == 0:
             replace_weights(trainer.accelerator.unwrap_model(trainer.model_wrapped), state)
+    if trainer.is_deepspeed_enabled:
+        unset_hf_deepspeed_config()  # else transformers would load the next stage's student in parts
 
 
 def replace_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
