@@ -70,7 +70,7 @@ class HeadProduct:
         return back if self.gain == 1.0 else back.div_(self.gain)
 
     def entries_to_hidden(self, ids: Tensor, values: Tensor, limit: int) -> Tensor:
-        """The same for a gradient of few entries: values `[c, k]` in columns ids `[c, k]`. [c, D] in `dtype`
+        """The same for a gradient of few entries, not lifted: values `[c, k]` in columns ids `[c, k]`. [c, D] in `dtype`
 
         Takes up to `limit` bytes for rows of the head.
         """

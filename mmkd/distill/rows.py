@@ -32,6 +32,8 @@ from mmkd.losses.divergence import CrossEntropy
 _LIVE = 12
 # Bytes of one [block, V] tensor that leave its companions in a CPU's cache.
 _CPU_BLOCK_BYTES = 8 * 2**20
+# How many columns of a product with the head take as long as one row of it that is looked up.
+_LOOK_UP = 64
 # Share of the budget for the piece of a head in half precision that is cast to float32 at a time.
 _TILE_SHARE = 8
 
@@ -56,7 +58,10 @@ class RowTerm:
 
     If it has a method `value_and_grad(student, teacher, targets, shared) -> (values [r], gradient [r, V])`,
     that is used instead of autograd. `shared` is a dict that lives for one block, in which terms may leave
-    what others can use: the losses of `mmkd.losses` share their softmaxes so.
+    what others can use: the losses of `mmkd.losses` share their softmaxes so. A loss whose gradient is 0 in all but
+    `entries` columns of a row may also have `value_and_entries(student, teacher, targets, shared) -> (values [r],
+    columns [r, k], gradient [r, k])`; where it stands alone before a frozen head of many more columns, no product with the
+    whole head is formed in backward.
 
     weight: factor of the sum over rows in the total. A term of weight 0 is evaluated but not differentiated.
     needs_teacher: whether the loss reads the teacher's logits.
@@ -252,6 +257,7 @@ class _Walk:
         if rows == 0 or not active:
             return
         with_teacher = any(self.work.terms[i].needs_teacher for i in active)
+        self.sparse = self._sparse(active)
         chunk, block = self._sizes(rows, with_teacher)
         if index is not None:
             index = index.to(self.hidden.device, non_blocking=True)
@@ -262,6 +268,14 @@ class _Walk:
             place = self.walked + start
             self._chunk(pick if index is None else index[pick], place, active, mine, theirs, block)
         self.walked += rows
+
+    def _sparse(self, active: list[int]) -> int | None:
+        """The number of the only term with a gradient, if that is 0 in most columns and nothing but hidden rows takes it."""
+        given = [i for i in active if self.work.terms[i].weight != 0]
+        if self.to_hidden is None or self.to_weight is not None or self.to_bias is not None or len(given) != 1:
+            return None
+        entries = getattr(self.work.terms[given[0]].loss, "entries", None)
+        return given[0] if entries is not None and entries * _LOOK_UP <= self.columns else None
 
     def _sizes(self, rows: int, with_teacher: bool) -> tuple[int, int]:
         """Rows of a chunk and of a block."""
@@ -295,6 +309,7 @@ class _Walk:
         masks = self._masks(active, pick)
         factors = {i: w[pick] for i in active if (w := work.terms[i].row_weights) is not None}  # each [c]
         extras = {i: [e[pick] for e in work.terms[i].extra] for i in active}  # each [c, ...]
+        back = []  # of the sparse gradient, each [b, D]
         for start in range(0, size, block):
             part = slice(start, min(start + block, size))
             x = _logits(mine[part], self.student, self.maths)  # [b, V]
@@ -302,10 +317,14 @@ class _Walk:
             here = {i: mask[part] for i, mask in masks.items()}
             weights = {i: factor[part] for i, factor in factors.items()}
             more = {i: [e[part] for e in extra] for i, extra in extras.items()}
-            gradient = self._block(x, y, targets[part], active, here, weights, more, place + start)  # [b, V]
-            if self.wants_gradient:
+            gradient, columns = self._block(x, y, targets[part], active, here, weights, more, place + start)  # [b, V]
+            if self.sparse is not None:
+                back.append(self._through_entries(gradient, columns, x))
+            elif self.wants_gradient:
                 self._through_logits(gradient, x, store[part])
-        if self.wants_gradient:
+        if self.sparse is not None:
+            self.to_hidden[pick] = torch.cat(back).to(self.to_hidden.dtype)
+        elif self.wants_gradient:
             self._through_head(store, hidden, pick)
 
     def _masks(self, active: list[int], pick) -> dict[int, Tensor]:
@@ -326,13 +345,17 @@ class _Walk:
         factors: dict[int, Tensor],
         extras: dict[int, list[Tensor]],
         start: int,
-    ) -> Tensor | None:
-        """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x."""
-        gradient, shared = None, {}
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x, and None. Of a sparse
+        gradient: its entries `[b, k]` and their columns `[b, k]`."""
+        gradient, columns, shared = None, None, {}
         for i in active:
             term, mask = self.work.terms[i], masks.get(i)
             known = targets if mask is None else targets.masked_fill(~mask, 0)  # [b]
-            values, part = _evaluate(term, x, y, known, shared, extras[i], self.wants_gradient and term.weight != 0)
+            if i == self.sparse:
+                values, columns, part = term.loss.value_and_entries(x, y, known, shared, *extras[i])
+            else:
+                values, part = _evaluate(term, x, y, known, shared, extras[i], self.wants_gradient and term.weight != 0)
             if i in factors:
                 values = values * factors[i]
                 part = None if part is None else part.mul_(factors[i].unsqueeze(-1))
@@ -347,7 +370,7 @@ class _Walk:
                 gradient = part if term.weight == 1.0 else part.mul_(term.weight)
             else:
                 gradient.add_(part, alpha=term.weight)
-        return gradient
+        return gradient, columns
 
     def _through_logits(self, gradient: Tensor | None, x: Tensor, out: Tensor) -> None:
         """From the gradient at the logits x to that at `h Wᵀ`, written over the raw logits `out`."""
@@ -362,6 +385,14 @@ class _Walk:
         if self.to_bias is not None:
             self.to_bias[: self.columns].add_(gradient.sum(0), alpha=1 / self.mine.gain)
         out.copy_(gradient)
+
+    def _through_entries(self, entries: Tensor, columns: Tensor, x: Tensor) -> Tensor:
+        """From entries of the gradient at the logits x to that at the hidden rows, [b, D]."""
+        if self.student.softcap is not None:
+            entries.mul_(1 - (x.gather(-1, columns) / self.student.softcap).square_())
+        if self.student.scale != 1.0:
+            entries.mul_(self.student.scale)
+        return self.mine.entries_to_hidden(columns, entries, self._tile_bytes)
 
     def _through_head(self, gradient: Tensor, hidden: Tensor, pick) -> None:
         if self.to_hidden is not None:

@@ -231,6 +231,37 @@ def test_mixed_dtypes_and_autocast():
     compare(data, smooth, tolerance=3e-2)
 
 
+SPARSE = [DBiLD(window=8), DBiLD(window=8, direction="forward", temperature=1.5), DBiLD(fixed_k=4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("loss", SPARSE, ids=str)
+def test_gradients_of_few_entries_are_looked_up(loss, options, dtype, monkeypatch):
+    # Equal to whole logits, and no product with the whole head in backward.
+    monkeypatch.setattr(engine, "_LOOK_UP", 1)
+    monkeypatch.setattr(products.HeadProduct, "to_hidden", None)
+    data = make(dtype, **options)
+    keep = masks()[0]
+    for rows in (None, keep):
+        rounded_only(data, [RowTerm("x", 0.7, loss, True, rows)], 1.01, chunk_bytes=30 * V)
+    monkeypatch.setattr(engine, "_groups", lambda terms, rows: [(None, list(range(len(terms))))])
+    rounded_only(data, [RowTerm("x", 1.0, loss, True, keep), RowTerm("seen", 0.0, CrossEntropy(), False)], 1.01)
+
+
+def test_gradients_of_few_entries_with_other_terms_or_a_trained_head(monkeypatch):
+    monkeypatch.setattr(engine, "_LOOK_UP", 1)
+    sparse = RowTerm("dbild", 0.7, SPARSE[0], True)
+    compare(make(trained=True), [sparse], chunk_bytes=30 * V)
+    compare(make(), [sparse, RowTerm("ce", 1.0, CrossEntropy(), False)], chunk_bytes=30 * V)
+    weighted = dataclasses.replace(sparse, row_weights=torch.linspace(0.1, 2, R))
+    data = make()
+    (found,) = torch.autograd.grad(run(data, [weighted], chunk_bytes=30 * V)[0], data["hidden"])
+    monkeypatch.setattr(engine, "_LOOK_UP", V)
+    (dense,) = torch.autograd.grad(run(data, [weighted])[0], data["hidden"])
+    torch.testing.assert_close(found, dense)
+
+
 def masks():
     generator = torch.Generator().manual_seed(5)
     return [torch.rand(R, generator=generator) < 0.5 for _ in range(3)]
