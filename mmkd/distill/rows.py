@@ -31,7 +31,7 @@ from mmkd.losses.divergence import CrossEntropy
 # [block, V] float32 tensors alive at once in the worst loss (JSD through autograd).
 _LIVE = 12
 # Bytes of one [block, V] tensor that leave its companions in a CPU's cache.
-_CPU_BLOCK_BYTES = 8 * 2**20
+_CPU_BLOCK_BYTES = 2 * 2**20
 # How many columns of a product with the head take as long as one row of it that is looked up.
 _LOOK_UP = 64
 # Share of the budget for the piece of a head in half precision that is cast to float32 at a time.
