@@ -285,10 +285,12 @@ class Signals:
         where = _any(places.values())
         masks = {name: place[where] for name, place in places.items()}  # each [R]
         targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
+        _ = self.student_seen  # first in every process: they gather their shards in one order
+        theirs = self._teacher_rows(masks)  # before the student's pass, whose activations stay: the teacher's are gone by then
         return Rows(
             gathered(self.student_hidden, where),
             head_of(self.student),
-            self._teacher_rows(masks),
+            theirs,
             targets.to(self.zero.device, non_blocking=True),
             masks,
         )
