@@ -23,18 +23,20 @@ HALVES = (torch.bfloat16, torch.float16)
 _HALF_GAIN = 256.0
 # Rows of the head whose gradient is formed at a time where it cannot be summed in place.
 _WEIGHT_TILE = 16384
+# Rows of the head below which a product is not worth its start.
+_LEAST_TILE = 64
 
 
 class HeadProduct:
     """The products with a head's weight `[V, D]`: to logits, and from a gradient at the logits back."""
 
     def __init__(self, weight: Tensor, tile_bytes: int):
-        """tile_bytes: for the piece of the head that is cast at a time, where that is needed; one row at least."""
+        """tile_bytes: for the piece of the head that is cast at a time, where that is needed; 64 rows at least."""
         half = weight.dtype in HALVES
         self.weight = weight
         self.dtype = torch.float32 if half else weight.dtype  # of logits
         self.wide = half and writes_float32(weight.device, weight.dtype)
-        self.tile = max(1, tile_bytes // (weight.shape[1] * self.dtype.itemsize)) if half and not self.wide else None
+        self.tile = max(_LEAST_TILE, tile_bytes // (weight.shape[1] * self.dtype.itemsize)) if half and not self.wide else None
         self.gradient_dtype = weight.dtype if self.wide else self.dtype
         self.gain = _HALF_GAIN if self.gradient_dtype == torch.float16 else 1.0  # the gradients that come in are lifted so
 

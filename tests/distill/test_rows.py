@@ -480,6 +480,48 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept():
     assert not any(V in shape for shape in kept)
 
 
+def allocated(call):
+    """Most bytes that the allocator had given out at once during the call, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(sizes.cumsum(0).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [CrossEntropy(), ForwardKL(), ReverseKL(), JSD(0.5), DBiLD(window=32)], ids=str)
+def test_memory_is_that_of_one_row_however_many(loss, dtype):
+    # One row fills the budget. What grows is the gradient of the hidden rows, in float32, and a value a row.
+    columns, width, many = 10000, 8, 40
+    chunk_bytes = 4 * columns * 4
+    weight, teacher = (torch.randn(columns, width).to(dtype) for _ in range(2))
+
+    def step(rows):
+        hidden, theirs = (torch.randn(rows, width).to(dtype) for _ in range(2))
+        hidden.requires_grad_()
+        targets = torch.zeros(rows, dtype=torch.long)
+        options = dict(teacher_hidden=theirs, teacher_head=Head(teacher), chunk_bytes=chunk_bytes)
+        return lambda: row_losses(hidden, Head(weight), targets, [RowTerm("x", 1.0, loss, True)], **options)[0].backward()
+
+    one, all_of_them = (allocated(step(rows)) for rows in (1, many))
+    stored = many * (width + 1) * 4
+    assert one > columns * 4
+    assert all_of_them - stored <= 1.1 * one
+
+
+@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JSD(0.5), DBiLD(window=32)], ids=str)
+def test_memory_stays_within_the_budget(loss):
+    columns, width, rows = 3000, 8, 1000  # 1000 rows of logits are 11 MiB
+    budget = 2 * 2**20
+    hidden = torch.randn(rows, width, requires_grad=True)
+    options = dict(teacher_hidden=torch.randn(rows, width), teacher_head=Head(torch.randn(columns, width)), chunk_bytes=budget)
+    head, targets = Head(torch.randn(columns, width)), torch.zeros(rows, dtype=torch.long)
+    terms = [RowTerm("x", 1.0, loss, True)]
+    peak = allocated(lambda: row_losses(hidden, head, targets, terms, **options)[0].backward())
+    assert peak <= 1.1 * budget + rows * (width + 1) * 4
+
+
 MEMORY = """
     import resource, torch
     from mmkd.distill.rows import Head, RowTerm, row_losses
