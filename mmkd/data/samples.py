@@ -76,8 +76,11 @@ def _below(root: Path, folder: str) -> tuple[str, bool]:
     if not folder:
         return str(root), True
     above, _, last = folder.rpartition("/")
-    path = f"{_below(root, above)[0]}/{last}"
-    real = Path(path).resolve() if _is_link(path) else Path(path)
+    path, inside = _below(root, above)
+    path = f"{path}/{last}"
+    if not _is_link(path):
+        return path, inside
+    real = Path(path).resolve()
     return str(real), real.is_relative_to(root)
 
 

@@ -164,6 +164,7 @@ def start(folder: str, arguments: list[str]) -> None:
 
     marks = Marks(folder)
     sys.meta_path.insert(0, MarkedImport("mmkd.recipe", lambda: marks("command"), lambda recipe: marks("imports")))
+    sys.meta_path.insert(0, MarkedImport("mmkd.distill.terms", lambda: marks("recipe"), lambda terms: marks("imports")))
     sys.meta_path.insert(0, MarkedImport("mmkd.distill.run", lambda: marks("recipe"), lambda run: mark_functions(run, marks)))
     sys.exit(command(["distill", *arguments]))
 
