@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-root", required=True, help="folder that holds the pictures; their names are written below it")
     sub.add_argument("--output", required=True, help="the JSON lines file to write, for example DATA_ROOT/preference/train.jsonl")
     sub.add_argument("--split", default="train", help="the split that the questions must be of (default: train)")
+    sub.add_argument("--every-question", action="store_true", help="also where none is wrong: an answer given to it elsewhere")
 
     sub = command("preferences", _preferences, "Count how often a model prefers the chosen answers of pairs.")
     sub.add_argument("model")
@@ -248,7 +249,12 @@ def _pairs(arguments: argparse.Namespace) -> int:
 
     wrong = [Path(folder) for folder in arguments.wrong]
     facts = write_pairs(
-        Path(arguments.right), wrong, Path(arguments.output), Path(arguments.data_root), split=arguments.split
+        Path(arguments.right),
+        wrong,
+        Path(arguments.output),
+        Path(arguments.data_root),
+        split=arguments.split,
+        every_question=arguments.every_question,
     )
     for name, counts in facts.items():
         print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))

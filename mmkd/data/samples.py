@@ -179,7 +179,8 @@ class Question:
     answer_index: int | None = None
     hint: str = ""
     ocr_tokens: tuple[str, ...] = ()
-    shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample)
+    shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample, easy-VQA)
+    claims: dict[str, str] = field(default_factory=dict)  # answer -> what it says is in the picture ("is there a circle?")
     categories: dict[str, str] = field(default_factory=dict)
 
 

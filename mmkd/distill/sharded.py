@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate import DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -34,6 +36,16 @@ def blank_look(tower: Tower) -> Tensor:
     encoded = tower.encode(sample, with_answer=False, pictures=[picture])
     inputs: TowerInputs = tower.collate([encoded]).to(tower.device)
     return sum(tokens.sum() for tokens in tower.see(inputs).tokens) * 0.0
+
+
+def shard_on_cpu() -> None:
+    """Lets accelerate shard over processes without accelerators, where it was launched for FSDP.
+
+    It knows FSDP for kinds of accelerators only, and would train processes on CPUs data-parallel without a word.
+    """
+    state = PartialState()
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU  # of its parts only `state.device` says where tensors are
 
 
 def make_whole(trainer: DistillTrainer) -> None:

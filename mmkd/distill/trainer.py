@@ -23,6 +23,7 @@ from transformers.trainer_utils import seed_worker
 from mmkd.data.sampler import LengthGroupedSampler, lengths_of
 from mmkd.distill.collate import COUNTS, Batch, PairDataset
 from mmkd.distill.distiller import Distiller
+from mmkd.distill.sharded import shard_on_cpu
 from mmkd.distill.sparse import LOGGED, ExpertUse
 from mmkd.recipe import OptimiserSpec, StageSpec
 
@@ -55,6 +56,10 @@ class DistillTrainer(Trainer):
             callbacks=[TermLog(log, arguments.run_name)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
+
+    def create_accelerator_and_postprocess(self) -> None:
+        shard_on_cpu()
+        super().create_accelerator_and_postprocess()
 
     # ---- loss ----
 
