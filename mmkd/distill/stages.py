@@ -27,7 +27,7 @@ from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
 from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, PreferenceTrainer
 from mmkd.distill.reference import fill_reference
-from mmkd.distill.sharded import make_whole
+from mmkd.distill.sharded import make_whole, spreads_weights
 from mmkd.distill.sparse import summarise_experts, upcycled, write_receipt
 from mmkd.distill.streaming import StreamDataset, stage_stream
 from mmkd.distill.terms import KINDS, Schedule, Term
@@ -233,6 +233,8 @@ def _train_stage(
         arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
     trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
     if recipe.evaluation.every is not None:
+        if spreads_weights(trainer):
+            raise DataError("evaluation.every: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")
         trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
     if stream is None and dataset.skipped_count:

@@ -56,6 +56,7 @@ class DistillTrainer(Trainer):
             callbacks=[TermLog(log, arguments.run_name)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
+        distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def create_accelerator_and_postprocess(self) -> None:
         shard_on_cpu()
