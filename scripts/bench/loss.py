@@ -58,7 +58,10 @@ def main() -> None:
     if options.growth:
         show_growth(options)
         return
-    methods = [m for m in options.methods if m not in PEERS or find_spec(PEERS[m])]
+    absent = [m for m in options.methods if m in PEERS and not find_spec(PEERS[m])]
+    for method in absent:
+        print(f"{method} is left out: the package {PEERS[method]} is not installed here", file=sys.stderr)
+    methods = [m for m in options.methods if m not in absent]
     cases = [
         case(options, m, x, h)
         for h in options.heads
