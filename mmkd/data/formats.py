@@ -42,6 +42,7 @@ from mmkd.data.annotations import rows as _rows
 from mmkd.data.annotations import shown
 from mmkd.data.samples import IMAGE_MARKER, DataError, ImageRef, Question, Sample, Turn
 from mmkd.data.scenes import things_of_caption
+from mmkd.startup import uncollected
 
 TARGETS = ("first", "majority", "sampled")
 MAX_CHOICES = 26  # one letter each
@@ -51,6 +52,7 @@ T = TypeVar("T")
 _Choose = Callable[[str, Any, Sequence[Any]], Any]
 
 
+@uncollected()
 def read_questions(
     format: str,
     root: Path,
@@ -89,6 +91,7 @@ def read_questions(
     return subset(questions, limit, image_limit, seed)
 
 
+@uncollected()
 def read_conversations(
     root: Path,
     split: str,
@@ -196,6 +199,9 @@ def refuse_duplicates(questions: list[Question], where: str) -> None:
 # ------------------------------------------------------------------------------------------------------ files
 
 
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
 @dataclass(frozen=True)
 class _Images:
     """Where pictures are: names made from `tail` inside the folder or archive `base`."""
@@ -204,7 +210,7 @@ class _Images:
     tail: str
 
     def ref(self, where: str, **fields: str) -> ImageRef:
-        name = re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], self.tail)
+        name = _PLACEHOLDER.sub(lambda found: fields[found[1]], self.tail)
         try:
             return ImageRef.inside(self.base, name)
         except DataError as error:

@@ -300,10 +300,12 @@ class Signals:
         where = _any(places.values())
         masks = {name: place[where] for name, place in places.items()}  # each [R]
         targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
+        _ = self.student_seen  # first in every process: they gather their shards in one order
+        theirs = self._teacher_rows(masks)  # before the student's pass, whose activations stay: the teacher's are gone by then
         return Rows(
             gathered(self.student_hidden, where),
             head_of(self.student),
-            self._teacher_rows(masks),
+            theirs,
             targets.to(self.zero.device, non_blocking=True),
             masks,
         )
@@ -325,19 +327,26 @@ class Signals:
         """Rows of the samples with pictures: switched against ordinary teacher."""
         if self.batch.switch is None:
             return None
-        inputs, host = self.batch.on_host.switch, self.batch.on_host.teacher
+        inputs = self.batch.on_host.switch
         places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [Bi, Ls]
         where = _any(places.values())
-        pictured = torch.tensor([n > 0 for n in host.images])[:, None]  # [B, 1]
-        theirs = _any(rows_at(host, name) for name in positions) & pictured  # [B, L]
         targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
         return Rows(
             gathered(self.switch_hidden, where),
             head_of(self.teacher),
-            {"hidden": gathered(self.teacher_hidden, theirs)},
+            self._pictured_rows(positions),
             targets.to(self.zero.device, non_blocking=True),
             {name: place[where] for name, place in places.items()},
         )
+
+    def _pictured_rows(self, positions: set[str]) -> dict[str, Tensor]:
+        """What the teacher, unswitched, says at these positions of the samples with pictures."""
+        pictured = [n > 0 for n in self.batch.student.images]
+        if self.batch.said is not None:
+            return self.batch.said.at(positions, pictured)
+        host = self.batch.on_host.teacher
+        where = _any(rows_at(host, name) for name in positions) & torch.tensor(pictured)[:, None]  # [B, L]
+        return {"hidden": gathered(self.teacher_hidden, where)}
 
     # ---- other tokenizers ----
 

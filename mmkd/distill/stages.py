@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,14 @@ CONTROL_TERMS = {"cross_entropy": TermSpec(kind="cross_entropy")}
 def load_teacher(recipe: Recipe) -> Tower | None:
     if recipe.teacher is None:
         return None
+    if recipe.teacher.cache is None:
+        return _live_teacher(recipe)
+    terms = {name: terms_of(stage.terms) for name, stage in recipe.stages.items()}
+    return open_teacher(recipe, terms, partial(_live_teacher, recipe)).to(device_of_process()).freeze()
+
+
+def _live_teacher(recipe: Recipe) -> Tower:
     spec = recipe.teacher
-    if spec.cache is not None:
-        cached = open_teacher(recipe, {name: terms_of(stage.terms) for name, stage in recipe.stages.items()})
-        return cached.to(device_of_process()).freeze()
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
