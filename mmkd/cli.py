@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmkd.launched import end_process
+from mmkd.startup import quick_imports
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-root", required=True, help="folder that holds the pictures; their names are written below it")
     sub.add_argument("--output", required=True, help="the JSON lines file to write, for example DATA_ROOT/preference/train.jsonl")
     sub.add_argument("--split", default="train", help="the split that the questions must be of (default: train)")
+    sub.add_argument("--every-question", action="store_true", help="also where none is wrong: an answer given to it elsewhere")
 
     sub = command("preferences", _preferences, "Count how often a model prefers the chosen answers of pairs.")
     sub.add_argument("model")
@@ -140,11 +142,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    from mmkd.recipe import load_recipe, read_raw
+    with quick_imports():
+        from mmkd.recipe import load_recipe, read_raw
 
     if read_raw(arguments.recipe, arguments.overrides).get("kind") == "ablation":
         return _ablate(arguments)
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    with quick_imports():  # a recipe imports what it names, and is refused before the rest is imported
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from mmkd.distill.run import distill, table
     if arguments.dry_run:
         from mmkd.estimate import plan
 
@@ -152,8 +157,6 @@ def _distill(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.seeds is not None:
         return _distill_seeds(recipe, arguments.seeds)
-    from mmkd.distill.run import distill, table
-
     summary = distill(recipe)
     if summary:
         print(table(summary))
@@ -163,7 +166,8 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _ablate(arguments: argparse.Namespace) -> int:
-    from mmkd.ablation import ablate, ablation_table, load_grid
+    with quick_imports():
+        from mmkd.ablation import ablate, ablation_table, load_grid
 
     seeds = [] if arguments.seeds is None else [f"seeds=[{arguments.seeds}]"]
     grid, runs = load_grid(arguments.recipe, [*arguments.overrides, *seeds])
@@ -177,10 +181,11 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> int:
-    from mmkd.recipe import load_recipe
+    with quick_imports():
+        from mmkd.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from mmkd.distill.caching import describe, write_cache
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from mmkd.distill.caching import describe, write_cache
 
     spec = recipe.teacher
     folder = Path(spec.cache) if spec is not None and spec.cache else Path(recipe.output).parent / "teacher_cache"
@@ -193,20 +198,22 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    from mmkd.recipe import load_recipe
+    with quick_imports():
+        from mmkd.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from mmkd.probe import estimate
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from mmkd.probe import estimate
 
     print(estimate(recipe, arguments.memory))
     return 0
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    from mmkd.ranking_recipe import MatchingRecipe, load_ranking_recipe
+    with quick_imports():
+        from mmkd.ranking_recipe import MatchingRecipe, load_ranking_recipe
 
-    recipe = load_ranking_recipe(arguments.recipe, arguments.overrides)
-    from mmkd.distill.ranking_run import rank, ranking_table, train_matching
+        recipe = load_ranking_recipe(arguments.recipe, arguments.overrides)
+        from mmkd.distill.ranking_run import rank, ranking_table, train_matching
 
     run = train_matching if isinstance(recipe, MatchingRecipe) else rank
     if arguments.seeds is not None:
@@ -231,7 +238,8 @@ def _distill_seeds(recipe, text: str, run: Callable | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from mmkd.evaluation.command import evaluate_command
+    with quick_imports():
+        from mmkd.evaluation.command import evaluate_command
 
     return evaluate_command(arguments)
 
@@ -241,7 +249,12 @@ def _pairs(arguments: argparse.Namespace) -> int:
 
     wrong = [Path(folder) for folder in arguments.wrong]
     facts = write_pairs(
-        Path(arguments.right), wrong, Path(arguments.output), Path(arguments.data_root), split=arguments.split
+        Path(arguments.right),
+        wrong,
+        Path(arguments.output),
+        Path(arguments.data_root),
+        split=arguments.split,
+        every_question=arguments.every_question,
     )
     for name, counts in facts.items():
         print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
@@ -250,10 +263,11 @@ def _pairs(arguments: argparse.Namespace) -> int:
 
 
 def _preferences(arguments: argparse.Namespace) -> int:
-    from mmkd.data.preference import read_preferences
-    from mmkd.distill.preferred import preference_accuracy
-    from mmkd.files import write_whole
-    from mmkd.towers.tower import Tower
+    with quick_imports():
+        from mmkd.data.preference import read_preferences
+        from mmkd.distill.preferred import preference_accuracy
+        from mmkd.files import write_whole
+        from mmkd.towers.tower import Tower
 
     files = {"annotations": str(Path(arguments.pairs).absolute()), "images": "."}
     samples = read_preferences(Path(arguments.data_root), "pairs", files=files)
@@ -285,8 +299,9 @@ def _check(arguments: argparse.Namespace) -> int:
         from mmkd.data.samples import DataError
 
         raise DataError("give a model to check, or --families")
-    from mmkd.testing import check_tower
-    from mmkd.towers.tower import Tower
+    with quick_imports():
+        from mmkd.testing import check_tower
+        from mmkd.towers.tower import Tower
 
     facts = check_tower(Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code))
     print(json.dumps(facts, indent=1))

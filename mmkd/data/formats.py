@@ -28,7 +28,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from mmkd.data.annotations import rows as _rows
 from mmkd.data.annotations import shown
 from mmkd.data.samples import IMAGE_MARKER, DataError, ImageRef, Question, Sample, Turn
 from mmkd.data.scenes import things_of_caption
+from mmkd.startup import uncollected
 
 TARGETS = ("first", "majority", "sampled")
 MAX_CHOICES = 26  # one letter each
@@ -51,6 +52,7 @@ T = TypeVar("T")
 _Choose = Callable[[str, Any, Sequence[Any]], Any]
 
 
+@uncollected()
 def read_questions(
     format: str,
     root: Path,
@@ -89,6 +91,7 @@ def read_questions(
     return subset(questions, limit, image_limit, seed)
 
 
+@uncollected()
 def read_conversations(
     root: Path,
     split: str,
@@ -196,6 +199,9 @@ def refuse_duplicates(questions: list[Question], where: str) -> None:
 # ------------------------------------------------------------------------------------------------------ files
 
 
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
 @dataclass(frozen=True)
 class _Images:
     """Where pictures are: names made from `tail` inside the folder or archive `base`."""
@@ -204,7 +210,7 @@ class _Images:
     tail: str
 
     def ref(self, where: str, **fields: str) -> ImageRef:
-        name = re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], self.tail)
+        name = _PLACEHOLDER.sub(lambda found: fields[found[1]], self.tail)
         try:
             return ImageRef.inside(self.base, name)
         except DataError as error:
@@ -479,13 +485,26 @@ def _ocr_tokens(path: Path) -> dict[str, tuple[str, ...]]:
 # --------------------------------------------------------------------------------------------------- easy-VQA
 
 
+_YES_NO = "yes/no"
+_EASY_THINGS = {
+    *("circle", "rectangle", "triangle"),
+    *("black", "gray", "red", "blue", "green", "yellow", "teal", "brown"),
+}
+
+
 def _read_easy_vqa(source: _Source, choose: _Choose) -> list[Question]:
     path = source.annotations("{split}/questions.json", "{split}_questions.json")
     entries = _list(path, _load(path))
     rows = [_easy_row(entry, f"{path} entry {number}") for number, entry in enumerate(entries)]
     fields = {"image_id": rows[0].identifier("image_id")} if rows else None
     images = source.images(fields, "{split}/images/{image_id}.png", "{split}_images.zip/{image_id}.png")
-    return [_easy_question(row, f"{source.split}-{number}", images) for number, row in enumerate(rows)]
+    questions = [_easy_question(row, f"{source.split}-{number}", images) for number, row in enumerate(rows)]
+    shown: dict[ImageRef, dict[str, None]] = {}  # what the true answers to all questions on a picture say of its one shape
+    for question in questions:
+        is_open = question.categories["kind"] != _YES_NO
+        thing = question.answer if is_open else question.claims.get(question.answer)
+        shown.setdefault(question.images[0], {}).update({thing: None} if thing else {})
+    return [replace(question, shown=tuple(shown[question.images[0]])) for question in questions]
 
 
 def _easy_row(entry: Any, where: str) -> _Row:
@@ -496,7 +515,7 @@ def _easy_row(entry: Any, where: str) -> _Row:
 
 def _easy_question(row: _Row, name: str, images: _Images) -> Question:
     question, answer = row.text("question"), row.text("answer")
-    kind = "yes/no" if answer in ("yes", "no") else "color" if "color" in question else "shape"
+    kind = _YES_NO if answer in ("yes", "no") else "color" if "color" in question else "shape"
     return Question(
         id=name,
         question=question,
@@ -504,7 +523,15 @@ def _easy_question(row: _Row, name: str, images: _Images) -> Question:
         answer=answer,
         references=(answer,),
         categories={"kind": kind},
+        claims=_easy_claims(question) if kind == _YES_NO else {},
     )
+
+
+def _easy_claims(question: str) -> dict[str, str]:
+    """{answer: the colour or shape that it says is there}, of "is there a red shape?" as of "is no circle present?"."""
+    words = re.findall("[a-z]+", question.lower())
+    thing = next((word for word in words if word in _EASY_THINGS), None)
+    return {} if thing is None else {"no" if {"no", "not"} & set(words) else "yes": thing}
 
 
 # ------------------------------------------------------------------------------------------------- JSON lines

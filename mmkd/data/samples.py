@@ -51,24 +51,40 @@ def _resolved(root: Path) -> Path:
     return root.resolve()
 
 
-def _inside(root: Path, name: str) -> Path:
-    """`(root / name).resolve()` of a resolved root; folders on the way are asked once whether they are links."""
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts:
-        return (root / name).resolve()
-    folder = _real(root, parts[:-1])
-    return folder / parts[-1] if not _is_link(folder / parts[-1]) else (folder / parts[-1]).resolve()
+def _stays_inside(root: Path, name: str) -> bool:
+    """Whether `(root / name).resolve()` lies in the resolved folder `root`.
+
+    There are as many names as pictures, so plain ones are not made paths, and folders are asked once whether they are links.
+    """
+    if _is_plain(name):
+        folder, _, last = name.rpartition("/")
+        below, inside = _below(root, folder)
+        path = f"{below}/{last}"
+        if not _is_link(path):
+            return inside
+    return (root / name).resolve().is_relative_to(root)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name leads down from folder to folder, and has nothing that is special on some system (drives, backslashes)."""
+    return not ({"", ".", ".."} & {*name.split("/")}) and ":" not in name and "\\" not in name
 
 
 @lru_cache(maxsize=4096)
-def _real(root: Path, parts: tuple[str, ...]) -> Path:
-    if not parts:
-        return root
-    folder = _real(root, parts[:-1]) / parts[-1]
-    return folder.resolve() if _is_link(folder) else folder
+def _below(root: Path, folder: str) -> tuple[str, bool]:
+    """Where `folder` below the resolved `root` leads, and whether that is inside `root`."""
+    if not folder:
+        return str(root), True
+    above, _, last = folder.rpartition("/")
+    path, inside = _below(root, above)
+    path = f"{path}/{last}"
+    if not _is_link(path):
+        return path, inside
+    real = Path(path).resolve()
+    return str(real), real.is_relative_to(root)
 
 
-def _is_link(path: Path) -> bool:
+def _is_link(path: str) -> bool:
     """Raises ValueError for a name that no file can have."""
     try:
         return stat.S_ISLNK(os.lstat(path).st_mode)
@@ -100,10 +116,10 @@ class ImageRef:
                 raise DataError(f"image {name!r} leaves its archive {root}; use a name inside the archive")
             return ImageRef(root, name)
         try:
-            target = _inside(_resolved(root), name)
+            inside = _stays_inside(_resolved(root), name)
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"image path {name[:80]!r} cannot be a file's name: {error}") from error
-        if not target.is_relative_to(_resolved(root)):
+        if not inside:
             raise DataError(f"image path {name!r} leaves its root {root}; keep images inside the root folder")
         return ImageRef(root, name)
 
@@ -163,7 +179,8 @@ class Question:
     answer_index: int | None = None
     hint: str = ""
     ocr_tokens: tuple[str, ...] = ()
-    shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample)
+    shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample, easy-VQA)
+    claims: dict[str, str] = field(default_factory=dict)  # answer -> what it says is in the picture ("is there a circle?")
     categories: dict[str, str] = field(default_factory=dict)
 
 

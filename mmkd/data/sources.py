@@ -14,6 +14,7 @@ from mmkd.data.preference import read_preferences
 from mmkd.data.prompts import render
 from mmkd.data.samples import DataError, Sample
 from mmkd.data.stream import STREAMS, Stream, open_stream
+from mmkd.startup import uncollected
 
 
 class DataCard(BaseModel):
@@ -60,6 +61,7 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
     return found
 
 
+@uncollected()
 def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
     """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
     stream = stream_of(spec, seed, data_root)

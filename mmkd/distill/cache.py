@@ -178,6 +178,7 @@ class Said:
     signal: dict[str, Tensor]  # HIDDEN or TOP_K
     images: list[int]  # visual rows of each image; [] where visual rows are not kept
     features: list[Tensor] = field(default_factory=list)  # vision features of each image [n_i, Dv], if kept
+    lengths: list[int] = field(default_factory=list)  # rows of each sample of a batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Said:
         move = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.signal.items()}
@@ -191,9 +192,11 @@ class Said:
         """Rows of one of these kinds. [N] bool"""
         return (self.kinds & bits(positions)) != 0
 
-    def at(self, positions: Iterable[str]) -> dict[str, Tensor]:
-        """The signal at the rows of these kinds, each [R, ...]."""
+    def at(self, positions: Iterable[str], samples: Sequence[bool] | None = None) -> dict[str, Tensor]:
+        """The signal at the rows of these kinds, of these samples of a batch or of all, each [R, ...]."""
         where = self.where(positions)
+        if samples is not None:
+            where = where & torch.tensor(samples).repeat_interleave(torch.tensor(self.lengths))
         if bool(where.all()):
             return self.signal
         index = where.nonzero().squeeze(-1)
@@ -210,6 +213,7 @@ class Said:
             {name: torch.cat([p.signal[name] for p in parts]) for name in names},
             [n for p in parts for n in p.images],
             [f for p in parts for f in p.features],
+            [len(p.kinds) for p in parts],
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ HEAD = "head.safetensors"
 class CachedTower(Tower):
     """A teacher that has spoken already: configuration, processor and (exact mode) head are there, its other weights are not.
 
-    What prepares samples works as in any tower; to see or read anything new raises TowerError.
+    What prepares samples works as in any tower; to see or read anything new raises TowerError. With `live`, the teacher itself,
+    visual tokens go through its projector and language model (the visual switch needs that; its own reading stays cached).
     """
 
-    def __init__(self, folder: str | Path, *, max_length: int, trust_remote_code: bool = False):
+    def __init__(self, folder: str | Path, *, max_length: int, trust_remote_code: bool = False, live: Tower | None = None):
         self.cache = TeacherCache(folder)
         self.about = self.cache.about
         teacher = self.cache.folder / "teacher"
@@ -37,14 +38,17 @@ class CachedTower(Tower):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         model.generation_config = GenerationConfig.from_pretrained(teacher)
         processor = AutoProcessor.from_pretrained(teacher, trust_remote_code=trust_remote_code)
-        if self.about.top_k is None:
+        self.live = live
+        if live is not None:
+            model.set_output_embeddings(live.head)
+        elif self.about.top_k is None:
             model.set_output_embeddings(_head(teacher / HEAD))
         super().__init__(model, processor, max_length=max_length)
         self._device = torch.device("cpu")
         self.logit_rule = tuple(self.about.logit_rule)
 
     def to(self, device: torch.device | str) -> CachedTower:
-        if self.about.top_k is None:
+        if self.live is None and self.about.top_k is None:  # a live teacher is where it was loaded to
             self.head.to(device)
         self._device = torch.device(device)
         return self
@@ -60,10 +64,14 @@ class CachedTower(Tower):
         raise TowerError(self._absent("see pictures"))
 
     def read(self, inputs: TowerInputs, visual_tokens: Sequence[Tensor] | Seen) -> Tensor:
-        raise TowerError(self._absent("read"))
+        if self.live is None:
+            raise TowerError(self._absent("read"))
+        return self.live.read(inputs, visual_tokens)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        raise TowerError(self._absent("project"))
+        if self.live is None:
+            raise TowerError(self._absent("project"))
+        return self.live.project(features)
 
     def _absent(self, what: str) -> str:
         return (
@@ -104,7 +112,7 @@ def row_stages(recipe: Recipe) -> dict[str, StageSpec]:
 
 def positions_of(terms: Sequence[Term]) -> set[str]:
     """Kinds of rows at which the terms read the teacher."""
-    rows = {t.positions for t in terms if t.is_row_term and t.needs_teacher and t.path == "student"}
+    rows = {t.positions for t in terms if t.is_row_term and t.needs_teacher}
     return rows | ({"visual"} if any(t.kind == "relation" for t in terms) else set())
 
 
@@ -124,8 +132,8 @@ def wanted(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def open_teacher(recipe: Recipe, terms: dict[str, list[Term]]) -> CachedTower:
-    """The cache of a recipe as its teacher. terms: by stage.
+def open_teacher(recipe: Recipe, terms: dict[str, list[Term]], load: Callable[[], Tower]) -> CachedTower:
+    """The cache of a recipe as its teacher. terms: by stage. load: gives the teacher itself, for terms that need it too.
 
     Raises DataError for a cache of another teacher or recipe (with every difference) and for terms that it cannot serve.
     """
@@ -144,7 +152,8 @@ def open_teacher(recipe: Recipe, terms: dict[str, list[Term]]) -> CachedTower:
             f"these terms cannot run from the {about.mode} cache {folder}:\n  " + "\n  ".join(refused) + "\nTake them out, or "
             "take teacher.cache out to use the live teacher"
         )
-    return CachedTower(folder, max_length=recipe.max_length, trust_remote_code=spec.trust_remote_code)
+    live = load() if any(t.path == "switch" for own in terms.values() for t in own) else None
+    return CachedTower(folder, max_length=recipe.max_length, trust_remote_code=spec.trust_remote_code, live=live)
 
 
 def refusals(terms: Sequence[Term], about: About) -> list[str]:
@@ -154,9 +163,7 @@ def refusals(terms: Sequence[Term], about: About) -> list[str]:
         if not term.needs_teacher or term.is_preference:
             continue
         positions = positions_of([term])
-        if term.path == "switch":
-            found.append(f"{term.name}: the visual switch runs through the teacher's language model, which is not in a cache")
-        elif term.kind == "spans":
+        if term.kind == "spans":
             found.append(f"{term.name}: reads the teacher's own tokens, which are not in a cache")
         elif term.kind == "feature_match" and not about.features:
             found.append(f"{term.name}: the teacher's vision features are not in this cache; write it with this recipe")

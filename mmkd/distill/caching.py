@@ -116,9 +116,9 @@ def plan_of(recipe: Recipe, top_k: int | None) -> Plan:
     rows = row_stages(recipe)
     if not rows and not any(t.is_preference for own in terms.values() for t in own):
         raise RecipeError("no term of this recipe compares with the teacher, so there is nothing to keep")
-    live = [f"{name}.{t.name}" for name, own in terms.items() for t in own if t.path == "switch"]
-    if live:
-        logger.warning("not from a cache: %s (the visual switch needs the live teacher)", ", ".join(live))
+    switched = [f"{name}.{t.name}" for name, own in terms.items() for t in own if t.path == "switch"]
+    if switched:
+        logger.info("%s: the switched pass goes through the teacher anew in each step", ", ".join(switched))
     streamed = [name for name in rows if stage_stream(recipe, recipe.stages[name]) is not None]
     if streamed:
         raise RecipeError(f"stages {', '.join(streamed)} read streams, which have no end; write their samples down to cache them")

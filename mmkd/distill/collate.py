@@ -160,14 +160,16 @@ class PairDataset(Dataset):
             student = self.student.encode(sample)
             if student.truncated:
                 self.truncated[sample.id] = student.truncated
-            if self.teacher is None or self.speaker is not None:
+            switched = bool(student.images) and any(t.path == "switch" for t in self.terms)
+            if self.teacher is None or (self.speaker is not None and not switched):
                 return Pair(student)
             teacher = student if self.same else self.teacher.encode(sample)
         except ImageError as error:
             self.skipped[sample.id] = str(error)
             return None
         self._check(student, teacher)
-        return Pair(student, teacher, self._switch(student, teacher))
+        switch = self.teacher.with_visual_count(teacher, self.student.visual_count(student)) if switched else None
+        return Pair(student, teacher if self.speaker is None else None, switch)
 
     def _skip(self, index: int) -> None:
         error, seen = self.skipped[self.samples[index].id], bool(self._unreadable[index])
@@ -210,11 +212,6 @@ class PairDataset(Dataset):
                 "ones; terms on prompt positions that compare with the teacher need the same chat template"
             )
 
-    def _switch(self, student: Encoded, teacher: Encoded) -> Encoded | None:
-        if not student.images or not any(t.path == "switch" for t in self.terms):
-            return None
-        return self.teacher.with_visual_count(teacher, self.student.visual_count(student))
-
 
 @dataclass
 class Collator:
@@ -228,13 +225,13 @@ class Collator:
         if not kept:
             raise DataError(f"none of the {len(pairs)} images of a batch can be read; see the log for their names")
         student = self.student.collate([p.student for p in kept])
-        teacher = switch = said = None
+        teacher = said = None
         if isinstance(self.teacher, CachedTower):
             said = Said.join([p.said for p in kept])
         elif self.teacher is not None:
             teacher = student if self._alike(kept) else self.teacher.collate([p.teacher for p in kept])
-            switched = [p.switch for p in kept if p.switch is not None]
-            switch = self.teacher.collate(switched) if switched else None
+        switched = [p.switch for p in kept if p.switch is not None]
+        switch = self.teacher.collate(switched) if switched else None
         return {"batch": Batch(student, teacher, switch, _counts(student, switch), said=said)}
 
     def _alike(self, pairs: Sequence[Pair]) -> bool:

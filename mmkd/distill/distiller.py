@@ -22,7 +22,7 @@ from mmkd.distill.alignment import Alignment, span_losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
 from mmkd.distill.rows import Head, RowTerm, row_losses
-from mmkd.distill.sharded import blank_look, is_sharded
+from mmkd.distill.sharded import held, look_at_nothing
 from mmkd.distill.sharing import sees_alike
 from mmkd.distill.terms import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
@@ -45,6 +45,7 @@ class Distiller(nn.Module):
         self._no_split_modules = student.model._no_split_modules  # the layers that FSDP2 shards one by one
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
+        self.lockstep = False  # all processes must go through the same modules in one order, with pictures or without
         wants_spans = teacher is not None and any(t.kind == "spans" for t in terms)
         self.alignment = Alignment(student, teacher) if wants_spans else None
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
@@ -81,7 +82,7 @@ class Distiller(nn.Module):
         divisors = {name: n.clamp(min=1) for name, n in _by_name(batch.counts if counts is None else counts).items()}
         own = _by_name(batch.counts)
         signals = self.signals(batch)
-        total = signals.zero
+        total = signals.zero if batch.student.pixels else self._unreached(signals)
         log: dict[str, tuple[Tensor, Tensor]] = {}
         for group in self._row_groups():
             part, sums = self._row_losses(signals, group, divisors, float(progress))
@@ -91,11 +92,11 @@ class Distiller(nn.Module):
             if term.is_row_term:
                 continue
             value = self._image_loss(signals, term)
+            if signals.blank is not None:
+                value = value + signals.idle(term)
             total = total + term.weight.at(float(progress)) * value / float(divisors[term.count])
             log[term.name] = (value.detach(), own[term.count])
         self.routed = signals.routed()
-        if not batch.student.pixels:
-            total = total + (self._touch() if signals.unseen is None else signals.unseen)
         return total, log | signals.observed
 
     def signals(self, batch: Batch) -> Signals:
@@ -109,10 +110,10 @@ class Distiller(nn.Module):
             self._sees_alike = sees_alike(self.tower, self.teacher, batch.student)
         return self._sees_alike
 
-    def _touch(self) -> Tensor:
-        """0, attached to every trained parameter: a micro-batch without pictures reaches no vision parameter, and
-        data-parallel wrappers wait for the gradient of each."""
-        return sum((p.flatten()[:1].sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
+    def _unreached(self, signals: Signals) -> Tensor:
+        """0, attached to what a micro-batch without pictures does not reach: data-parallel wrappers wait for the gradient of
+        every trained parameter."""
+        return held(self) if signals.blank is None else sum(tokens.sum() for tokens in signals.blank.tokens) * 0.0
 
     def _row_groups(self) -> list[list[Term]]:
         """Row terms by path: those of one path share hidden rows, logits and chunks."""
@@ -125,7 +126,7 @@ class Distiller(nn.Module):
         named = signals.switch_rows if terms[0].path == "switch" else signals.student_rows
         rows = named({t.positions for t in terms})
         if rows is None:  # no picture in this micro-batch: nothing was switched
-            return signals.zero, {}
+            return sum((signals.idle(t) for t in terms), signals.zero), {}
         total = signals.zero
         # The engine multiplies sums by a number; a divisor on the device would cost a host synchronisation a term.
         scale = {t.name: t.weight.at(progress) for t in terms}
@@ -207,7 +208,6 @@ class Signals:
         self.batch = batch
         self.student, self.teacher = distiller.tower, distiller.teacher
         self.observed: dict[str, tuple[Tensor, Tensor]] = {}  # what else goes into the log: name -> (sum, count)
-        self.unseen: Tensor | None = None  # 0, from a look at nothing where sharded weights need one
 
     @property
     def zero(self) -> Tensor:
@@ -224,10 +224,25 @@ class Signals:
     # ---- passes ----
 
     @cached_property
+    def blank(self) -> Seen | None:
+        """A look at nothing, by which a micro-batch without pictures keeps step with those of other processes."""
+        wanted = self.distiller.lockstep and not self.batch.student.pixels
+        return look_at_nothing(self.student) if wanted else None
+
+    def idle(self, term: Term) -> Tensor:
+        """0 by way of what a term trains beside the student, at the place where it would have looked at pictures."""
+        if self.blank is None or term.name not in self.distiller.extras:
+            return self.zero
+        extra = self.distiller.extras[term.name]
+        if isinstance(extra, Temperature):
+            embedded = self.student.model.get_input_embeddings()(self.batch.student.input_ids[:1, :1])
+            return (extra() + embedded.sum()) * 0.0
+        features = self.blank.features[0]
+        arguments = (features, len(features)) if isinstance(extra, Bridge) else (features,)
+        return extra(*arguments).sum() * 0.0
+
+    @cached_property
     def student_seen(self) -> Seen:
-        # Here, not at the end: the processes must gather their shards in one order.
-        if not self.batch.student.pixels and is_sharded(self.distiller):
-            self.unseen = blank_look(self.student)
         return self.student.see(self.batch.student)
 
     @cached_property
@@ -285,10 +300,12 @@ class Signals:
         where = _any(places.values())
         masks = {name: place[where] for name, place in places.items()}  # each [R]
         targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
+        _ = self.student_seen  # first in every process: they gather their shards in one order
+        theirs = self._teacher_rows(masks)  # before the student's pass, whose activations stay: the teacher's are gone by then
         return Rows(
             gathered(self.student_hidden, where),
             head_of(self.student),
-            self._teacher_rows(masks),
+            theirs,
             targets.to(self.zero.device, non_blocking=True),
             masks,
         )
@@ -310,19 +327,26 @@ class Signals:
         """Rows of the samples with pictures: switched against ordinary teacher."""
         if self.batch.switch is None:
             return None
-        inputs, host = self.batch.on_host.switch, self.batch.on_host.teacher
+        inputs = self.batch.on_host.switch
         places = {name: rows_at(inputs, name) for name in sorted(positions)}  # each [Bi, Ls]
         where = _any(places.values())
-        pictured = torch.tensor([n > 0 for n in host.images])[:, None]  # [B, 1]
-        theirs = _any(rows_at(host, name) for name in positions) & pictured  # [B, L]
         targets = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]
         return Rows(
             gathered(self.switch_hidden, where),
             head_of(self.teacher),
-            {"hidden": gathered(self.teacher_hidden, theirs)},
+            self._pictured_rows(positions),
             targets.to(self.zero.device, non_blocking=True),
             {name: place[where] for name, place in places.items()},
         )
+
+    def _pictured_rows(self, positions: set[str]) -> dict[str, Tensor]:
+        """What the teacher, unswitched, says at these positions of the samples with pictures."""
+        pictured = [n > 0 for n in self.batch.student.images]
+        if self.batch.said is not None:
+            return self.batch.said.at(positions, pictured)
+        host = self.batch.on_host.teacher
+        where = _any(rows_at(host, name) for name in positions) & torch.tensor(pictured)[:, None]  # [B, L]
+        return {"hidden": gathered(self.teacher_hidden, where)}
 
     # ---- other tokenizers ----
 
@@ -466,10 +490,10 @@ class Temperature(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # FSDP2 takes no scalars
 
     def forward(self) -> Tensor:
-        return (-self.log_scale).exp().clamp(0.001, 0.5)
+        return (-self.log_scale).exp().clamp(0.001, 0.5).squeeze()
 
 
 class Bridge(nn.Module):

@@ -7,8 +7,8 @@ trained. Backward only multiplies it by the incoming factor.
 
 Two sizes, both taken from one byte budget:
 
-- a *chunk* is as many rows as half the budget holds in logits of the head's dtype. It should be large: each
-  chunk reads both heads' weights `[V, D]` again, which on a CPU costs as much as the product of some 20 rows.
+- a *chunk* is as many rows as half the budget holds in logits, float32 or wider (`distill/products.py`). It should be large:
+  each chunk reads both heads' weights `[V, D]` again, which on a CPU costs as much as the product of some 20 rows.
 - a *block* is the rows of a chunk on which the loss maths runs at a time, in float32. On a CPU it should be
   small enough for its temporaries to stay in the cache; on a GPU, large enough to fill it. The gradient
   overwrites the student's logits.
@@ -25,16 +25,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmkd.distill.products import HALVES, HeadProduct
 from mmkd.losses.divergence import CrossEntropy
 
 # [block, V] float32 tensors alive at once in the worst loss (JSD through autograd).
 _LIVE = 12
 # Bytes of one [block, V] tensor that leave its companions in a CPU's cache.
-_CPU_BLOCK_BYTES = 8 * 2**20
-# Rows of the head whose gradient is formed at a time where it is cast from half precision.
-_WEIGHT_TILE = 16384
-# Lifts gradients of probabilities (about 1 / V) out of float16's subnormal range for the product with a head.
-_HALF_GAIN = 256.0
+_CPU_BLOCK_BYTES = 2 * 2**20
+# How many columns of a product with the head take as long as one row of it that is looked up.
+_LOOK_UP = 64
+# Share of the budget for the piece of a head in half precision that is cast to float32 at a time.
+_TILE_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class RowTerm:
 
     If it has a method `value_and_grad(student, teacher, targets, shared) -> (values [r], gradient [r, V])`,
     that is used instead of autograd. `shared` is a dict that lives for one block, in which terms may leave
-    what others can use: the losses of `mmkd.losses` share their softmaxes so.
+    what others can use: the losses of `mmkd.losses` share their softmaxes so. A loss whose gradient is 0 in all but
+    `entries` columns of a row may also have `value_and_entries(student, teacher, targets, shared) -> (values [r],
+    columns [r, k], gradient [r, k])`; where it stands alone before a frozen head of many more columns, no product with the
+    whole head is formed in backward.
 
     weight: factor of the sum over rows in the total. A term of weight 0 is evaluated but not differentiated.
     needs_teacher: whether the loss reads the teacher's logits.
@@ -100,9 +104,10 @@ def row_losses(
     chunk_bytes: budget for logits and loss temporaries; at least one row is always taken. The gradient of a
     trained head comes on top: `[V, D]` in float32.
 
-    Loss maths is in float32 (float64 where a head or the hidden rows are); the products with a head run in
-    that head's dtype, autocast or not. Under `no_grad` only values are computed. With a trained head backward
-    works once: its gradient is given away, and a second backward through the same graph raises RuntimeError.
+    Loss maths is in float32 (float64 where a head or the hidden rows are). The products with a head take their
+    factors in that head's dtype, autocast or not, and end in float32 also where it is in half precision. Under
+    `no_grad` only values are computed. With a trained head backward works once: its gradient is given away, and a
+    second backward through the same graph raises RuntimeError.
     Raises ValueError when shapes, vocabularies or terms do not fit.
     """
     work = _Work(student_head, targets, tuple(terms), teacher_hidden, teacher_head, vocabulary, chunk_bytes)
@@ -216,7 +221,8 @@ class _Walk:
         self.student = _cut(work.head, self.columns)
         self.teacher = None if work.teacher_head is None else _cut(work.teacher_head, self.columns)
         self.maths = _maths_dtype(hidden, work.head, work.teacher_hidden, work.teacher_head)
-        self.gain = _HALF_GAIN if self.student.weight.dtype == torch.float16 else 1.0
+        self.mine = HeadProduct(self.student.weight, self._tile_bytes)
+        self.theirs = None if self.teacher is None else HeadProduct(self.teacher.weight, self._tile_bytes)
         self.values = hidden.new_zeros(len(work.terms), hidden.shape[0], dtype=self.maths)  # [T, R]
         self.walked = (
             0  # rows of the groups that are done; a row's place in `values` is the order of the walk
@@ -226,11 +232,16 @@ class _Walk:
 
     def _stores(self, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         head, hidden = self.work.head, self.hidden
-        narrow = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        to_hidden = torch.zeros_like(hidden, dtype=narrow) if wanted[0] else None  # [R, D]
+        dtype = torch.float32 if hidden.dtype in HALVES else hidden.dtype  # rounded once, after the incoming factor
+        to_hidden = torch.zeros_like(hidden, dtype=dtype) if wanted[0] else None  # [R, D]
         to_weight = torch.zeros_like(head.weight, dtype=self.maths) if wanted[1] else None  # [V, D]
         to_bias = torch.zeros_like(head.bias, dtype=self.maths) if wanted[2] else None  # [V]
         return to_hidden, to_weight, to_bias
+
+    @property
+    def _tile_bytes(self) -> int:
+        tile = self.work.chunk_bytes // _TILE_SHARE
+        return min(tile, _CPU_BLOCK_BYTES) if self.hidden.device.type == "cpu" else tile
 
     @property
     def wants_gradient(self) -> bool:
@@ -246,23 +257,32 @@ class _Walk:
         if rows == 0 or not active:
             return
         with_teacher = any(self.work.terms[i].needs_teacher for i in active)
+        self.sparse = self._sparse(active)
         chunk, block = self._sizes(rows, with_teacher)
         if index is not None:
             index = index.to(self.hidden.device, non_blocking=True)
-        mine = self._buffer(self.student, chunk)  # [chunk, V]
-        theirs = self._buffer(self.teacher, chunk) if with_teacher else None  # [chunk, V]
+        mine = self._buffer(self.mine, chunk)  # [chunk, V]
+        theirs = self._buffer(self.theirs, chunk) if with_teacher else None  # [chunk, V]
         for start in range(0, rows, chunk):
             pick = slice(start, min(start + chunk, rows))
             place = self.walked + start
             self._chunk(pick if index is None else index[pick], place, active, mine, theirs, block)
         self.walked += rows
 
+    def _sparse(self, active: list[int]) -> int | None:
+        """The number of the only term with a gradient, if that is 0 in most columns and nothing but hidden rows takes it."""
+        given = [i for i in active if self.work.terms[i].weight != 0]
+        if self.to_hidden is None or self.to_weight is not None or self.to_bias is not None or len(given) != 1:
+            return None
+        entries = getattr(self.work.terms[given[0]].loss, "entries", None)
+        return given[0] if entries is not None and entries * _LOOK_UP <= self.columns else None
+
     def _sizes(self, rows: int, with_teacher: bool) -> tuple[int, int]:
         """Rows of a chunk and of a block."""
         half = self.work.chunk_bytes // 2
-        row = self.columns * self.student.weight.element_size()
+        row = self.columns * self.mine.dtype.itemsize
         if with_teacher:
-            row += self.columns * self.teacher.weight.element_size()
+            row += self.columns * self.theirs.dtype.itemsize
         chunk = max(1, half // row)
         chunk = -(-rows // -(-rows // chunk))  # chunks of about equal size
         wide = self.columns * (8 if self.maths == torch.float64 else 4)
@@ -271,23 +291,25 @@ class _Walk:
             block = min(block, _CPU_BLOCK_BYTES // wide)
         return chunk, min(chunk, max(1, block))
 
-    def _buffer(self, head: Head, chunk: int) -> Tensor:
-        return torch.empty(chunk, self.columns, dtype=head.weight.dtype, device=self.hidden.device)
+    def _buffer(self, product: HeadProduct, chunk: int) -> Tensor:
+        return torch.empty(chunk, self.columns, dtype=product.dtype, device=self.hidden.device)
 
     def _chunk(
         self, pick, place: int, active: list[int], mine: Tensor, theirs: Tensor | None, block: int
     ) -> None:
         work = self.work
-        hidden = self.hidden[pick].to(self.student.weight.dtype)  # [c, D]
+        hidden = self.mine.rows(self.hidden[pick])  # [c, D]
         size = hidden.shape[0]
-        mine = torch.mm(hidden, self.student.weight.T, out=mine[:size])  # [c, V]
+        mine = self.mine.logits(hidden, mine[:size])  # [c, V]
+        store = self.mine.gradient_store(mine)  # [c, V]
         if theirs is not None:
-            teacher_hidden = work.teacher_hidden.detach()[pick].to(self.teacher.weight.dtype)  # [c, Dt]
-            theirs = torch.mm(teacher_hidden, self.teacher.weight.T, out=theirs[:size])  # [c, V]
+            teacher_hidden = self.theirs.rows(work.teacher_hidden.detach()[pick])  # [c, Dt]
+            theirs = self.theirs.logits(teacher_hidden, theirs[:size])  # [c, V]
         targets = work.targets[pick]  # [c]
         masks = self._masks(active, pick)
         factors = {i: w[pick] for i in active if (w := work.terms[i].row_weights) is not None}  # each [c]
         extras = {i: [e[pick] for e in work.terms[i].extra] for i in active}  # each [c, ...]
+        back = []  # of the sparse gradient, each [b, D]
         for start in range(0, size, block):
             part = slice(start, min(start + block, size))
             x = _logits(mine[part], self.student, self.maths)  # [b, V]
@@ -295,11 +317,15 @@ class _Walk:
             here = {i: mask[part] for i, mask in masks.items()}
             weights = {i: factor[part] for i, factor in factors.items()}
             more = {i: [e[part] for e in extra] for i, extra in extras.items()}
-            gradient = self._block(x, y, targets[part], active, here, weights, more, place + start)  # [b, V]
-            if self.wants_gradient:
-                self._through_logits(gradient, x, mine[part])
-        if self.wants_gradient:
-            self._through_head(mine, hidden, pick)
+            gradient, columns = self._block(x, y, targets[part], active, here, weights, more, place + start)  # [b, V]
+            if self.sparse is not None:
+                back.append(self._through_entries(gradient, columns, x))
+            elif self.wants_gradient:
+                self._through_logits(gradient, x, store[part])
+        if self.sparse is not None:
+            self.to_hidden[pick] = torch.cat(back).to(self.to_hidden.dtype)
+        elif self.wants_gradient:
+            self._through_head(store, hidden, pick)
 
     def _masks(self, active: list[int], pick) -> dict[int, Tensor]:
         """Masks `[c]` of the terms that must still be masked: none where row numbers already respect them."""
@@ -319,13 +345,17 @@ class _Walk:
         factors: dict[int, Tensor],
         extras: dict[int, list[Tensor]],
         start: int,
-    ) -> Tensor | None:
-        """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x."""
-        gradient, shared = None, {}
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x, and None. Of a sparse
+        gradient: its entries `[b, k]` and their columns `[b, k]`."""
+        gradient, columns, shared = None, None, {}
         for i in active:
             term, mask = self.work.terms[i], masks.get(i)
             known = targets if mask is None else targets.masked_fill(~mask, 0)  # [b]
-            values, part = _evaluate(term, x, y, known, shared, extras[i], self.wants_gradient and term.weight != 0)
+            if i == self.sparse:
+                values, columns, part = term.loss.value_and_entries(x, y, known, shared, *extras[i])
+            else:
+                values, part = _evaluate(term, x, y, known, shared, extras[i], self.wants_gradient and term.weight != 0)
             if i in factors:
                 values = values * factors[i]
                 part = None if part is None else part.mul_(factors[i].unsqueeze(-1))
@@ -340,7 +370,7 @@ class _Walk:
                 gradient = part if term.weight == 1.0 else part.mul_(term.weight)
             else:
                 gradient.add_(part, alpha=term.weight)
-        return gradient
+        return gradient, columns
 
     def _through_logits(self, gradient: Tensor | None, x: Tensor, out: Tensor) -> None:
         """From the gradient at the logits x to that at `h Wᵀ`, written over the raw logits `out`."""
@@ -349,33 +379,27 @@ class _Walk:
             return
         if self.student.softcap is not None:
             gradient.mul_(1 - (x / self.student.softcap).square_())
-        factor = self.student.scale * self.gain
+        factor = self.student.scale * self.mine.gain
         if factor != 1.0:
             gradient.mul_(factor)
         if self.to_bias is not None:
-            self.to_bias[: self.columns].add_(gradient.sum(0), alpha=1 / self.gain)
+            self.to_bias[: self.columns].add_(gradient.sum(0), alpha=1 / self.mine.gain)
         out.copy_(gradient)
 
-    def _through_head(self, gradient: Tensor, hidden: Tensor, pick) -> None:
-        weight = self.student.weight
-        if self.to_hidden is not None:
-            back = torch.mm(gradient, weight)  # [c, D]
-            self.to_hidden[pick] = back.to(self.to_hidden.dtype).div_(self.gain)
-        if self.to_weight is not None:
-            self._to_weight(gradient, hidden)
-            self.first = False
+    def _through_entries(self, entries: Tensor, columns: Tensor, x: Tensor) -> Tensor:
+        """From entries of the gradient at the logits x to that at the hidden rows, [b, D]."""
+        if self.student.softcap is not None:
+            entries.mul_(1 - (x.gather(-1, columns) / self.student.softcap).square_())
+        if self.student.scale != 1.0:
+            entries.mul_(self.student.scale)
+        return self.mine.entries_to_hidden(columns, entries, self._tile_bytes)
 
-    def _to_weight(self, gradient: Tensor, hidden: Tensor) -> None:
-        if gradient.dtype == hidden.dtype == self.maths:
-            # beta = 0 spares the first chunk the reading of a [V, D] of zeros.
-            self.to_weight[: self.columns].addmm_(gradient.T, hidden, beta=0.0 if self.first else 1.0)
-            return
-        # Sums of lifted gradients could leave float16's range; bfloat16 has that of float32.
-        dtype = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
-        for start in range(0, self.columns, _WEIGHT_TILE):
-            tile = slice(start, min(start + _WEIGHT_TILE, self.columns))
-            part = torch.mm(gradient[:, tile].T.to(dtype), hidden.to(dtype))  # [tile, D]
-            self.to_weight[tile].add_(part, alpha=1 / self.gain)
+    def _through_head(self, gradient: Tensor, hidden: Tensor, pick) -> None:
+        if self.to_hidden is not None:
+            self.to_hidden[pick] = self.mine.to_hidden(gradient).to(self.to_hidden.dtype)
+        if self.to_weight is not None:
+            self.mine.add_to_weight(gradient, hidden, self.to_weight[: self.columns], self.first)
+            self.first = False
 
 
 def _evaluate(

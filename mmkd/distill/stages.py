@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mmkd.distill.distiller import Distiller
 from mmkd.distill.guards import freeze_unreached, run_guards
 from mmkd.distill.preference import PreferenceDataset, PreferenceDistiller, PreferenceTrainer
 from mmkd.distill.reference import fill_reference
-from mmkd.distill.sharded import make_whole
+from mmkd.distill.sharded import make_whole, spreads_weights
 from mmkd.distill.sparse import summarise_experts, upcycled, write_receipt
 from mmkd.distill.streaming import StreamDataset, stage_stream
 from mmkd.distill.terms import KINDS, Schedule, Term
@@ -52,10 +52,14 @@ CONTROL_TERMS = {"cross_entropy": TermSpec(kind="cross_entropy")}
 def load_teacher(recipe: Recipe) -> Tower | None:
     if recipe.teacher is None:
         return None
+    if recipe.teacher.cache is None:
+        return _live_teacher(recipe)
+    terms = {name: terms_of(stage.terms) for name, stage in recipe.stages.items()}
+    return open_teacher(recipe, terms, partial(_live_teacher, recipe)).to(device_of_process()).freeze()
+
+
+def _live_teacher(recipe: Recipe) -> Tower:
     spec = recipe.teacher
-    if spec.cache is not None:
-        cached = open_teacher(recipe, {name: terms_of(stage.terms) for name, stage in recipe.stages.items()})
-        return cached.to(device_of_process()).freeze()
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         max_length=recipe.max_length,
@@ -229,6 +233,8 @@ def _train_stage(
         arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
     trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
     if recipe.evaluation.every is not None:
+        if spreads_weights(trainer):
+            raise DataError("evaluation.every: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")
         trainer.add_callback(Watch(recipe, role, name, student, run))
     trainer.train(resume_from_checkpoint=resume)
     if stream is None and dataset.skipped_count:

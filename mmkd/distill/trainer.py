@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 from mmkd.data.sampler import LengthGroupedSampler, lengths_of
 from mmkd.distill.collate import COUNTS, Batch, PairDataset
 from mmkd.distill.distiller import Distiller
+from mmkd.distill.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.distill.sparse import LOGGED, ExpertUse
 from mmkd.recipe import OptimiserSpec, StageSpec
 
@@ -54,6 +56,15 @@ class DistillTrainer(Trainer):
             callbacks=[TermLog(log, arguments.run_name)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
+        distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if distiller.lockstep and arguments.bf16:  # as accelerate does for DDP; the engines' own casts leave the teacher out
+            distiller.forward = torch.autocast(arguments.device.type, torch.bfloat16)(distiller.forward)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        shard_on_cpu()
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_sums_precise(self.accelerator.state.fsdp_plugin)
 
     # ---- loss ----
 
@@ -64,7 +75,7 @@ class DistillTrainer(Trainer):
         counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(counts, group=self._host_group)
-        return counts
+        return counts.long()  # wrappers round floating-point arguments to the precision of training
 
     @cached_property
     def _host_group(self) -> Any:
@@ -100,6 +111,23 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     # ---- order ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the trainer's own, which would import `datasets` and pandas only to see that the data is none of theirs."""
+        given, order = self.args, {}
+        if not isinstance(self.train_dataset, IterableDataset):
+            order = {"sampler": self._get_train_sampler(), "drop_last": given.dataloader_drop_last}
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=given.dataloader_num_workers,
+            pin_memory=given.dataloader_pin_memory,
+            persistent_workers=given.dataloader_persistent_workers,
+            worker_init_fn=partial(seed_worker, num_workers=given.dataloader_num_workers, rank=given.process_index),
+            **order,
+        )
+        return self.accelerator.prepare(loader)
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sampler | None:
         if not self.stage.group_by_length:

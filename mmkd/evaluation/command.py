@@ -14,6 +14,7 @@ from mmkd.evaluation.compare import modality_importance, read_predictions
 from mmkd.evaluation.processes import Processes
 from mmkd.evaluation.retrieve import evaluate_retrieval, load_retrieval, retrieval_line, retrieval_names
 from mmkd.evaluation.suites import average, load_suite, server_scores, suite_table, write_suite
+from mmkd.startup import quick_imports
 
 RETRIEVAL_LACKS = ("blind", "importance", "submission", "quantise", "server-scores")
 BLIND = "_blind"  # ending of the folder of answers without pictures
@@ -72,8 +73,9 @@ def _evaluate_retrieval(names: list[str], retrieval: list[str], arguments: argpa
         cards = [card.model_copy(update={"split": arguments.split, "expected_pictures": None}) for card in cards]
     for card in cards:
         card.read(arguments.data_root, arguments.limit)
-    from mmkd.towers.dual import load_dual
-    from mmkd.towers.loading import device_of_process, dtype_of
+    with quick_imports():
+        from mmkd.towers.dual import load_dual
+        from mmkd.towers.loading import device_of_process, dtype_of
 
     model = load_dual(arguments.model, dtype=dtype_of(arguments.dtype), trust_remote_code=arguments.trust_remote_code)
     model.to(device_of_process())
@@ -99,8 +101,11 @@ def _check_data(benchmarks: list[Benchmark], arguments: argparse.Namespace) -> N
 
 
 def _tower(arguments: argparse.Namespace) -> Answerer:
-    from mmkd.towers.loading import dtype_of, to_device
-    from mmkd.towers.tower import Tower
+    with quick_imports():
+        from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401  which `Tower.load` imports
+
+        from mmkd.towers.loading import dtype_of, to_device
+        from mmkd.towers.tower import Tower
 
     tower = Tower.load(
         arguments.model,

@@ -1,12 +1,14 @@
 """Answers about things that are not in the picture: hallucination, in the sense of what can be checked without a judge.
 
-Two kinds of questions allow it:
+Three kinds of questions allow it:
 
 - open questions on pictures of which all things are known (`Question.shown`; the embedded sample's captions say everything that
   its scenes show). Asked for a colour, a shape or a text, an answer is made up when it names one that occurs nowhere in the
   picture. Naming another thing that is there (the letters' colour for the sign's) is wrong, but not made up; an empty answer
   claims nothing. Questions for a count are left out: a count names no thing.
 - questions whether something is there (POPE), where the truth is "no": "yes" is made up.
+- the same where each answer says what it claims (`Question.claims`; easy-VQA, which also asks "is there not a circle?"): an
+  answer is made up when it claims what is not in the picture. Questions of which no answer would are left out.
 
 So a model that never names what it does not see has 0, right or wrong; it is a rate of errors, lower is better. The ground behind
 the things is none of them. Compare two runs on the same questions:
@@ -29,6 +31,8 @@ from mmkd.evaluation.scorers import normalise_evalai
 NAME = "hallucinated"  # in a row's and a result's `also`
 PREDICTIONS = "predictions.jsonl"
 NO_THING = "count"  # category of questions whose answer names none
+_YES_NO = (("yes",), ("no",))  # references of questions whose answer names none either
+
 
 def hallucinated(metric: str, answer: str | None, question: Question) -> float | None:
     """1.0 for an answer that names what is not in the picture, else 0.0; None for a question that cannot tell.
@@ -37,7 +41,10 @@ def hallucinated(metric: str, answer: str | None, question: Question) -> float |
     """
     if metric == "pope":
         return float(answer == "yes") if question.references == ("no",) else None
-    if not question.shown or question.categories.get("category") == NO_THING:
+    if question.claims:
+        false = {said for said, thing in question.claims.items() if thing not in question.shown}
+        return float(normalise_evalai(answer or "") in false) if false else None
+    if not question.shown or question.categories.get("category") == NO_THING or question.references in _YES_NO:
         return None
     words = normalise_evalai(answer or "").split()
     # A single word is what the answer names, also where it is no word at all, such as a sign misread.

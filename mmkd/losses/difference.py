@@ -72,8 +72,7 @@ def kneedle_k(logits: Tensor, min_k: int = 4, max_k: int | None = None, inclusiv
 
 @dataclass(frozen=True)
 class DBiLD:
-    """`dbild` as a row loss `(student, teacher, targets) -> [R]`; its gradient is scattered, never dense in
-    between."""
+    """`dbild` as a row loss `(student, teacher, targets) -> [R]`; its gradient is 0 but in the two windows."""
 
     temperature: float = 3.0
     window: int = 64
@@ -105,6 +104,16 @@ class DBiLD:
         return (teacher_led + student_led).to(result_dtype(student, teacher))
 
     def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
+        values, ids, entries = self.value_and_entries(student, teacher, targets, shared)
+        return values, torch.zeros_like(student, dtype=entries.dtype).scatter_add_(-1, ids, entries)
+
+    @property
+    def entries(self) -> int:
+        """In how many columns, at most, a row's gradient is not 0."""
+        return 2 * (self.window if self.fixed_k is None else self.fixed_k)
+
+    def value_and_entries(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor, Tensor]:
+        """Values `[R]`, columns `[R, k]` and the gradient there `[R, k]`; a column may stand twice, its entries then add up."""
         _check_shapes(student, teacher)
         lead_t, ids_t = self._top(teacher)  # [R, W]
         lead_s, ids_s = self._top(student)  # [R, W]
@@ -115,9 +124,7 @@ class DBiLD:
             values = self._branch(by_teacher, lead_t, lead_t) + self._branch(by_student, follow_t, lead_s)
             grads = torch.autograd.grad(values.sum(), (by_teacher, by_student))
         dtype = result_dtype(student, teacher)
-        grad = torch.zeros_like(student, dtype=dtype)  # [R, V]
-        grad.scatter_add_(-1, ids_t, grads[0].to(dtype)).scatter_add_(-1, ids_s, grads[1].to(dtype))
-        return values.detach().to(dtype), grad
+        return values.detach().to(dtype), torch.cat([ids_t, ids_s], -1), torch.cat(grads, -1).to(dtype)
 
     def _top(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The leader's window, largest first, equal logits by their index; values and indices, `[R, W]` each."""

@@ -123,7 +123,7 @@ class ForwardKL:
 
     def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
         q, p, d = _pair(student, teacher, self.temperature, shared)  # [R, V] each
-        kept = p * (student != -math.inf)  # [R, V]
+        kept = _dropped(p, student)  # [R, V]
         values = (kept * d).sum(-1) * self.temperature**2  # [R]
         grad = q * kept.sum(-1, keepdim=True)  # [R, V] the sum is 1 where nothing is dropped
         return values, grad.sub_(kept).mul_(self.temperature)
@@ -143,7 +143,7 @@ class ReverseKL:
 
     def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
         q, _, d = _pair(student, teacher, self.temperature, shared)  # [R, V] each
-        kept = q * (teacher != -math.inf)  # [R, V]
+        kept = _dropped(q, teacher)  # [R, V]
         values = -(kept * d).sum(-1) * self.temperature**2  # [R]
         # d/dz_j of Σ_kept q u, u = log q/p, is q_j ((u_j + 1)[j kept] - Σ_kept q (u + 1)). Without drops the
         # 1s cancel.
@@ -223,6 +223,12 @@ def _log_ratio(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _kept(terms: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     return terms.masked_fill((student == -math.inf) | (teacher == -math.inf), 0.0)
+
+
+def _dropped(weights: Tensor, logits: Tensor) -> Tensor:
+    """The weights `[R, V]`, 0 where the logits are -inf."""
+    # Comparing into floats is several times as fast on a CPU as multiplying by bools.
+    return torch.ne(logits, -math.inf, out=torch.empty_like(weights)).mul_(weights)
 
 
 def _log_mixture(d: Tensor, beta: float) -> Tensor:

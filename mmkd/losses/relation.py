@@ -6,6 +6,8 @@ one minus the cosine of the two flattened matrices. LLaVA-KD's code takes the ra
 released code flattens a whole batch instead, so that images with large logits dominate).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ def relation(student: Tensor, teacher: Tensor) -> Tensor:
     """
     _check_rows(student, teacher)
     a, b = exact(student), exact(teacher)  # [N, Ds], [N, Dt]
-    return _distance(a @ a.T, b @ b.T).to(result_dtype(student, teacher))
+    with _full_precision(student):
+        return _distance(a @ a.T, b @ b.T).to(result_dtype(student, teacher))
 
 
 def relation_from_hidden(
@@ -42,24 +45,52 @@ def relation_from_hidden(
     _check_rows(student, teacher)
     if source == "hidden":
         return relation(student, teacher)
-    return _distance(_gram_of_logits(student, student_gram), _gram_of_logits(teacher, teacher_gram)).to(
-        result_dtype(student, teacher)
-    )
+    with _full_precision(student):
+        relations = _gram_of_logits(student, student_gram), _gram_of_logits(teacher, teacher_gram)  # [N, N] each
+        return _distance(*relations).to(result_dtype(student, teacher))
 
 
 def head_gram(weight: Tensor, bias: Tensor | None = None, block: int = 16384) -> Tensor:
     """`Wᵀ W` `[D, D]` of a head `[V, D]`, with the bias `[V]` as one more column of W: `[D + 1, D + 1]`.
 
     For a frozen head this is done once. Blocks of the vocabulary are summed in float32 (float64 stays) or
-    better, so that a bfloat16 head is never copied whole. Differentiable.
+    better, so that a bfloat16 head is never copied whole, in backward neither. Differentiable once.
     """
-    total = None
-    for start in range(0, weight.shape[0], block):
-        part = _rows(weight[start : start + block])  # [b, D]
+    with _full_precision(weight):
+        return _HeadGram.apply(weight, bias, block)
+
+
+class _HeadGram(torch.autograd.Function):
+    """The gradient at W is `W (G + Gᵀ)`: one product a block, where the chain rule through `Wᵀ W` takes two and keeps one."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, block):
+        ctx.save_for_backward(weight, bias)
+        ctx.block = block
+        return sum(part.T @ part for part in _blocks(weight, bias, block))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        weight, bias = ctx.saved_tensors
+        both = gradient + gradient.T  # [D, D], with a bias [D + 1, D + 1]
+        back = [(part @ both).to(weight.dtype) for part in _blocks(weight, bias, ctx.block)]  # [b, D] or [b, D + 1] each
+        back = torch.cat(back)
+        return (back, None, None) if bias is None else (back[:, :-1], back[:, -1].to(bias.dtype), None)
+
+
+def _blocks(weight: Tensor, bias: Tensor | None, size: int) -> Iterator[Tensor]:
+    """Rows of the head in the precision of the sum, with the bias as one more column. [b, D] or [b, D + 1]"""
+    for start in range(0, weight.shape[0], size):
+        part = _rows(weight[start : start + size])  # [b, D]
         if bias is not None:
-            part = torch.cat([part, _rows(bias[start : start + block]).unsqueeze(-1)], dim=-1)  # [b, D + 1]
-        total = part.T @ part if total is None else total + part.T @ part
-    return total
+            part = torch.cat([part, _rows(bias[start : start + size]).unsqueeze(-1)], dim=-1)  # [b, D + 1]
+        yield part
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Products as precise as their factors, autocast or not."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
     python scripts/bench/loss.py --preset small
     python scripts/bench/loss.py --preset large --losses kl --heads frozen --json loss.json
+    python scripts/bench/loss.py --preset small --width 64 --teacher-width 64 --chunk-mib 0.5 --growth 1 64 8192
 
 Methods: `naive-all` makes the logits of all positions and masks the loss (what most trainers do),
 `naive-rows` gathers the response rows first, `mmkd` is `mmkd.distill.rows.row_losses` on those rows. Where
@@ -16,6 +17,10 @@ Peak memory is what the first pass takes above the start: resident memory on a C
 mark where it can be reset, else sampled), `max_memory_allocated` on CUDA. A trained head's own gradient `[V,
 D]` is part of it. The gradient error is the relative 2-norm error of the hidden rows' gradient against
 float64, on the first rows.
+
+`--growth` shows instead how the peak memory of `mmkd` depends on the number of rows: what the allocator had given out at most,
+to the byte (so without the workspace of the libraries), and the part of it that must grow: the gathered hidden rows of both
+models, the float32 gradient of the student's, and a value a row.
 """
 
 import argparse
@@ -50,7 +55,13 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(json.loads(options.worker))))
         return
-    methods = [m for m in options.methods if m not in PEERS or find_spec(PEERS[m])]
+    if options.growth:
+        show_growth(options)
+        return
+    absent = [m for m in options.methods if m in PEERS and not find_spec(PEERS[m])]
+    for method in absent:
+        print(f"{method} is left out: the package {PEERS[method]} is not installed here", file=sys.stderr)
+    methods = [m for m in options.methods if m not in absent]
     cases = [
         case(options, m, x, h)
         for h in options.heads
@@ -83,7 +94,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    parser.add_argument("--chunk-mib", type=int, default=256, help="byte budget of the row engine")
+    parser.add_argument("--chunk-mib", type=float, default=256, help="byte budget of the row engine")
+    parser.add_argument("--growth", type=int, nargs="+", metavar="ROWS", help="peak memory of mmkd at these numbers of rows")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: own time, on a busy machine")
     parser.add_argument("--json", help="write settings and results here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -136,6 +148,48 @@ def show(table: list[dict]) -> None:
         )
 
 
+# ---- growth with the rows ----
+
+
+def show_growth(options) -> None:
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = []
+    print(f"{'loss':<11}{'rows':>6}{'peak bytes':>14}{'must grow':>12}{'the rest':>12}")
+    for loss in options.losses:
+        for rows in options.growth:
+            one = case(options, "mmkd", loss, "frozen") | {"positions": rows, "rows": rows}
+            ours(case_of_two_rows(one), make_inputs(case_of_two_rows(one), device))
+            peak = allocated(one, make_inputs(one, device), device)
+            size = getattr(torch, one["dtype"]).itemsize
+            values = 2 if loss == "ce+kl" else 1
+            stored = rows * (size * (one["width"] + one["teacher_width"]) + 4 * (one["width"] + values))
+            found.append({"loss": loss, "rows": rows, "peak": peak, "must_grow": stored})
+            print(f"{loss:<11}{rows:>6}{peak:>14,}{stored:>12,}{peak - stored:>12,}", flush=True)
+    if options.json:
+        settings = case(options, "mmkd", options.losses[0], "frozen")
+        Path(options.json).write_text(json.dumps({"settings": settings, "results": found}, indent=1) + "\n")
+
+
+def allocated(one: dict, data: dict, device) -> int:
+    """Most bytes given out at once while the loss and its gradient are computed, beyond the inputs."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if device.type == "cuda":
+        with Peak(device) as peak:
+            ours(one, data)
+        return round(peak.mib * 2**20)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        ours(one, data)
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(sizes.cumsum(0).max())
+
+
 # ---- one measurement, in a process of its own ----
 
 
@@ -148,9 +202,7 @@ def measure(one: dict) -> dict:
     data = make_inputs(one, device)
     steps = {"naive-all": naive_all, "naive-rows": naive_rows, "mmkd": ours, "trl": trl, "liger": liger, "torchtune": torchtune}
     step = steps[one["method"]]
-    if one["method"] in PEERS:  # imports are not part of a pass
-        step(case_of_two_rows(one), make_inputs(case_of_two_rows(one), device))
-    torch.mm(torch.ones(8, 8, device=device), torch.ones(8, 8, device=device))  # starts the library's threads
+    step(case_of_two_rows(one), make_inputs(case_of_two_rows(one), device))  # imports and threads are not part of a pass
     with Peak(device) as peak:
         value = step(one, data)
         synchronize(device)
@@ -250,7 +302,7 @@ def ours(one: dict, data: dict) -> float:
         [RowTerm(name, 1.0, loss, teacher) for name, loss, teacher in known[one["loss"]]],
         teacher_hidden=data["ht"][keep],
         teacher_head=Head(data["wt"]),
-        chunk_bytes=one["chunk_mib"] * 2**20,
+        chunk_bytes=int(one["chunk_mib"] * 2**20),
     )
     total = total / one["rows"]
     total.backward()

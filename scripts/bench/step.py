@@ -7,7 +7,9 @@
 Random towers, one batch. `teacher` is the teacher's pass and its head on the compared rows; `student` the student's forward
 and backward pass with cross-entropy on the same rows; `whole` the step with the terms of the case. `cached` is the same step
 with the teacher's rows read from a cache on disk, `sft` the student's step with cross-entropy on the answers alone, as mmkd does
-it, `plain` as transformers does it (logits of all positions). All take turns, round by round; medians over rounds.
+it, `plain` as transformers does it (logits of all positions). `floor` is what a step from the cache cannot go below: `student`,
+which puts the compared rows through the student's head forward and backward, and the same rows through the teacher's head. All
+take turns, round by round; medians over rounds.
 """
 
 from __future__ import annotations
@@ -133,11 +135,14 @@ def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, te
     whole, alone, sft = Distiller(student, teacher, terms), Distiller(student, None, same_rows), Distiller(student, None, answers)
     for model in (whole, alone, sft):
         model.train()
+    with torch.inference_mode():
+        kept = gathered(teacher.read(batch.teacher, teacher.see(batch.teacher)), where)  # the rows that a cache keeps
     with tempfile.TemporaryDirectory() as folder:
         cache = write(Path(folder), said)
         runs: dict[str, Callable[[], None]] = {
             "teacher": lambda: teacher_alone(teacher, batch, where),
             "student": lambda: step(alone, batch),
+            "head": lambda: head_alone(teacher, kept),
             "whole": lambda: step(whole, batch),
             "cached": lambda: step(whole, replace(batch, said=read(cache, len(said), positions).to(device))),
             "sft": lambda: step(sft, batch),
@@ -150,12 +155,15 @@ def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, te
                 if number:  # the first round warms up
                     seconds[run].append(taken)
     found = {run: statistics.median(times) for run, times in seconds.items()}
+    floor = found["student"] + found["head"]
     return {
         "case": name,
         "rows": int(where.sum()),
         "seconds": found,
         "range": {run: [min(times), max(times)] for run, times in seconds.items()},
         "whole / parts": found["whole"] / (found["teacher"] + found["student"]),
+        "cached / floor": found["cached"] / floor,
+        "floor / sft": floor / found["sft"],
         "cached / sft": found["cached"] / found["sft"],
         "cached / plain": found["cached"] / found["plain"],
     }
@@ -217,20 +225,23 @@ def plain(student: Tower, batch: Batch) -> None:
 
 @torch.inference_mode()
 def teacher_alone(teacher: Tower, batch: Batch, where: torch.Tensor) -> None:
-    hidden = teacher.read(batch.teacher, teacher.see(batch.teacher))
-    for rows in gathered(hidden, where).split(HEAD_ROWS):
+    head_alone(teacher, gathered(teacher.read(batch.teacher, teacher.see(batch.teacher)), where))
+
+
+@torch.inference_mode()
+def head_alone(teacher: Tower, kept: torch.Tensor) -> None:
+    for rows in kept.split(HEAD_ROWS):
         torch.mm(rows, teacher.head.weight.T)
 
 
 def show(about: dict, table: list[dict]) -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     names = list(table[0]["seconds"])
-    ratios = f"{'whole/parts':>13}{'cached/sft':>12}{'/plain':>8}"
-    print(f"{'case':<13}{'rows':>6}" + "".join(f"{name + ' ms':>12}" for name in names) + ratios)
+    ratios = ("whole / parts", "cached / floor", "floor / sft", "cached / sft", "cached / plain")
+    print(f"{'case':<13}{'rows':>6}" + "".join(f"{name + ' ms':>12}" for name in names) + "".join(f"{x:>16}" for x in ratios))
     for row in table:
         times = "".join(f"{1000 * row['seconds'][name]:>12.1f}" for name in names)
-        ratios = f"{row['whole / parts']:>13.3f}{row['cached / sft']:>12.3f}{row['cached / plain']:>8.3f}"
-        print(f"{row['case']:<13}{row['rows']:>6}{times}{ratios}")
+        print(f"{row['case']:<13}{row['rows']:>6}{times}" + "".join(f"{row[x]:>16.3f}" for x in ratios))
 
 
 if __name__ == "__main__":

@@ -260,6 +260,21 @@ def test_easy_vqa_official_and_zipped(tmp_path, zipped):
     ]
 
 
+def test_easy_vqa_knows_what_a_picture_shows_and_an_answer_claims(tmp_path):
+    rows = [
+        ["what color is the shape?", "teal", 0],
+        ["is no circle present?", "no", 0],
+        ["does the image contain a red shape?", "no", 0],
+        ["is there a star?", "no", 0],
+        ["what is the red shape?", "triangle", 1],
+        ["is a red shape present?", "yes", 1],
+    ]
+    write(tmp_path / "test/questions.json", rows)
+    questions = read_questions("easy_vqa", tmp_path, "test")
+    assert [q.shown for q in questions] == [("teal", "circle")] * 4 + [("triangle", "red")] * 2
+    assert [q.claims for q in questions] == [{}, {"no": "circle"}, {"yes": "red"}, {}, {}, {"yes": "red"}]
+
+
 @pytest.mark.parametrize("row", [["is it?", "no"], {"question": "is it?"}, ["is it?", 3, 0], [None, "no", 0]])
 def test_easy_vqa_names_the_entry(tmp_path, row):
     write(tmp_path / "train_questions.json", [["is it?", "no", 0], row])

@@ -164,3 +164,27 @@ def test_links_below_a_root_are_followed_wherever_they_stand(tmp_path):
         for name in ("out/x.png", "a/file.png", "in/file.png", "a/../../outside/x.png", str(outside / "x.png")):
             with pytest.raises(DataError, match="leaves its root"):
                 ImageRef.inside(root, name)
+
+
+def test_names_stay_inside_their_root_exactly_where_resolving_them_does(tmp_path):
+    """Random names over folders, files, links that lead in, out and round in circles, and what is special in names."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "a" / "b").mkdir(parents=True)
+    (outside / "a").mkdir(parents=True)
+    for name, target in {"in": root / "a", "out": outside, "a/up": root, "a/away": tmp_path, "b": root / "a" / "b"}.items():
+        (root / name).symlink_to(target)
+    (outside / "a" / "back").symlink_to(root / "a")
+    parts = ("a", "b", "in", "out", "up", "away", "back", "root", "x.png", ".", "..", "", "c:", "y\\z", "...", "\u00e9")
+    drawn = random.Random(0)
+    found = {True: 0, False: 0}
+    for _ in range(3000):
+        name = "/".join(drawn.choices(parts, k=drawn.randint(1, 5)))
+        expected = (root / name).resolve().is_relative_to(root)
+        try:
+            ImageRef.inside(root, name)
+            inside = True
+        except DataError:
+            inside = False
+        assert inside == expected, name
+        found[inside] += 1
+    assert min(found.values()) > 300

@@ -98,6 +98,38 @@ def test_the_trajectory_is_that_of_the_live_teacher(folder, cache, tmp_path, mon
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_the_switch_runs_live_beside_a_cache(folder, tmp_path, monkeypatch):
+    """Also with samples that have no picture, which are not switched; the teacher's own passes are not run again."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()[:7]]
+    del rows[2]["image"], rows[5]["image"]
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"format": "jsonl", "root": str(folder), "prompt": "plain", "files": {"annotations": "mixed.jsonl"}}
+    changes = {
+        "terms": {"cross_entropy": 1, "kl": {"kind": "forward_kl"}, "switched": {"kind": "dbild", "path": "switch"}},
+        "stages__only__data": [data],
+    }
+    spec = recipe(folder, **changes)
+    write_cache(spec, tmp_path / "cache")
+    live, cached = load_teacher(spec), load_teacher(recipe(folder, **changes, teacher__cache=str(tmp_path / "cache")))
+    monkeypatch.setattr(cached.live, "see", None)
+    stage = spec.stages["only"]
+    student, samples, terms = build_student(spec, live, []), stage_samples(spec, stage), terms_of(stage.terms)
+    found = []
+    for teacher in (live, cached):
+        dataset = PairDataset(samples, student, teacher, terms)
+        batch = dataset.collator([dataset[i] for i in range(len(samples))])["batch"]
+        student.model.zero_grad()
+        loss, log = Distiller(student, teacher, terms)(batch)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+        found.append(({name: [float(x) for x in pair] for name, pair in log.items()}, gradients))
+    assert [s.images != () for s in samples].count(False) == 2 and float(found[0][0]["switched"][0]) > 0
+    for name, (total, count) in found[0][0].items():
+        assert found[1][0][name] == [pytest.approx(total, rel=2e-5), count], name
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def _only_students(folder):
     load = Tower.load
 
@@ -175,7 +207,7 @@ def test_processes_share_the_samples_and_find_what_is_there(folder, monkeypatch,
         ({"max_length": 512}, "max_length: 2048 in the cache, 512 in the recipe"),
         ({"teacher__dtype": "float32"}, "dtype: auto in the cache, float32 in the recipe"),
         ({"stages__only__precision": "bfloat16"}, "precision: float32 in the cache, bfloat16 in the recipe"),
-        ({"terms": {"v": {"kind": "dbild", "path": "switch"}}}, "v: the visual switch runs through the teacher's language"),
+        ({"terms": {"v": {"kind": "dbild", "path": "switch", "positions": "prompt"}}}, "v: needs prompt rows, the cache has"),
         ({"terms": {"p": {"kind": "forward_kl", "positions": "prompt"}}}, "p: needs prompt rows, the cache has response and"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmkd.distill import products
 from mmkd.distill import rows as engine
 from mmkd.distill.rows import Head, RowTerm, row_log_probs, row_losses
 from mmkd.losses import JSD, CrossEntropy, DBiLD, ForwardKL, ReverseKL, forward_kl
@@ -27,8 +28,8 @@ LOSSES = [
 ]
 
 
-def make(dtype=torch.float32, trained=False, bias=False, **options):
-    generator = torch.Generator().manual_seed(0)
+def make(dtype=torch.float32, trained=False, bias=False, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
@@ -145,6 +146,67 @@ def test_half_precision_heads(dtype, loss):
     assert run(data, [RowTerm("x", 1.0, loss, True)])[0].dtype == torch.float32
 
 
+def rounded_only(data, terms, factor, **options):
+    """The gradients are those of whole float64 logits of the same inputs, off by `factor` times what rounding them once costs."""
+    total, _ = run(data, terms, **options)
+    exact_total, _, wanted, exact_gradients = exact(data, terms)
+    torch.testing.assert_close(total.detach().double(), exact_total.detach(), rtol=1e-5, atol=1e-5)
+    for x, found, expected in zip(wanted, torch.autograd.grad(total / 3, wanted), exact_gradients, strict=True):
+        expected = expected / 3
+        unavoidable = (expected.to(x.dtype).double() - expected).norm()
+        assert found.dtype == x.dtype
+        assert (found.double() - expected).norm() <= factor * unavoidable + 1e-6 * expected.norm()
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_half_precision_costs_one_rounding_of_the_gradient(dtype, loss, seed):
+    # Logits rounded to the head's dtype, or a gradient rounded before the incoming factor, would cost more; in DBiLD a
+    # hundred times as much, because other logits are chosen.
+    data = make(dtype, trained=True, bias=True, softcap=20.0, seed=seed)
+    rounded_only(data, [RowTerm("x", 1.0, loss, True)], 1.01, chunk_bytes=100 * V)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_devices_whose_products_of_halves_end_in_float32(dtype, loss, monkeypatch):
+    # What runs on CUDA, with the product in float32 put in the place of its kernel. The gradient at the logits is rounded too.
+    monkeypatch.setattr(products, "writes_float32", lambda device, dtype: True)
+    monkeypatch.setattr(products, "wide_mm", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
+    for options in ({}, {"bias": True, "softcap": 20.0, "scale": 1.3}):
+        rounded_only(make(dtype, trained=True, **options), [RowTerm("x", 1.0, loss, True)], 2.0, chunk_bytes=100 * V)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", HALF)
+def test_products_of_halves_on_cuda(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, 64, generator=generator).to("cuda", dtype) for n in (8, 3000))
+    found = {}
+    for wide in (True, False):
+        product = products.HeadProduct(weight, 2**16)
+        if not wide:
+            product.wide, product.tile, product.gradient_dtype, product.gain = False, 100, torch.float32, 1.0
+        found[wide] = product.logits(product.rows(rows), torch.empty(8, 3000, device="cuda"))
+        assert found[wide].dtype == torch.float32
+        assert (found[wide].double() - rows.double() @ weight.double().T).abs().max() < 1e-3
+    assert products.writes_float32(weight.device, dtype)
+
+
+def test_a_product_that_writes_halves_is_found_out(monkeypatch):
+    def rounds(a, b, out):
+        return out.copy_(torch.mm(a, b) + 0.5)
+
+    monkeypatch.setattr(products, "wide_mm", rounds)
+    products.writes_float32.cache_clear()
+    assert not products.writes_float32(torch.device("cpu"), torch.bfloat16)
+    products.writes_float32.cache_clear()
+
+
 def test_float16_gradients_of_small_probabilities_survive():
     generator = torch.Generator().manual_seed(0)
     hidden = (0.01 * torch.randn(4, 8, generator=generator)).half().requires_grad_()
@@ -167,6 +229,37 @@ def test_mixed_dtypes_and_autocast():
     # Not DBiLD: where rounding changes which logits are chosen, it jumps.
     smooth = [term for term in every_term() if not isinstance(term.loss, DBiLD)]
     compare(data, smooth, tolerance=3e-2)
+
+
+SPARSE = [DBiLD(window=8), DBiLD(window=8, direction="forward", temperature=1.5), DBiLD(fixed_k=4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("loss", SPARSE, ids=str)
+def test_gradients_of_few_entries_are_looked_up(loss, options, dtype, monkeypatch):
+    # Equal to whole logits, and no product with the whole head in backward.
+    monkeypatch.setattr(engine, "_LOOK_UP", 1)
+    monkeypatch.setattr(products.HeadProduct, "to_hidden", None)
+    data = make(dtype, **options)
+    keep = masks()[0]
+    for rows in (None, keep):
+        rounded_only(data, [RowTerm("x", 0.7, loss, True, rows)], 1.01, chunk_bytes=30 * V)
+    monkeypatch.setattr(engine, "_groups", lambda terms, rows: [(None, list(range(len(terms))))])
+    rounded_only(data, [RowTerm("x", 1.0, loss, True, keep), RowTerm("seen", 0.0, CrossEntropy(), False)], 1.01)
+
+
+def test_gradients_of_few_entries_with_other_terms_or_a_trained_head(monkeypatch):
+    monkeypatch.setattr(engine, "_LOOK_UP", 1)
+    sparse = RowTerm("dbild", 0.7, SPARSE[0], True)
+    compare(make(trained=True), [sparse], chunk_bytes=30 * V)
+    compare(make(), [sparse, RowTerm("ce", 1.0, CrossEntropy(), False)], chunk_bytes=30 * V)
+    weighted = dataclasses.replace(sparse, row_weights=torch.linspace(0.1, 2, R))
+    data = make()
+    (found,) = torch.autograd.grad(run(data, [weighted], chunk_bytes=30 * V)[0], data["hidden"])
+    monkeypatch.setattr(engine, "_LOOK_UP", V)
+    (dense,) = torch.autograd.grad(run(data, [weighted])[0], data["hidden"])
+    torch.testing.assert_close(found, dense)
 
 
 def masks():
@@ -385,6 +478,48 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept():
     held = [x for x in vars(total.grad_fn).get("gradients", total.grad_fn.gradients) if x is not None]
     assert [tuple(x.shape) for x in held] == [(R, DS)]
     assert not any(V in shape for shape in kept)
+
+
+def allocated(call):
+    """Most bytes that the allocator had given out at once during the call, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(sizes.cumsum(0).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [CrossEntropy(), ForwardKL(), ReverseKL(), JSD(0.5), DBiLD(window=32)], ids=str)
+def test_memory_is_that_of_one_row_however_many(loss, dtype):
+    # One row fills the budget. What grows is the gradient of the hidden rows, in float32, and a value a row.
+    columns, width, many = 10000, 8, 40
+    chunk_bytes = 4 * columns * 4
+    weight, teacher = (torch.randn(columns, width).to(dtype) for _ in range(2))
+
+    def step(rows):
+        hidden, theirs = (torch.randn(rows, width).to(dtype) for _ in range(2))
+        hidden.requires_grad_()
+        targets = torch.zeros(rows, dtype=torch.long)
+        options = dict(teacher_hidden=theirs, teacher_head=Head(teacher), chunk_bytes=chunk_bytes)
+        return lambda: row_losses(hidden, Head(weight), targets, [RowTerm("x", 1.0, loss, True)], **options)[0].backward()
+
+    one, all_of_them = (allocated(step(rows)) for rows in (1, many))
+    stored = many * (width + 1) * 4
+    assert one > columns * 4
+    assert all_of_them - stored <= 1.1 * one
+
+
+@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JSD(0.5), DBiLD(window=32)], ids=str)
+def test_memory_stays_within_the_budget(loss):
+    columns, width, rows = 3000, 8, 1000  # 1000 rows of logits are 11 MiB
+    budget = 2 * 2**20
+    hidden = torch.randn(rows, width, requires_grad=True)
+    options = dict(teacher_hidden=torch.randn(rows, width), teacher_head=Head(torch.randn(columns, width)), chunk_bytes=budget)
+    head, targets = Head(torch.randn(columns, width)), torch.zeros(rows, dtype=torch.long)
+    terms = [RowTerm("x", 1.0, loss, True)]
+    peak = allocated(lambda: row_losses(hidden, head, targets, terms, **options)[0].backward())
+    assert peak <= 1.1 * budget + rows * (width + 1) * 4
 
 
 MEMORY = """

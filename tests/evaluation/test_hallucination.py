@@ -42,6 +42,15 @@ def test_yes_where_nothing_is():
     assert hallucinated("pope", "yes", there) is None
 
 
+def test_an_answer_is_made_up_when_it_claims_what_is_not_there():
+    absent = Question("a", "is there not a red shape?", references=("yes",), shown=("blue", "circle"), claims={"no": "red"})
+    assert [hallucinated("exact_match", said, absent) for said in ("No.", "yes", "", None)] == [1, 0, 0, 0]
+    assert hallucinated("exact_match", "no", replace(absent, shown=("red",), references=("no",))) is None
+    assert hallucinated("exact_match", "yes", replace(absent, claims={})) is None  # what it claims is not known
+    asked = replace(absent, claims={}, references=("blue",))
+    assert [hallucinated("exact_match", said, asked) for said in ("blue", "circle", "red", "yes")] == [0, 0, 1, 1]
+
+
 def test_captions_tell_everything_that_a_scene_shows():
     rng = random.Random(0)
     for _ in range(200):

@@ -44,6 +44,27 @@ def test_right_answers_are_chosen_and_wrong_ones_rejected(answered, data, tmp_pa
     assert samples["tiny_train/text-0"].images == () and rejected_of(asked).answer == "many"
 
 
+def test_every_question_gets_a_pair_by_an_answer_given_on_another_picture(answered, data, tmp_path):
+    path = data / "tiny" / "train.jsonl"
+    path.write_text(path.read_text().replace(" really", ""))  # now one question each for red, green, blue and no picture
+    true = {f"tiny_train/{row['id']}": row["answer"] for row in map(json.loads, path.read_text().splitlines())}
+    teacher, student = answered("teacher", {"red-3": "many"}), answered("student", {"red-1": "11"})
+    written = []
+    for output in (tmp_path / "one.jsonl", tmp_path / "two.jsonl"):
+        counts = write_pairs(teacher, [student], output, data, every_question=True)
+        written.append(output.read_text())
+    assert written[0] == written[1] and counts == {"tiny_train": {"questions": 32, "right and wrong": 1, "pairs": 29}}
+    rows = {row["id"]: row for row in map(json.loads, written[0].splitlines())}
+    # Not the teacher's error, and not where every picture has the same answer.
+    assert rows.keys() == true.keys() - {"tiny_train/red-3", "tiny_train/text-0", "tiny_train/text-1"}
+    assert all(row["chosen"] == true[name] != row["rejected"] for name, row in rows.items())
+    assert rows["tiny_train/red-1"]["rejected"] == "11"
+    digits = {str(n) for n in range(10)}
+    assert {row["rejected"] for name, row in rows.items() if "red" not in name} <= digits
+    assert {row["rejected"] for name, row in rows.items() if "red" in name} <= digits | {"many", "11"}
+    assert len({row["rejected"] for row in rows.values()}) > 5
+
+
 def test_answers_to_test_questions_are_refused(answered, data, tmp_path):
     teacher, student = answered("teacher", {}, "test"), answered("student", {"red-1": "9"}, "test")
     with pytest.raises(DataError, match="holds answers to split 'test', not 'train'"):

@@ -128,3 +128,29 @@ def test_errors():
         relation(ZS, ZT[:2])
     with pytest.raises(ValueError, match="do not fit"):
         relation_from_hidden(ZS, torch.eye(7), ZT, torch.eye(4))
+
+
+@pytest.mark.parametrize("block", [3, 700, 10**6])
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+def test_gradient_of_the_gram_matrix_of_a_head(dtype, block):
+    weight = towers(dtype, bias=False)[1]
+    factor = torch.randn(12, 12, generator=torch.Generator().manual_seed(3), dtype=F64)
+    leaf, plain = weight.clone().requires_grad_(), weight.double().requires_grad_()
+    gram = head_gram(leaf, block=block)
+    (gram * factor).sum().backward()
+    ((plain.T @ plain) * factor).sum().backward()
+    assert leaf.grad.dtype == dtype
+    assert (leaf.grad.double() - plain.grad).norm() <= (1e-12 if dtype == F64 else 2.5e-3) * plain.grad.norm()
+    torch.testing.assert_close(gram.double(), (plain.T @ plain).detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_changes_nothing():
+    h_s, w_s, b_s, h_t, w_t, b_t = towers(torch.float32, bias=True, noise=0.01)
+
+    def both():
+        grams = head_gram(w_s, b_s), head_gram(w_t, b_t)
+        return relation_from_hidden(h_s, grams[0], h_t, grams[1]), relation(h_s, h_t)
+
+    expected = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(found, value) for found, value in zip(both(), expected, strict=True))
