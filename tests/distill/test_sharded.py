@@ -1,6 +1,8 @@
 """Engines that spread a student over processes: the weights of one process, resumed and saved whole; micro-batches in step."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -91,10 +93,35 @@ def test_two_processes_are_one(recipe, one_process, engine):
     assert list(checkpoint.glob(PARTS[engine])), "this engine did not train"
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_weights(output, one_process)
+
+
+def assert_weights(output: Path, expected: dict) -> None:
     whole = load_file(output / "student" / "model.safetensors")
-    assert whole.keys() == one_process.keys() and "lm_head.weight" not in whole
-    for name, tensor in one_process.items():
+    assert whole.keys() == expected.keys() and "lm_head.weight" not in whole
+    for name, tensor in expected.items():
         torch.testing.assert_close(whole[name], tensor, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def makes_namespaces() -> bool:
+    """Whether this machine lets us have network namespaces."""
+    name = f"mmkdtry{os.getpid()}"
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+        return False
+    return subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
+
+
+def test_two_hosts_are_one_process(recipe, one_process):
+    if not makes_namespaces():
+        pytest.skip("network namespaces need root and iproute2")
+    output = recipe.parent / "hosts"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where torchrun is
+    command = [str(LAUNCH / "two_hosts.sh"), str(recipe), f"output={output}"]
+    done = subprocess.run(command, env=ENVIRONMENT | {"PATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_weights(output, one_process)
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert not re.search(r"mmkd\d+[ab]", left)
 
 
 def test_micro_batches_without_pictures_keep_step(tmp_path):
