@@ -490,10 +490,10 @@ class Temperature(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # FSDP2 takes no scalars
 
     def forward(self) -> Tensor:
-        return (-self.log_scale).exp().clamp(0.001, 0.5)
+        return (-self.log_scale).exp().clamp(0.001, 0.5).squeeze()
 
 
 class Bridge(nn.Module):

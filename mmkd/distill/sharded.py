@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import DistributedType, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -48,6 +49,12 @@ def shard_on_cpu() -> None:
     state = PartialState()
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU  # of its parts only `state.device` says where tensors are
+
+
+def keep_sums_precise(plugin: FullyShardedDataParallelPlugin) -> None:
+    """In a lower precision, gradients are still summed in float32 as by DDP, and losses and what is logged not rounded."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def spreads_weights(trainer: DistillTrainer) -> bool:

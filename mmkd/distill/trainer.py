@@ -23,7 +23,7 @@ from transformers.trainer_utils import seed_worker
 from mmkd.data.sampler import LengthGroupedSampler, lengths_of
 from mmkd.distill.collate import COUNTS, Batch, PairDataset
 from mmkd.distill.distiller import Distiller
-from mmkd.distill.sharded import shard_on_cpu
+from mmkd.distill.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.distill.sparse import LOGGED, ExpertUse
 from mmkd.recipe import OptimiserSpec, StageSpec
 
@@ -57,10 +57,14 @@ class DistillTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if distiller.lockstep and arguments.bf16:  # as accelerate does for DDP; the engines' own casts leave the teacher out
+            distiller.forward = torch.autocast(arguments.device.type, torch.bfloat16)(distiller.forward)
 
     def create_accelerator_and_postprocess(self) -> None:
         shard_on_cpu()
         super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_sums_precise(self.accelerator.state.fsdp_plugin)
 
     # ---- loss ----
 
@@ -71,7 +75,7 @@ class DistillTrainer(Trainer):
         counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(counts, group=self._host_group)
-        return counts
+        return counts.long()  # wrappers round floating-point arguments to the precision of training
 
     @cached_property
     def _host_group(self) -> Any:

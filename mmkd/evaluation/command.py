@@ -102,6 +102,8 @@ def _check_data(benchmarks: list[Benchmark], arguments: argparse.Namespace) -> N
 
 def _tower(arguments: argparse.Namespace) -> Answerer:
     with quick_imports():
+        from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401  which `Tower.load` imports
+
         from mmkd.towers.loading import dtype_of, to_device
         from mmkd.towers.tower import Tower
 

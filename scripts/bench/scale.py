@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Time what communication adds to a distillation step of several processes.
+
+    python scripts/bench/scale.py --preset scaled --rounds 15
+    python scripts/bench/scale.py --engine fsdp2 --processes 2 --json runs/bench/scale.json
+
+Every process takes its share of a batch (teacher's pass, student's forward and backward pass, AdamW) in two ways, which take
+turns: `alone`, without a word to the others, and `together`, with the counts and the gradients (FSDP2: weights too) exchanged.
+Both ways keep all processes busy at once and start together, so their ratio is the price of communication and of waiting for one
+another's gradients. A round's time is that of its slowest process; medians over rounds. Gloo on CPUs, NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from step import CASES, PRESETS, batch_of, tower  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+from mmkd.distill.collate import Batch  # noqa: E402
+from mmkd.distill.distiller import Distiller  # noqa: E402
+from mmkd.distill.terms import Schedule, Term  # noqa: E402
+from mmkd.launched import end_process  # noqa: E402
+
+
+def main() -> None:
+    options = parse()
+    if "RANK" in os.environ:
+        work(options)
+        end_process(0)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    environment = {"OMP_NUM_THREADS": str(options.threads)} | dict(os.environ)
+    sys.exit(subprocess.run([*launch, __file__, *sys.argv[1:]], env=environment).returncode)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="scaled")
+    parser.add_argument("--case", choices=CASES, default="kl")
+    parser.add_argument("--engine", choices=("ddp", "fsdp2"), default="ddp")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--json", help="write settings and results here")
+    return parser.parse_args()
+
+
+def work(options: argparse.Namespace) -> None:
+    """What each process does."""
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    sizes = PRESETS[options.preset]
+    if sizes["batch"] % options.processes:
+        raise SystemExit(f"{options.processes} processes cannot share a batch of {sizes['batch']}")
+    share = sizes | {"batch": sizes["batch"] // options.processes}
+    teacher, student = (tower(sizes, role, device, options.dtype) for role in ("teacher", "student"))
+    terms = [Term(f"{kind}_{where}", kind, Schedule(1, 1), where) for kind, where in CASES[options.case]]
+    batch = batch_of(share, student, teacher, sorted({t.positions for t in terms}))[0].to(device)
+    alone = Distiller(student, teacher, terms).train()
+    freeze_idle(alone, batch)
+    together = distribute(options.engine, Distiller(copy.deepcopy(student), teacher, terms))
+    runs = {"alone": stepper(alone, batch, 1), "together": stepper(together, batch, options.processes)}
+    seconds = race(runs, options.rounds, device)
+    if dist.get_rank() == 0:
+        report(options, share, alone, seconds)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def freeze_idle(model: Distiller, batch: Batch) -> None:
+    """Parameters that no term reaches, which the others would wait for; `mmkd distill` freezes them too."""
+    model(batch)[0].backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad(set_to_none=True)
+
+
+def distribute(engine: str, model: Distiller) -> torch.nn.Module:
+    """As accelerate wraps it with scripts/launch/ddp.yaml or fsdp2.yaml."""
+    model.train()
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        fully_shard(module)
+    return fully_shard(model)
+
+
+def stepper(model: torch.nn.Module, batch: Batch, processes: int) -> Callable[[], None]:
+    """A whole optimiser step, with the counts of all processes added up where there are several."""
+    model.train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step() -> None:
+        counts = batch.counts.clone()
+        if processes > 1:
+            dist.all_reduce(counts)
+        loss, _ = model(batch, counts)
+        (loss * processes).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def race(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each round by its slowest process; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            dist.barrier()
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken = torch.tensor(time.perf_counter() - started)
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            if number:
+                seconds[name].append(float(taken))
+    return seconds
+
+
+def report(options: argparse.Namespace, share: dict, model: Distiller, seconds: dict[str, list[float]]) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = {
+        "settings": {**vars(options), **share, "torch": torch.__version__},
+        "gradient_mib": sum(p.numel() * p.element_size() for p in trained) / 2**20,
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "range": {name: [min(times), max(times)] for name, times in seconds.items()},
+    }
+    # Of neighbours in time, so that what else the machine does cancels out.
+    ratios = [b / a for a, b in zip(seconds["alone"], seconds["together"], strict=True)]
+    found["together / alone"] = found["seconds"]["together"] / found["seconds"]["alone"]
+    found["median ratio"] = statistics.median(ratios)
+    about = f"{options.engine}, {options.processes} processes, {share['batch']} samples each"
+    print(f"{about}, {found['gradient_mib']:.1f} MiB of gradients")
+    for name, times in seconds.items():
+        print(f"{name:<10}{1000 * statistics.median(times):>9.1f} ms  ({1000 * min(times):.1f} - {1000 * max(times):.1f})")
+    print(f"together / alone: {found['together / alone']:.3f}; median of rounds {found['median ratio']:.3f}")
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
