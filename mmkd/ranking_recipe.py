@@ -20,12 +20,17 @@ class TextConfig(Strict):
     config: dict[str, Any] | None = None
     vocab_size: int | None = Field(None, gt=0)  # of the tokenizer trained on the captions; goes with `config`
     tokenizer: Literal["bpe", "words"] = "bpe"  # what it cuts captions into: byte pairs, or the most frequent whole words
+    # The encoder's own pooled output, or the mean of its last states.
+    pooling: Literal["own", "mean"] = Field("own", exclude_if=is_default("own"))
+    frozen: bool = Field(False, exclude_if=is_default(False))  # not trained, and each text is read once; goes with the mean
 
     @model_validator(mode="after")
     def one_origin(self) -> TextConfig:
         one_of(self, source="pretrained weights", config="random weights")
         if (self.config is None) != (self.vocab_size is None):
             raise ValueError("`vocab_size` (of a tokenizer trained on the captions) goes with `config`, and only with it")
+        if self.frozen and (self.pooling != "mean" or self.source is None):
+            raise ValueError("`frozen` goes with `source` (pretrained weights) and `pooling: mean`")
         return self
 
 

@@ -16,7 +16,7 @@ def assemble_from(spec: DualSpec, texts: Sequence[str], seed: int) -> Transforme
     tokenizer = None if text.vocab_size is None else train_text_tokenizer(texts, text.vocab_size, words=text.tokenizer == "words")
     return assemble_dual(
         VisionSpec(**vision, image_size=(size, size) if isinstance(size, int) else size),
-        TextSpec(text.source, text.config),
+        TextSpec(text.source, text.config, text.pooling, text.frozen),
         embedding=spec.embedding,
         tokenizer=tokenizer,
         seed=seed,

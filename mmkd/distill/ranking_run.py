@@ -166,10 +166,10 @@ def train_control(recipe: RankingRecipe, before: DualEncoder, pairs: PairSet, ru
 
 
 def control_key(recipe: RankingRecipe, before: DualEncoder, pairs: PairSet) -> str:
-    """What defines a control: untrained weights, training, seed, pairs (names of pictures and captions) and this version."""
-    training = recipe.training.model_dump(mode="json")
+    """What defines a control: student, untrained weights, training, seed, names of pictures, captions and this version."""
+    spec = [part.model_dump(mode="json") for part in (recipe.student, recipe.training)]
     names = [ref.key for ref in pairs.images]
-    facts = [mmkd.__version__, before.fingerprint(), training, recipe.seed, names, pairs.texts, pairs.pairs.tolist()]
+    facts = [mmkd.__version__, before.fingerprint(), spec, recipe.seed, names, pairs.texts, pairs.pairs.tolist()]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 

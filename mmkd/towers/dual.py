@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -245,10 +245,16 @@ def _open_clip_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any
 
 @dataclass
 class TextSpec:
-    """Where a text encoder comes from: `source` (a folder or hub id) or `config` (random weights) with its `model_type`."""
+    """Where a text encoder comes from: `source` (a folder or hub id) or `config` (random weights) with its `model_type`.
+
+    pooling: the encoder's own pooled output, or the "mean" of its last states, as sentence encoders are pooled.
+    frozen: its weights are not trained; goes with the mean.
+    """
 
     source: str | None = None
     config: dict[str, Any] | None = None
+    pooling: Literal["own", "mean"] = "own"
+    frozen: bool = False
 
 
 def assemble_dual(
@@ -298,9 +304,18 @@ def assemble_dual(
 
 def build_text_encoder(spec: TextSpec, tokenizer: Any) -> nn.Module:
     """The text encoder of a spec; the vocabulary and special tokens of one from a configuration are its tokenizer's."""
-    from transformers import AutoModel
+    from mmkd.towers.text_encoders import SentenceConfig, SentenceEncoder
 
-    import mmkd.towers.text_encoders  # noqa: F401  registers the encoder that transformers does not know
+    if spec.frozen and spec.pooling == "own":
+        raise TowerError("a frozen text encoder is pooled by the mean of its states; set its pooling to mean")
+    if spec.pooling == "mean":
+        encoder = _text_encoder(spec, tokenizer)
+        return SentenceEncoder(SentenceConfig(encoder.config, frozen=spec.frozen), encoder)
+    return _text_encoder(spec, tokenizer)
+
+
+def _text_encoder(spec: TextSpec, tokenizer: Any) -> nn.Module:
+    from transformers import AutoModel
 
     if (spec.source is None) == (spec.config is None):
         raise TowerError("a text encoder needs either `source` (pretrained) or `config` (random weights)")

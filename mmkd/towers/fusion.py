@@ -29,10 +29,10 @@ class FusionConfig(PreTrainedConfig):
     ):
         if isinstance(dual, dict):
             dual = AutoConfig.for_model(**dual)
-        self.dual = dual
         self.heads = heads
         self.dropout = dropout
         super().__init__(**kwargs)
+        self.dual = dual  # last: the configuration's own start would undo what is chosen for it, such as its attention
 
 
 class FusionModel(PreTrainedModel):

@@ -1,7 +1,9 @@
-"""A text encoder for dual encoders from random weights: the mean of a text's word embeddings, behind a linear layer.
+"""Text encoders for dual encoders that transformers does not have.
 
-It is a registered `PreTrainedModel` with a pooled output, so that a dual encoder built on it saves and loads like any other
-(after `import mmkd.towers.text_encoders`). A transformer needs far more captions before it reads better than this.
+`BagOfWords`, from random weights: the mean of a text's word embeddings, behind a linear layer; a transformer needs far more
+captions before it reads better than this. `SentenceEncoder`, over any pretrained encoder: the mean of its last states, as
+sentence encoders are pooled; trained or frozen. Both are registered `PreTrainedModel`s with a pooled output, so that a dual
+encoder built on them saves and loads like any other (after `import mmkd.towers.text_encoders`).
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+STATE_BYTES = 2**28  # states of texts that a frozen encoder keeps, about
 
 
 class BagOfWordsConfig(PreTrainedConfig):
@@ -82,5 +87,101 @@ class BagOfWords(PreTrainedModel):
         return words.to(self.embeddings.weight.dtype)
 
 
+class SentenceConfig(PreTrainedConfig):
+    """Configuration of a sentence encoder.
+
+    encoder: configuration of the encoder beneath.  frozen: its weights are not trained, and its states are kept by text.
+    """
+
+    model_type = "mmkd_sentence"
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder": AutoConfig}
+
+    def __init__(self, encoder: dict[str, Any] | PreTrainedConfig | None = None, frozen: bool = False, **kwargs: Any):
+        if isinstance(encoder, dict):
+            encoder = AutoConfig.for_model(**encoder)
+        self.frozen = frozen
+        super().__init__(**kwargs)
+        self.encoder = encoder  # last: the configuration's own start would undo what is chosen for it, such as its attention
+
+    @property
+    def hidden_size(self) -> int:
+        return self.encoder.hidden_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.encoder.max_position_embeddings
+
+
+class SentenceEncoder(PreTrainedModel):
+    """Token ids [n, L] -> the encoder's states [n, L, D] and, pooled, their mean over each text's tokens [n, D].
+
+    The mean has a root mean square of 1 (our choice; sentence encoders give it unit length), so that what is learned on top
+    starts like on a normalised layer. Frozen, the encoder stays in evaluation mode, and each text is read once.
+    """
+
+    config_class = SentenceConfig
+    main_input_name = "input_ids"
+    base_model_prefix = "sentence"
+    _no_split_modules: ClassVar[list[str]] = []
+
+    def __init__(self, config: SentenceConfig, encoder: nn.Module | None = None):
+        super().__init__(config)
+        self.encoder = encoder if encoder is not None else AutoModel.from_config(config.encoder)
+        self._kept: dict[tuple[int, ...], Tensor] = {}  # states by token ids, of a frozen encoder
+        self._kept_bytes = 0
+        self.register_load_state_dict_pre_hook(SentenceEncoder._forget)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The encoder's own rules stand."""
+
+    def _forget(self, *_: Any) -> None:
+        self._kept, self._kept_bytes = {}, 0
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> SentenceEncoder:
+        super().train(mode)
+        if self.config.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
+        """States of padding are zero when the encoder is frozen."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        read = self._recall if self.config.frozen else self._read
+        states = read(input_ids, mask)  # [n, L, D]
+        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # [n, D]
+        pooled = F.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+
+    def _read(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(input_ids=input_ids, attention_mask=mask, return_dict=True).last_hidden_state
+
+    @torch.no_grad()
+    def _recall(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """States of texts that were met before, and fresh ones of the others. [n, L, D]"""
+        counts = mask.bool()
+        texts = [tuple(ids[row].tolist()) for ids, row in zip(input_ids, counts, strict=True)]
+        new = [place for place, text in enumerate(texts) if text not in self._kept]
+        known = {text: self._kept[text] for text in texts if text in self._kept}
+        if new:
+            fresh = self._read(input_ids[new], mask[new])  # [m, L, D]
+            known |= {texts[place]: states[counts[place]] for place, states in zip(new, fresh, strict=True)}
+            self._keep({texts[place]: known[texts[place]] for place in new})
+        found = torch.cat([known[text] for text in texts])  # [tokens, D]
+        states = found.new_zeros(*input_ids.shape, found.shape[-1])
+        states[counts] = found
+        return states
+
+    def _keep(self, states: dict[tuple[int, ...], Tensor]) -> None:
+        if self._kept_bytes < STATE_BYTES:
+            self._kept |= states
+            self._kept_bytes += sum(tensor.nbytes for tensor in states.values())
+
+
 AutoConfig.register(BagOfWordsConfig.model_type, BagOfWordsConfig)
 AutoModel.register(BagOfWordsConfig, BagOfWords)
+AutoConfig.register(SentenceConfig.model_type, SentenceConfig)
+AutoModel.register(SentenceConfig, SentenceEncoder)

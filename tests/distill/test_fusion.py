@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import tiny_picture
+from transformers import BertConfig, BertModel
 
 from mmkd.data.pairs import PairSet, pair_set
 from mmkd.distill.augment import shift_and_scale
@@ -12,6 +13,7 @@ from mmkd.distill.cross_teacher import FusionEncoder, load_matching
 from mmkd.distill.matching import MatchingDataset, MatchingModel, build_fusion
 from mmkd.distill.ranking import PixelCache
 from mmkd.ranking_recipe import FusionSpec
+from mmkd.towers.dual import train_text_tokenizer
 from mmkd.towers.tower import TowerError
 
 TEXTS = ("red circle", "a green square left of a blue one", "star", "cross")
@@ -87,6 +89,23 @@ def test_training_reaches_every_part_and_lowers_the_loss(pairs):
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
     assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_it_reads_a_frozen_sentence_encoder(pairs, tmp_path):
+    words = train_text_tokenizer(TEXTS, 50, words=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertModel(BertConfig(**sizes, vocab_size=len(words), max_position_embeddings=32)).save_pretrained(tmp_path / "bert")
+    words.save_pretrained(tmp_path / "bert")
+    encoder = fusion(text={"source": str(tmp_path / "bert"), "pooling": "mean", "frozen": True})
+    model = MatchingModel(encoder, pairs, negatives=1).train()
+    batch = MatchingDataset(pairs, encoder).collate([(n, n) for n in range(len(TEXTS))])["batch"]
+    model(batch)[0].backward()
+    beneath = "model.dual.text_model.encoder."
+    assert all((p.grad is None) == name.startswith(beneath) for name, p in model.named_parameters())
+    encoder.freeze().save(tmp_path / "model")
+    again = load_matching(tmp_path / "model", torch.float32).freeze()
+    assert torch.equal(everything(again, pairs), everything(encoder, pairs))
 
 
 def test_errors():

@@ -14,12 +14,14 @@ import yaml
 from safetensors.torch import load_file
 from tiny import tiny_picture
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from mmkd.cli import main
 from mmkd.data.pairs import pair_set
 from mmkd.distill.ranking import PairBatch, RankingModel, RankingTrainer
 from mmkd.ranking_recipe import RankingSpec, load_ranking_recipe
 from mmkd.recipe import RecipeError, load_recipe
+from mmkd.towers.dual import train_text_tokenizer
 
 F64 = torch.float64
 CAPTIONS = [f"{color} {shape}" for color in ("red", "green", "blue", "dark") for shape in ("circle", "square", "star", "cross")]
@@ -260,6 +262,29 @@ def test_several_seeds_and_a_reranking_teacher(folder, capsys):
     assert [r <= 2 for r in ranks["student"]["both"]] == [r <= 2 for r in ranks["teacher"]["both"]]
 
 
+def test_a_frozen_text_encoder_is_kept_and_makes_another_control(undisturbed, folder):
+    recipe, bert = folder / "pooled.yaml", folder / "bert"
+    torch.manual_seed(0)
+    tokenizer = train_text_tokenizer(CAPTIONS, 300)
+    BertModel(BertConfig(**BERT, vocab_size=len(tokenizer))).save_pretrained(bert)
+    tokenizer.save_pretrained(bert)
+    raw = yaml.safe_load((folder / "ranking.yaml").read_text())
+    trained = {}
+    for frozen in (True, False):
+        raw["student"]["assemble"]["text"] = {"source": str(bert), "pooling": "mean", "frozen": frozen}
+        recipe.write_text(yaml.safe_dump(raw), encoding="utf-8")
+        output = folder / "pooled" / str(frozen)
+        assert main(["rank", str(recipe), f"output={output}"]) == 0
+        start = load_file(bert / "model.safetensors")
+        for role in ("control", "student"):
+            found = weights(output, role)
+            beneath = "text_model.encoder."
+            kept = [torch.equal(found[beneath + name], start[name]) for name in start if not name.startswith("pooler")]
+            assert all(kept) if frozen else not any(kept)
+        trained[frozen] = weights(output, "control")["text_projection.weight"]
+    assert not torch.equal(trained[True], trained[False]), "the two share no control"
+
+
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
@@ -268,13 +293,15 @@ def test_all_errors_of_a_recipe_come_at_once(folder, tmp_path):
     raw["ranking"] = {"candidate": 3, "threshold": 2}
     raw["teacher"] = {"model": "x", "yes": "ja"}
     raw["training"].pop("steps")
+    raw["student"]["assemble"]["text"]["frozen"] = True
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_ranking_recipe(path)
     message = str(caught.value)
-    assert "4 errors" in message and "did you mean 'candidates'?" in message
-    for words in ("ranking.threshold", "yes: a matching head is asked nothing", "either `epochs` or `steps`"):
+    assert "5 errors" in message and "did you mean 'candidates'?" in message
+    told = ("ranking.threshold", "yes: a matching head is asked nothing", "either `epochs` or `steps`", "`frozen` goes with")
+    for words in told:
         assert words in message
 
 

@@ -9,6 +9,8 @@ from PIL import Image
 from transformers import (
     AutoModel,
     AutoProcessor,
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -242,3 +244,80 @@ def test_a_dual_encoder_on_it_keeps_the_contract(tmp_path):
     model = assembled("conv", text=BAG)
     check_contract(model, 8)
     check_round_trip(model, tmp_path / "dual")
+
+
+# ---- a sentence encoder ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder of a text encoder with dropout and its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = tokenizer()
+    torch.manual_seed(0)
+    BertModel(BertConfig(**{**BERT, "hidden_dropout_prob": 0.5}, vocab_size=len(words))).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def sentence(folder, frozen: bool) -> TransformersDual:
+    vision = VisionSpec(config=dict(VISIONS["conv"]), image_size=(16, 16))
+    return assemble_dual(vision, TextSpec(source=str(folder), pooling="mean", frozen=frozen), embedding=8)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_sentence_is_the_mean_of_its_states(pretrained, frozen):
+    model = sentence(pretrained, frozen).eval()
+    words = model.processor.tokenizer
+    reference = BertModel.from_pretrained(pretrained).double().eval()
+    for texts in (TEXTS, TEXTS[:1], TEXTS[::-1]):  # met before, with other neighbours
+        with torch.no_grad():
+            pooled = model.model.text_model(**words(texts, padding=True, return_tensors="pt")).pooler_output.double()
+            for row, text in zip(pooled, texts, strict=True):
+                mean = reference(**words([text], return_tensors="pt")).last_hidden_state[0].mean(0)
+                torch.testing.assert_close(row, mean / mean.square().mean().sqrt(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_dual_encoder_on_a_sentence_encoder_keeps_the_contract(pretrained, frozen, tmp_path):
+    model = sentence(pretrained, frozen).eval()
+    check_contract(model, 8)
+    check_round_trip(model, tmp_path / "dual")
+    assert load_dual(tmp_path / "dual").model.text_model.config.frozen == frozen
+
+
+def test_a_frozen_one_is_not_trained_and_reads_a_text_once(pretrained, monkeypatch):
+    model = sentence(pretrained, frozen=True).train()
+    encoder = model.model.text_model.encoder
+    lengths = []
+    monkeypatch.setattr(encoder, "forward", spy(encoder.forward, lengths))
+    first = model.embed_texts(model.prepare_texts(TEXTS))
+    second = model.embed_texts(model.prepare_texts([TEXTS[0], "two new squares", TEXTS[2]]))
+    assert lengths == [3, 1], "only the new text is read again"
+    torch.testing.assert_close(first[[0, 2]], second[[0, 2]], msg="training switches its dropout on")
+    first.sum().backward()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert bool(model.model.text_projection.weight.grad.any())
+    other = sentence(pretrained, frozen=True).model.state_dict()
+    model.model.load_state_dict({name: -value if "encoder" in name else value for name, value in other.items()})
+    model.embed_texts(model.prepare_texts(TEXTS))
+    assert lengths == [3, 1, 3], "other weights, other states"
+
+
+def test_one_that_is_trained_gets_gradients(pretrained):
+    model = sentence(pretrained, frozen=False).train()
+    model.embed_texts(model.prepare_texts(TEXTS)).sum().backward()
+    assert bool(model.model.text_model.encoder.embeddings.word_embeddings.weight.grad.any())
+
+
+def spy(forward, lengths: list[int]):
+    def called(input_ids, **options):
+        lengths.append(len(input_ids))
+        return forward(input_ids=input_ids, **options)
+
+    return called
+
+
+def test_a_frozen_one_needs_the_mean(pretrained):
+    with pytest.raises(TowerError, match="set its pooling to mean"):
+        assemble_dual(VisionSpec(config=dict(VISIONS["conv"]), image_size=(16, 16)), TextSpec(str(pretrained), frozen=True))
