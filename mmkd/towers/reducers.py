@@ -118,7 +118,6 @@ class ReducedEncoderConfig(PreTrainedConfig):
         hidden_size: int = 0,
         **kwargs: Any,
     ):
-        self.encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
         self.reducer = reducer
         self.factor = factor
         self.queries = queries
@@ -127,6 +126,8 @@ class ReducedEncoderConfig(PreTrainedConfig):
         self.image_size = list(image_size)
         self.hidden_size = hidden_size
         super().__init__(**kwargs)
+        # Last: the configuration's own start would undo what is chosen for it, such as its attention.
+        self.encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
 
 
 class ReducedEncoder(PreTrainedModel):

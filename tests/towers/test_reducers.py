@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tiny import VISIONS, tiny_samples, tiny_tower
+from transformers import AutoConfig, AutoModel
 
 from mmkd.testing import check_tower
-from mmkd.towers.reducers import REDUCERS, AveragePool, PixelShuffle
+from mmkd.towers.reducers import REDUCERS, AveragePool, PixelShuffle, ReducedEncoder, ReducedEncoderConfig
 from mmkd.towers.tower import TowerError
 
 CONV = {"model_type": "mmkd_encoder", "source": "module", "architecture": "conv", "arguments": {"widths": [8, 16]}}
@@ -41,3 +42,11 @@ def test_counts_that_do_not_fit_are_refused():
         tiny_tower(projector="average_pool", projector_options={"factor": 3})
     with pytest.raises(TowerError, match="projector_options has no 'faktor'"):
         tiny_tower(projector="average_pool", projector_options={"faktor": 3})
+
+
+def test_the_encoder_keeps_the_attention_that_it_was_built_with():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model("vit", **sizes, image_size=16, patch_size=4)
+    encoder = AutoModel.from_config(config, attn_implementation="eager")
+    reduced = ReducedEncoder(ReducedEncoderConfig(encoder.config), encoder)
+    assert encoder.config._attn_implementation == reduced.config.encoder._attn_implementation == "eager"
