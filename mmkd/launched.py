@@ -23,6 +23,14 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def wait_for_all() -> None:
+    """Returns when every process has come here; at once where none is connected with others."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def end_process(code: int) -> NoReturn:
     """Ends this process with an exit code.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -30,10 +29,10 @@ from mmkd.distill.trainer import last_checkpoint, split_evenly, training_argumen
 from mmkd.evaluation.compare import verdict
 from mmkd.evaluation.retrieval import CUTOFFS, DIRECTIONS, compare_retrieval, retrieval_ranks
 from mmkd.files import copy_whole, save_whole, write_whole
-from mmkd.launched import is_main_process, world_size
+from mmkd.launched import is_main_process, wait_for_all, world_size
 from mmkd.ranking_recipe import CrossTeacherSpec, MatchingRecipe, RankingRecipe, RetrievalSpec, TrainingSpec
 from mmkd.towers.dual import DualEncoder, load_dual
-from mmkd.towers.loading import dtype_of
+from mmkd.towers.loading import device_of_process, dtype_of
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def load_cross_teacher(spec: CrossTeacherSpec) -> CrossEncoder:
     else:
         tower = Tower.load(spec.model, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code)
         teacher = PromptedTower(tower, **spec.prompt())
-    _to_device(teacher.model)
+    teacher.model.to(device_of_process())
     return teacher.freeze()
 
 
@@ -96,14 +95,10 @@ def build_dual(recipe: RankingRecipe, pairs: PairSet) -> DualEncoder:
     """The student before training."""
     spec = recipe.student
     if spec.model is not None:
-        return _to_device(load_dual(spec.model, dtype="float32", seed=recipe.seed, trust_remote_code=spec.trust_remote_code))
-    return _to_device(assemble_from(spec.assemble, pairs.texts, recipe.seed))
-
-
-def _to_device(model: Any) -> Any:
-    if torch.cuda.is_available():
-        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    return model
+        model = load_dual(spec.model, dtype="float32", seed=recipe.seed, trust_remote_code=spec.trust_remote_code)
+    else:
+        model = assemble_from(spec.assemble, pairs.texts, recipe.seed)
+    return model.to(device_of_process())
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -121,7 +116,8 @@ def train_dual(
         train_model(model, dataset, recipe.training, recipe.seed, role, run)
         save_on_main(student, final)
         clear(run, role)
-    return _to_device(load_dual(final, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)).eval()
+    model = load_dual(final, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)
+    return model.to(device_of_process()).eval()
 
 
 def train_model(model: Any, dataset: Any, training: TrainingSpec, seed: int, role: str, run: Path) -> None:
@@ -143,8 +139,7 @@ def save_on_main(model: Any, folder: Path) -> None:
     """Saves on the main process; the folder appears complete or not at all, and no process goes on before."""
     if is_main_process():
         save_whole(folder, model.save)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    wait_for_all()
 
 
 def clear(run: Path, role: str) -> None:
@@ -295,14 +290,14 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
             encoder = build_cross_encoder(spec.config, pairs.texts, recipe.seed)
         else:
             encoder = build_fusion(spec.fuse, pairs.texts, recipe.seed)
-        _to_device(encoder.model)
+        encoder.model.to(device_of_process())
         set_seed(recipe.seed)
         model = MatchingModel(encoder, pairs, recipe.negatives, augment=recipe.training.augment)
         train_model(model, MatchingDataset(pairs, encoder), recipe.training, recipe.seed, "model", run)
         save_on_main(encoder, final)
         clear(run, "model")
     teacher = load_matching(final, torch.float32)
-    _to_device(teacher.model)
+    teacher.model.to(device_of_process())
     scores = ScoreTable(teacher.freeze(), test).all_scores()
     ranks = {"teacher": retrieval_ranks(scores, scores.T, test.relevance())}
     parameters = {"teacher": teacher.parameter_count()["total"]}

@@ -34,7 +34,7 @@ from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.distill.watch import Watch
 from mmkd.files import copy_whole, save_whole
-from mmkd.launched import is_main_process, world_size
+from mmkd.launched import is_main_process, wait_for_all, world_size
 from mmkd.recipe import AssembleSpec, DataSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
@@ -182,7 +182,7 @@ def train(recipe: Recipe, role: str, student: Tower, teacher: Tower | None, run:
         student = to_device(Tower.load(folder / "model", dtype=dtype_of(recipe.student.dtype), max_length=recipe.max_length))
     if is_main_process():
         copy_whole(folder / "model", final)
-    _wait()
+    wait_for_all()
     return student
 
 
@@ -247,7 +247,7 @@ def _train_stage(
         save_whole(folder / "model", student.save)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    _wait()
+    wait_for_all()
 
 
 def references_of(teacher: Tower, run: Path) -> Path:
@@ -325,13 +325,5 @@ def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
         (run / "log").mkdir(parents=True, exist_ok=True)
         shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
         summarise_experts(run)
-    _wait()
+    wait_for_all()
     return control
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-def _wait() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

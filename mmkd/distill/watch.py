@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
+from mmkd.launched import wait_for_all
 from mmkd.recipe import Recipe
 from mmkd.towers.tower import Tower
 
@@ -43,8 +44,7 @@ class Watch(TrainerCallback):
         if state.is_world_process_zero:
             with unchanged_randomness():
                 self._score(state.global_step)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        wait_for_all()
 
     def _score(self, step: int) -> None:
         spec = self.recipe.evaluation

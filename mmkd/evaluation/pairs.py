@@ -51,9 +51,9 @@ def write_pairs(
         found = Counter({"questions": 0, "right and wrong": 0, "pairs": 0})
         for identifier in same_questions(runs):
             rows = [rows[identifier] for rows in runs.values()]
-            said, rng = elsewhere.get(rows[0]["question"], ()), random.Random(f"{seed} {identifier}")
             wrong_answers = _wrong(rows[1:])
-            pairs = list(_pairs_of(rows[0], wrong_answers or _other(rows[0], said, rng), f"{name}/{identifier}", data_root))
+            rejected = wrong_answers or _other(rows[0], elsewhere, f"{seed} {identifier}")
+            pairs = list(_pairs_of(rows[0], rejected, f"{name}/{identifier}", data_root))
             lines += [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
             found.update({"questions": 1, "right and wrong": bool(pairs and wrong_answers), "pairs": len(pairs)})
         counts[name] = dict(found)
@@ -102,11 +102,11 @@ def _said(runs: Iterable[Mapping[str, dict]]) -> dict[str, list[str]]:
     return {question: sorted(answers - {""}) for question, answers in said.items()}
 
 
-def _other(right: dict, said: Sequence[str], rng: random.Random) -> list[str]:
+def _other(right: dict, said: Mapping[str, Sequence[str]], seed: str) -> list[str]:
     """One of the answers `said` to the same question that no reference has; none where there is none."""
     true = {normalise_evalai(answer) for answer in (right["prediction"], *right["references"])}
-    others = [answer for answer in said if normalise_evalai(answer) not in true]
-    return [rng.choice(others)] if others else []
+    others = [answer for answer in said.get(right["question"], ()) if normalise_evalai(answer) not in true]
+    return [random.Random(seed).choice(others)] if others else []
 
 
 def _pairs_of(right: dict, rejected: Sequence[str], name: str, data_root: Path) -> Iterator[dict]:

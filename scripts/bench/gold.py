@@ -65,14 +65,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=bench.PRESETS, default="scaled")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: own time, on a busy machine")
-    parser.add_argument("--json", help="write settings and results here")
+    parser = bench.parser_of(__doc__)
     parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -87,16 +87,22 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="scaled")
+    parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    return parser.parse_args()
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """What races of whole steps are asked alike."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="scaled")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: own time, on a busy machine")
     parser.add_argument("--json", help="write settings and results here")
-    return parser.parse_args()
+    return parser
 
 
 def tower(sizes: dict, role: str, device: torch.device, dtype: str) -> Tower:
