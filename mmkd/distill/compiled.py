@@ -48,7 +48,8 @@ def block_losses(x: Tensor, y: Tensor | None, targets: Tensor, parts: Sequence[P
 
     x, y: logits of student and teacher, `[b, V]` in the dtype of the maths; y is None where no part reads it.
     """
-    shapes = tuple((p.mask is None, p.factor is None, *(e.shape[1:] for e in p.extra), *(e.dtype for e in p.extra)) for p in parts)
+    extra = [tuple((e.shape[1:], e.dtype) for e in p.extra) for p in parts]
+    shapes = tuple((p.mask is None, p.factor is None, e) for p, e in zip(parts, extra, strict=True))
     maths = _compiled(tuple((p.loss, p.needs_teacher) for p in parts), shapes, x.shape[1], x.dtype, x.device)
     # 0-dimensional on the CPU: a graph on an accelerator takes them as numbers, without a copy to wait for.
     weights = [torch.tensor(p.weight, dtype=x.dtype) for p in parts]

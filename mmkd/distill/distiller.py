@@ -36,7 +36,10 @@ class Distiller(nn.Module):
     The teacher is kept out of the module tree: it is never trained, sharded with the student, or saved.
     """
 
-    def __init__(self, student: Tower, teacher: Tower | None, terms: Sequence[Term], *, chunk_bytes: int = 256 * 2**20, compiled=False):
+    def __init__(
+        self, student: Tower, teacher: Tower | None, terms: Sequence[Term], *, chunk_bytes: int = 256 * 2**20,
+        compiled: bool = False,
+    ):
         super().__init__()
         if any(t.kind == "load_balance" for t in terms) and not sparse_blocks(student):
             raise TowerError("load_balance needs a student with experts; give this stage or an earlier one `upcycle:`")

@@ -1,13 +1,17 @@
-"""Compiled loss maths: the numbers of the eager engine, few graphs, flat memory, and a clear word where nothing can be compiled."""
+"""Compiled loss maths: the eager engine's numbers, few graphs, flat memory, and a clear word where nothing can be compiled."""
 
 import shutil
 
 import pytest
 import torch
+from tiny import tiny_samples, tiny_tokenizer, tiny_tower
 from torch.profiler import ProfilerActivity, profile
 
 from mmkd.distill import compiled as module
+from mmkd.distill.collate import Collator, PairDataset
+from mmkd.distill.distiller import Distiller
 from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.distill.terms import Schedule, Term
 from mmkd.losses import JSD, CrossEntropy, DBiLD, ForwardKL, ReverseKL, TopKForwardKL
 from mmkd.recipe import RecipeError
 
@@ -150,3 +154,22 @@ def test_a_machine_without_a_compiler_is_told_at_the_start(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(RecipeError, match=r"compile is true.*no working C\+\+ compiler found; install a C\+\+ compiler"):
         module.check_compiler.__wrapped__(torch.device("cpu"))
+
+
+def test_a_step_of_towers_is_the_same(tmp_path):
+    tokenizer = tiny_tokenizer()
+    student, teacher = (tiny_tower(seed, width, tokenizer=tokenizer) for seed, width in ((1, 16), (2, 32)))
+    kinds = {"ce": ("cross_entropy", "response"), "kl": ("forward_kl", "response"), "visual": ("forward_kl", "visual")}
+    terms = [Term(name, kind, Schedule(1.0, 0.5), positions) for name, (kind, positions) in kinds.items()]
+    samples = tiny_samples(tmp_path, 3)
+    dataset = PairDataset(samples, student, teacher, terms)
+    batch = Collator(student, teacher)([dataset[i] for i in range(3)])["batch"]
+    found = []
+    for compiled in (False, True):
+        distiller = Distiller(student, teacher, terms, chunk_bytes=2**16, compiled=compiled)
+        distiller.zero_grad()
+        loss, _ = distiller(batch, progress=0.3)
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in distiller.parameters() if p.grad is not None])))
+    close(found[1][0], found[0][0], 1e-6)
+    close(found[1][1], found[0][1], 1e-5)
