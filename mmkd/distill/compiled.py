@@ -63,7 +63,8 @@ def block_losses(x: Tensor, y: Tensor | None, targets: Tensor, parts: Sequence[P
 
 @functools.cache
 def _compiled(losses: tuple[tuple[Any, bool], ...], *key: Hashable) -> Callable[..., tuple[list[Tensor], Tensor]]:
-    logger.info("compiling the losses %s once (about 10 seconds, 1 if found on the disk)", ", ".join(type(loss).__name__ for loss, _ in losses))
+    names = ", ".join(type(loss).__name__ for loss, _ in losses)
+    logger.info("compiling the losses %s once (about 10 seconds, 1 if found on the disk)", names)
 
     def maths(x, y, targets, weights, masks, factors, extras):
         values, gradient, shared = [], None, {}
