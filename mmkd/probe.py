@@ -106,7 +106,9 @@ def stage_estimate(
     dataset = (PreferenceDataset if of_pairs else PairDataset)(_longest(samples, micro), student, needed, terms)
     if of_pairs:
         dataset.reference.zero_()
-    distiller = (PreferenceDistiller if of_pairs else Distiller)(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
+    distiller = (PreferenceDistiller if of_pairs else Distiller)(
+        student, needed, terms, chunk_bytes=recipe.chunk_bytes, compiled=recipe.compile
+    )
     taken = dataset.collator([dataset[i] for i in range(len(dataset))])["batch"].to(student.device)
     seconds, activations = _measure(distiller, taken, stage)
     rows = _row_count(taken, terms)

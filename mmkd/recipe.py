@@ -323,6 +323,7 @@ class Recipe(Strict):
     seed: int = 0
     max_length: int = Field(2048, gt=1)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
+    compile: bool = Field(False, exclude_if=is_default(False))  # the row engine's loss maths, by torch.compile
     workers: int = Field(0, ge=0)  # processes that read and resize pictures, beside each training process
     teacher: TeacherSpec | None = None
     student: StudentSpec

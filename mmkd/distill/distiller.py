@@ -22,6 +22,7 @@ from mmkd.distill.ahead import TeacherPass
 from mmkd.distill.alignment import Alignment, span_losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
+from mmkd.distill.compiled import check_compiler
 from mmkd.distill.rows import Head, RowTerm, row_losses
 from mmkd.distill.sharded import held, look_at_nothing
 from mmkd.distill.sharing import sees_alike
@@ -36,7 +37,10 @@ class Distiller(nn.Module):
     The teacher is kept out of the module tree: it is never trained, sharded with the student, or saved.
     """
 
-    def __init__(self, student: Tower, teacher: Tower | None, terms: Sequence[Term], *, chunk_bytes: int = 256 * 2**20):
+    def __init__(
+        self, student: Tower, teacher: Tower | None, terms: Sequence[Term], *, chunk_bytes: int = 256 * 2**20,
+        compiled: bool = False,
+    ):
         super().__init__()
         if any(t.kind == "load_balance" for t in terms) and not sparse_blocks(student):
             raise TowerError("load_balance needs a student with experts; give this stage or an earlier one `upcycle:`")
@@ -46,6 +50,9 @@ class Distiller(nn.Module):
         self._no_split_modules = student.model._no_split_modules  # the layers that FSDP2 shards one by one
         self.terms = tuple(terms)
         self.chunk_bytes = chunk_bytes
+        self.compiled = compiled
+        if compiled:
+            check_compiler(student.device)
         self.lockstep = False  # all processes must go through the same modules in one order, with pictures or without
         wants_spans = teacher is not None and any(t.kind == "spans" for t in terms)
         self.alignment = Alignment(student, teacher) if wants_spans else None
@@ -150,6 +157,7 @@ class Distiller(nn.Module):
             teacher_head=head_of(self.teacher) if needs_teacher else None,
             vocabulary=signals.vocabulary,
             chunk_bytes=self.chunk_bytes,
+            compiled=self.compiled,
         )
         return total + part, sums
 

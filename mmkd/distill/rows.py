@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmkd.distill.compiled import Part, block_losses, can_compile
 from mmkd.distill.products import HALVES, HeadProduct
 from mmkd.losses.divergence import CrossEntropy
 
@@ -91,6 +92,7 @@ def row_losses(
     teacher_head: Head | None = None,
     vocabulary: int | None = None,
     chunk_bytes: int = 256 * 2**20,
+    compiled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Evaluate all terms on all rows: `(Σ_terms weight * Σ_rows loss, {name: Σ_rows loss})`.
 
@@ -103,6 +105,7 @@ def row_losses(
     vocabulary: cut both heads to their first n columns (one tokenizer, different padding).
     chunk_bytes: budget for logits and loss temporaries; at least one row is always taken. The gradient of a
     trained head comes on top: `[V, D]` in float32.
+    compiled: whether torch.compile makes one function of a block's dense closed forms (`distill/compiled.py`).
 
     Loss maths is in float32 (float64 where a head or the hidden rows are). The products with a head take their
     factors in that head's dtype, autocast or not, and end in float32 also where it is in half precision. Under
@@ -110,7 +113,7 @@ def row_losses(
     second backward through the same graph raises RuntimeError.
     Raises ValueError when shapes, vocabularies or terms do not fit.
     """
-    work = _Work(student_head, targets, tuple(terms), teacher_hidden, teacher_head, vocabulary, chunk_bytes)
+    work = _Work(student_head, targets, tuple(terms), teacher_hidden, teacher_head, vocabulary, chunk_bytes, compiled)
     _check(work, student_hidden)
     total, sums = _RowLosses.apply(
         work, torch.is_grad_enabled(), student_hidden, student_head.weight, student_head.bias
@@ -144,6 +147,7 @@ class _Work:
     teacher_head: Head | None
     vocabulary: int | None
     chunk_bytes: int
+    compiled: bool = False
 
     @property
     def columns(self) -> int:
@@ -348,8 +352,10 @@ class _Walk:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Evaluate the terms on one block; returns the gradient of their weighted sum with respect to x, and None. Of a sparse
         gradient: its entries `[b, k]` and their columns `[b, k]`."""
-        gradient, columns, shared = None, None, {}
-        for i in active:
+        fused = self._fused(active)
+        gradient = self._block_compiled(x, y, targets, fused, masks, factors, extras, start) if fused else None  # [b, V]
+        columns, shared = None, {}
+        for i in (i for i in active if i not in fused):
             term, mask = self.work.terms[i], masks.get(i)
             known = targets if mask is None else targets.masked_fill(~mask, 0)  # [b]
             if i == self.sparse:
@@ -371,6 +377,21 @@ class _Walk:
             else:
                 gradient.add_(part, alpha=term.weight)
         return gradient, columns
+
+    def _fused(self, active: list[int]) -> list[int]:
+        """The terms that go into one compiled function."""
+        if not (self.work.compiled and self.wants_gradient):
+            return []
+        return [i for i in active if self.work.terms[i].weight != 0 and can_compile(self.work.terms[i].loss)]
+
+    def _block_compiled(self, x, y, targets, fused: list[int], masks, factors, extras, start: int) -> Tensor:
+        terms = [(i, self.work.terms[i]) for i in fused]
+        parts = [Part(t.loss, t.needs_teacher, t.weight, masks.get(i), factors.get(i), extras[i]) for i, t in terms]
+        y = y if any(part.needs_teacher for part in parts) else None
+        values, gradient = block_losses(x, y, targets, parts)
+        for i, value in zip(fused, values, strict=True):
+            self.values[i, start : start + len(value)] = value
+        return gradient
 
     def _through_logits(self, gradient: Tensor | None, x: Tensor, out: Tensor) -> None:
         """From the gradient at the logits x to that at `h Wᵀ`, written over the raw logits `out`."""

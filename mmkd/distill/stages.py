@@ -203,7 +203,9 @@ def _train_stage(
     dataset = (PreferenceDataset if of_pairs else PairDataset)(
         samples, student, needed, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)), workers=recipe.workers
     )
-    distiller = (PreferenceDistiller if of_pairs else Distiller)(student, needed, terms, chunk_bytes=recipe.chunk_bytes)
+    distiller = (PreferenceDistiller if of_pairs else Distiller)(
+        student, needed, terms, chunk_bytes=recipe.chunk_bytes, compiled=recipe.compile
+    )
     processes = world_size()
     wrong = split_evenly(stage.optimiser, processes)
     if wrong:

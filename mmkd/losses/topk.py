@@ -1,5 +1,7 @@
 """Forward KL against a teacher of which only the k likeliest tokens are known, and how likely all others are together."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def top_k_forward_kl(student: Tensor, ids: Tensor, log_probs: Tensor, tail: Tens
     return _values(log_q, log_rest, exact(log_probs), exact(tail)).to(result_dtype(student))
 
 
+@dataclass(frozen=True)
 class TopKForwardKL:
     """`top_k_forward_kl` as a row loss; gradient `q - p` on the k tokens and `q (1 - p_rest / q_rest)` on the others."""
 
