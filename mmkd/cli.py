@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import sys
@@ -13,10 +14,21 @@ from typing import NoReturn
 from mmkd.launched import end_process
 from mmkd.startup import quick_imports
 
+# Of each command the argument that takes any number of values; they may stand between options and after them.
+LISTED = {**dict.fromkeys(("distill", "cache", "estimate", "rank"), "overrides"), "pairs": "wrong", "compare": "models"}
+
+# What the file system refuses, and the way out. Other failures of files are faults of ours and keep their traceback.
+_ROOM = "make room or take another output folder; the same command then goes on"
+_OTHER = "take an output folder that can be made and written to"
+REFUSED = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _OTHER),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a user's mistake is one message on stderr and exit code 2, never a traceback."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
     # It warns at import of a kernel that only 4-bit models on a CPU would use.
@@ -28,9 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("mmkd: stopped; the same command goes on from what is on the disk", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"mmkd: {error.strerror}{where}; {REFUSED[error.errno]}", file=sys.stderr)
+        return 2
     except ValueError as error:
         # Tower errors and the losses' refusals; anything else is a fault of ours and keeps its traceback.
         from mmkd.towers.tower import TowerError
@@ -46,13 +67,26 @@ def run() -> NoReturn:
     end_process(main())
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of the command line. argparse ends a list at the first option; what follows is added to it here."""
+    arguments, rest = _parser().parse_known_args(argv)
+    options = [text for text in rest if text.startswith("-")]
+    if options:
+        arguments.command.error(f"there is no option {', '.join(options)}; `{arguments.command.prog} --help` lists them")
+    if rest and arguments.listed is None:
+        arguments.command.error(f"{', '.join(rest)}: more than this command takes")
+    if rest:
+        setattr(arguments, arguments.listed, [*getattr(arguments, arguments.listed), *rest])
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmkd", description="Distil a large vision-language model into a tiny one.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, command=sub, listed=LISTED.get(name))
         return sub
 
     sub = command("distill", _distill, "Run the stages of a recipe, then compare teacher, SFT control and student.")
