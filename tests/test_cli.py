@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_a_disk_that_refuses(capsys, monkeypatch, number, message):
 
     monkeypatch.setattr("mmkd.data.sample_set.write_sample_set", fail)
     assert message in refused(capsys, "sample", "x")
+
+
+def test_a_disk_that_is_full_while_a_folder_is_copied(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise shutil.Error([("a", "b/model.safetensors", f"[Errno {errno.ENOSPC}] No space left on device: 'a' -> 'b'")])
+
+    monkeypatch.setattr("mmkd.data.sample_set.write_sample_set", fail)
+    message = refused(capsys, "sample", "x")
+    assert "No space left on device: b/model.safetensors; make room" in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--top-k"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_counts_that_are_none(capsys, recipe, option, value):
+    assert f"{value!r} is no whole number of at least 1" in refused(capsys, "cache", recipe(), option, value)
 
 
 def test_stopped_by_the_keyboard(capsys, monkeypatch):
