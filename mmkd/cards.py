@@ -114,17 +114,9 @@ def find_card(kind: str, name: str) -> Path:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises DataError when it cannot be read or holds something else."""
-    import yaml
+    from mmkd.yaml_files import read_mapping
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__}, a card is a mapping of keys to values")
-    return content
+    return read_mapping(path, "card")
 
 
 def load_card(kind: str, name: str, schema: type[Card]) -> Card:

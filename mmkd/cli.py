@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +16,21 @@ from typing import NoReturn
 from mmkd.launched import end_process
 from mmkd.startup import quick_imports
 
+# Of each command the argument that takes any number of values; they may stand between options and after them.
+LISTED = {**dict.fromkeys(("distill", "cache", "estimate", "rank"), "overrides"), "pairs": "wrong", "compare": "models"}
+
+# What the file system refuses, and the way out. Other failures of files are faults of ours and keep their traceback.
+_ROOM = "make room or take another output folder; the same command then goes on"
+_OTHER = "take an output folder that can be made and written to"
+REFUSED = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _OTHER),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a user's mistake is one message on stderr and exit code 2, never a traceback."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
     # It warns at import of a kernel that only 4-bit models on a CPU would use.
@@ -28,9 +42,18 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("mmkd: stopped; the same command goes on from what is on the disk", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        message = _refusal(error)
+        if message is None:
+            raise
+        print(f"mmkd: {message}", file=sys.stderr)
+        return 2
     except ValueError as error:
         # Tower errors and the losses' refusals; anything else is a fault of ours and keeps its traceback.
         from mmkd.towers.tower import TowerError
@@ -46,13 +69,52 @@ def run() -> NoReturn:
     end_process(main())
 
 
+def _refusal(error: OSError) -> str | None:
+    """What the file system refused, with the way out; None for failures that it did not cause."""
+    if isinstance(error, shutil.Error):  # of a folder that was copied: (from, to, text) of each file
+        _, target, text = error.args[0][0]
+        number = next((n for n in REFUSED if f"[Errno {n}]" in text), None)
+        return None if number is None else f"{os.strerror(number)}: {target}; {REFUSED[number]}"
+    if error.errno not in REFUSED:
+        return None
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror}{where}; {REFUSED[error.errno]}"
+
+
+def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return int(text)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of the command line. argparse ends a list at the first option; what follows is added to it here."""
+    arguments, rest = _parser().parse_known_args(argv)
+    options = [text for text in rest if text.startswith("-")]
+    if options:
+        arguments.command.error(f"there is no option {', '.join(options)}; `{arguments.command.prog} --help` lists them")
+    if rest and arguments.listed is None:
+        arguments.command.error(f"{', '.join(rest)}: more than this command takes")
+    if rest:
+        setattr(arguments, arguments.listed, [*getattr(arguments, arguments.listed), *rest])
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmkd", description="Distil a large vision-language model into a tiny one.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, command=sub, listed=LISTED.get(name))
         return sub
 
     sub = command("distill", _distill, "Run the stages of a recipe, then compare teacher, SFT control and student.")
@@ -64,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("cache", _cache, "Let the teacher of a recipe speak once, and keep what the terms compare with.")
     sub.add_argument("recipe", help="a YAML file, see scripts/recipes")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="teacher.cache=FOLDER says where it goes")
-    sub.add_argument("--top-k", type=int, default=None, metavar="K", help="keep the K likeliest tokens, not hidden states")
-    sub.add_argument("--batch-size", type=int, default=16)
-    sub.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    sub.add_argument("--top-k", type=positive, default=None, metavar="K", help="keep the K likeliest tokens, not hidden states")
+    sub.add_argument("--batch-size", type=positive, default=16)
+    sub.add_argument("--workers", type=natural, default=2, help="processes that read pictures")
     sub.add_argument("--forecast", action="store_true", help="say how large it will be, and stop")
 
     sub = command("estimate", _estimate, "Measure a few steps: memory by part, time, disk, what to change.")
@@ -87,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--server-scores", default="", metavar="vqav2=77.7,...", help="what test servers gave to a suite")
     sub.add_argument("--data-root", help="folder that holds the benchmarks' downloaded files")
     sub.add_argument("--output", default=None, help="folder for results (default: runs/evaluation/MODEL)")
-    sub.add_argument("--batch-size", type=int, default=32)
+    sub.add_argument("--batch-size", type=positive, default=32)
     sub.add_argument("--limit", type=int, default=None, help="score a seeded subset of so many questions")
     sub.add_argument("--split", default=None, help="another split than the benchmark's, for example train (see `mmkd pairs`)")
     sub.add_argument("--blind", action="store_true", help="take the pictures away: what the words alone give")
@@ -127,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", nargs="?", help="folder or hub id of an image-text model")
     sub.add_argument("--families", nargs="*", metavar="NAME", help="instead: tiny models of all families, or of these")
     sub.add_argument("--json", metavar="FILE", help="write the families' results there")
-    sub.add_argument("--workers", type=int, default=None, metavar="N", help="families at a time (default: processor cores)")
+    sub.add_argument("--workers", type=positive, default=None, metavar="N", help="families at a time (default: processor cores)")
     sub.add_argument("--trust-remote-code", action="store_true")
 
     sub = command("list", _list, "List cards.")

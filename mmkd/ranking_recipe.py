@@ -10,7 +10,19 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.recipe import AdamWSpec, DataSpec, LoopSpec, RecipeError, Strict, VisionConfig, is_default, one_of, read_raw, validate
+from mmkd.recipe import (
+    AdamWSpec,
+    DataSpec,
+    LoopSpec,
+    RecipeError,
+    RunSpec,
+    Strict,
+    VisionConfig,
+    is_default,
+    one_of,
+    read_raw,
+    validate,
+)
 
 KINDS = ("ranking", "matching")
 
@@ -127,19 +139,20 @@ class RetrievalSpec(Strict):
     rerank: int | None = Field(None, gt=0)
 
 
-class RankingRecipe(Strict):
+class RetrievalRecipe(RunSpec):
+    """What both kinds have: pairs of pictures and captions, how to train on them, and what is searched in the end."""
+
+    data: list[DataSpec] = Field(min_length=1)
+    training: TrainingSpec
+    evaluation: RetrievalSpec
+
+
+class RankingRecipe(RetrievalRecipe):
     kind: Literal["ranking"]
-    title: str
-    output: str
-    data_root: str | None = None
-    seed: int = 0
     teacher: CrossTeacherSpec
     student: DualStudentSpec
-    data: list[DataSpec] = Field(min_length=1)
     ranking: RankingSpec = RankingSpec()
-    training: TrainingSpec
     control: bool = True
-    evaluation: RetrievalSpec
 
 
 class CrossSpec(Strict):
@@ -161,19 +174,12 @@ class MatchingSpec(Strict):
         return one_of(self, model="a folder or BLIP to train on", config="a BLIP from random weights", fuse="two encoders")
 
 
-class MatchingRecipe(Strict):
+class MatchingRecipe(RetrievalRecipe):
     """Trains a cross-encoder by image-text contrast and matching, with negatives drawn by its own contrast (ALBEF, BLIP)."""
 
     kind: Literal["matching"]
-    title: str
-    output: str
-    data_root: str | None = None
-    seed: int = 0
     model: MatchingSpec
-    data: list[DataSpec] = Field(min_length=1)
     negatives: int = Field(1, gt=0)  # drawn for each picture and for each caption
-    training: TrainingSpec
-    evaluation: RetrievalSpec
 
 
 MODELS = {"ranking": RankingRecipe, "matching": MatchingRecipe}

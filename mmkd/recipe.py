@@ -6,17 +6,18 @@ Experiments are overrides on the command line (`stages.sft.terms.kl.weight=2`), 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mmkd.cards import did_you_mean
 from mmkd.data.samples import DataError
+from mmkd.yaml_files import Loader, read_mapping
 
 FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference", "shards", "datasets")
 PARTS = ("vision", "projector", "language")
@@ -316,11 +317,16 @@ class GuardSpec(Strict):
     max_skipped_images: float = Field(0.01, ge=0, le=1)  # share of a training set that may be unreadable
 
 
-class Recipe(Strict):
+class RunSpec(Strict):
+    """What every recipe says of its run."""
+
     title: str
     output: str
     data_root: str | None = None  # folder that holds the data sets of cards, for training and for benchmarks
     seed: int = 0
+
+
+class Recipe(RunSpec):
     max_length: int = Field(2048, gt=1)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
     compile: bool = Field(False, exclude_if=is_default(False))  # the row engine's loss maths, by torch.compile
@@ -394,44 +400,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def read_raw(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """The keys and values of a recipe with what it extends, overrides and environment variables. Raises RecipeError."""
-    raw = _read_yaml(Path(path))
+    raw = read_mapping(Path(path), "recipe", RecipeError)
     if "extends" in raw:
         parent = Path(path).parent / str(raw.pop("extends"))
-        base = _read_yaml(parent)
+        base = read_mapping(parent, "recipe", RecipeError)
         if "extends" in base:
             raise RecipeError(f"{parent} extends another recipe; `extends` goes one level deep")
         raw = _merge(base, raw)
     for override in overrides or []:
         _apply(raw, override)
     return _expand(raw, str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-3 as the number that it is meant to be (YAML 1.1 asks for 1.0e-3), and no key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(twice)}", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} holds {type(raw).__name__}, not keys and values")
-    return raw
 
 
 def _merge(base: Any, top: Any, key: str = "") -> Any:
@@ -454,10 +432,10 @@ def _is_number(value: Any) -> bool:
 def _apply(raw: dict[str, Any], override: str) -> None:
     """Sets one dotted key; numbers index lists."""
     key, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not all(key.split(".")) or key != key.strip() or text.startswith("="):
         raise RecipeError(f"override {override!r} is not key=value, for example seed=1")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of override {override!r} is not YAML: {error}") from error
     *path, last = key.split(".")
@@ -564,6 +542,6 @@ def _inner_model(annotation: Any) -> Any:
     return None
 
 
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else (f"; known: {', '.join(known)}" if known else "")
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"; {did_you_mean(name, known)}" if known else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,93 @@ def test_a_run_that_is_not_there(capsys, tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["distil", "x"], ["list", "model"], ["evaluate", "x"]])
 def test_wrong_usage(capsys, arguments):
     assert "usage: mmkd" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["RECIPE", "sed=1", "stages.sft.step=2", "--dry-run"],
+        ["RECIPE", "--dry-run", "sed=1", "stages.sft.step=2"],
+        ["--dry-run", "RECIPE", "sed=1", "stages.sft.step=2"],
+        ["RECIPE", "sed=1", "--dry-run", "stages.sft.step=2"],
+        ["--seeds", "0,1", "RECIPE", "sed=1", "--dry-run", "stages.sft.step=2"],
+        ["RECIPE", "sed=1", "--seeds", "0,1", "stages.sft.step=2", "--dry-run"],
+    ],
+)
+def test_options_and_overrides_in_any_order(capsys, recipe, order):
+    message = refused(capsys, "distill", *[recipe() if part == "RECIPE" else part for part in order])
+    assert "sed: unknown key" in message and "stages.sft.step: unknown key" in message and "has 2 errors" in message
+
+
+@pytest.mark.parametrize(
+    "command", [["cache", "--forecast"], ["cache", "--top-k", "3"], ["estimate", "--memory", "4"], ["rank", "--seeds", "0,1"]]
+)
+def test_overrides_after_options_of_other_commands(capsys, recipe, command):
+    name, *options = command
+    assert "override 'seed' is not key=value" in refused(capsys, name, recipe(), "title=x", *options, "seed")
+
+
+def test_the_last_of_two_overrides_wins_across_options(capsys, recipe):
+    assert "seed: Input should be a valid integer" in refused(capsys, "distill", recipe(), "seed=1", "--dry-run", "seed=a")
+    assert "(given: 'b')" in refused(capsys, "distill", recipe(), "seed=a", "--dry-run", "seed=b")
+
+
+@pytest.mark.parametrize("arguments", [["--dryrun"], ["seed=1", "--dryrun"], ["--dry-run", "--sed", "1"], ["-x"]])
+def test_an_option_that_does_not_exist(capsys, recipe, arguments):
+    message = refused(capsys, "distill", recipe(), *arguments)
+    assert "there is no option --dryrun" in message or "there is no option --sed" in message or "there is no option -x" in message
+    assert "usage: mmkd distill" in message
+
+
+@pytest.mark.parametrize("override", ["seed 1", "seed", "seed==1", "=1", "stages..steps=1", "seed =1", "stages.=1"])
+def test_what_is_no_override(capsys, recipe, override):
+    for arguments in ([override, "--dry-run"], ["--dry-run", override]):
+        assert f"override {override!r} is not key=value" in refused(capsys, "distill", recipe(), *arguments)
+
+
+def test_more_than_a_command_takes(capsys):
+    assert "b: more than this command takes" in refused(capsys, "report", "a", "b")
+
+
+def test_an_output_that_cannot_be_a_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "sample", str(tmp_path / "file" / "sample"), "--sizes", "train=1,val=1,test=1")
+    assert str(tmp_path / "file") in message and "take an output folder that can be made" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSPC, "No space left on device: x; make room"), (errno.EROFS, "Read-only file system: x; take an output folder")],
+)
+def test_a_disk_that_refuses(capsys, monkeypatch, number, message):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number), "x")
+
+    monkeypatch.setattr("mmkd.data.sample_set.write_sample_set", fail)
+    assert message in refused(capsys, "sample", "x")
+
+
+def test_a_disk_that_is_full_while_a_folder_is_copied(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise shutil.Error([("a", "b/model.safetensors", f"[Errno {errno.ENOSPC}] No space left on device: 'a' -> 'b'")])
+
+    monkeypatch.setattr("mmkd.data.sample_set.write_sample_set", fail)
+    message = refused(capsys, "sample", "x")
+    assert "No space left on device: b/model.safetensors; make room" in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--top-k"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_counts_that_are_none(capsys, recipe, option, value):
+    assert f"{value!r} is no whole number of at least 1" in refused(capsys, "cache", recipe(), option, value)
+
+
+def test_stopped_by_the_keyboard(capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmkd.data.sample_set.write_sample_set", stop)
+    assert main(["sample", "x"]) == 130 and "the same command goes on" in capsys.readouterr().err
 
 
 def test_wrong_sizes_of_the_sample(capsys, tmp_path):

@@ -139,7 +139,7 @@ def test_all_errors_come_at_once_with_path_and_suggestion(load):
         "  title: missing",
         "  titel: unknown key; did you mean 'title'?",
         "  stages.sft.epoch: unknown key; did you mean 'epochs'?",
-        "  stages.sft.optimiser.learning_rat: unknown key; did you mean 'learning_rate'?",
+        "  stages.sft.optimiser.learning_rat: unknown key; did you mean 'learning_rate' or 'learning_rates'?",
         "  stages.sft.data.0.cards: unknown key; did you mean 'card'?",
         "  stages.sft.data.0.limit: Input should be greater than 0 (given: 0)",
         "  stages.sft.terms.jsdd: unknown kind 'jsdd'; did you mean 'jsd'?",
@@ -169,16 +169,16 @@ def test_each_mistake_has_its_answer(load, old, new, message):
 
 
 def test_what_is_no_recipe(load, tmp_path):
-    with pytest.raises(RecipeError, match="holds list, not keys and values"):
+    with pytest.raises(RecipeError, match="holds list; a recipe is a mapping of keys to values"):
         load("- a\n- b")
-    with pytest.raises(RecipeError, match="is not readable YAML"):
+    with pytest.raises(RecipeError, match="is no valid YAML"):
         load("a: [1")
     with pytest.raises(RecipeError, match=r"there is no recipe .*nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(RecipeError, match="is not readable YAML"):
+    with pytest.raises(RecipeError, match="is no valid YAML"):
         load_recipe(tmp_path / "binary.yaml")
-    with pytest.raises(RecipeError, match="is not readable YAML"):
+    with pytest.raises(RecipeError, match="is no valid YAML"):
         load_recipe(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_every_recipe_of_the_project_loads():
         ("x={kind: dbild, window: 0}", "window is 0; it must be at least 1"),
         ("x={kind: relation, source: hiden}", "source is 'hiden'; did you mean 'hidden'?"),
         ("x={kind: feature_match, distance: l3}", "distance is 'l3'; known: cosine, mse, smooth_l1"),
-        ("x={kind: dpo, form: square}", "form is 'square'; known: sigmoid, hinge, ipo"),
+        ("x={kind: dpo, form: square}", "form is 'square'; known: hinge, ipo, sigmoid"),
         ("ce.positions=visual", "cross_entropy has no target at positions: visual; choose response, prompt or text"),
         ("x={kind: relation, reduction: sum}", "relation is no loss of rows and has no `reduction`"),
     ],

@@ -22,6 +22,8 @@ def compare_command(arguments: argparse.Namespace) -> int:
     write_object(folder / "comparison.json", {"models": folders, "benchmarks": found})
     for name, comparison in found.items():
         print(comparison_table(name, comparison))
+    if len(models) > 1 and not any(comparison["differences"] for comparison in found.values()):
+        print(f"no two of {', '.join(models)} have answered the same benchmark, so there is no difference to tell")
     print(f"report: {folder / 'report.html'}")
     return 0
 

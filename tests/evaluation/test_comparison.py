@@ -83,6 +83,15 @@ def test_many_models_show_differences_with_the_first(answered, tmp_path: Path) -
     assert text.count('class="pair ') == 5
 
 
+def test_models_without_a_common_benchmark_are_said_to_be_so(answered, tmp_path: Path, capsys) -> None:
+    one, other = answered("one", []), answered("other", [])
+    run(tmp_path, one, other)
+    assert "no difference to tell" not in capsys.readouterr().out
+    (other / "tiny").rename(other / "another")
+    run(tmp_path, one, other)
+    assert "no two of one, other have answered the same benchmark" in capsys.readouterr().out
+
+
 def test_mistakes(answered, tmp_path: Path, capsys) -> None:
     one, other = answered("one", []), answered("other", [], limit=5)
     (tmp_path / "empty").mkdir()
