@@ -121,6 +121,8 @@ class TeacherSpec(Strict):
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
     gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
     cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
+    # Its pass over the next micro-batch begins before the student works on this one; on CUDA on a stream of its own.
+    ahead: bool = Field(False, exclude_if=is_default(False))
     # For a teacher with another tokenizer: terms of kind `spans` compare pieces of text instead of tokens.
     alignment: Literal["spans"] | None = Field(None, exclude_if=is_default(None))
 
@@ -343,6 +345,23 @@ class Recipe(Strict):
             tokenizer = self.student.assemble.tokenizer if self.student.assemble else None
             if tokenizer is not None and tokenizer.source == "teacher":
                 raise ValueError("the student's tokenizer is the teacher's, but no teacher is given")
+        return self
+
+    @model_validator(mode="after")
+    def ahead_is_possible(self) -> Recipe:
+        if self.teacher is None or not self.teacher.ahead:
+            return self
+        if self.teacher.cache is not None:
+            raise ValueError("teacher.ahead: a cached teacher made its passes already; take teacher.ahead or teacher.cache out")
+        switched = [
+            f"stages.{s}.terms.{t}"
+            for s, stage in self.stages.items() for t, spec in stage.terms.items() if spec.path == "switch"
+        ]
+        if switched:
+            raise ValueError(
+                f"teacher.ahead: {', '.join(switched)} put the student's features through the teacher within the step, where its "
+                "next pass would be under way; take teacher.ahead out"
+            )
         return self
 
     @model_validator(mode="after")

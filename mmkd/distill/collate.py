@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmkd.data.samples import DataError, ImageError, Sample
+from mmkd.distill.ahead import TeacherPass
 from mmkd.distill.cache import Said
 from mmkd.distill.cached import CachedTower, Speaker
 from mmkd.distill.terms import Term
@@ -50,6 +51,7 @@ class Batch:
     switch: TowerInputs | None
     counts: Tensor
     said: Said | None = field(default=None, kw_only=True)  # of a cached teacher, in place of `teacher`
+    ahead: TeacherPass | None = field(default=None, kw_only=True, repr=False)  # made before the step, see `Ahead`
     host: Batch | None = field(default=None, kw_only=True, repr=False)
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd import losses
+from mmkd.distill.ahead import TeacherPass
 from mmkd.distill.alignment import Alignment, span_losses
 from mmkd.distill.cached import top_k_loss
 from mmkd.distill.collate import COUNTS, Batch
@@ -109,6 +110,14 @@ class Distiller(nn.Module):
         if self._sees_alike is None:
             self._sees_alike = sees_alike(self.tower, self.teacher, batch.student)
         return self._sees_alike
+
+    def teacher_pass(self, batch: Batch) -> TeacherPass:
+        """The teacher's own pass over a batch, as the terms of this distiller need it."""
+        shared = not self.lockstep and self.sees_alike(batch)  # in lockstep every process runs the student's encoder itself
+        reads = any(t.needs_teacher and t.kind != "feature_match" for t in self.terms)
+        with torch.inference_mode():
+            seen = self.teacher.see(batch.teacher)
+            return TeacherPass(seen, read_by(self.teacher, batch.teacher, seen) if reads else None, shared)
 
     def _unreached(self, signals: Signals) -> Tensor:
         """0, attached to what a micro-batch without pictures does not reach: data-parallel wrappers wait for the gradient of
@@ -243,6 +252,8 @@ class Signals:
 
     @cached_property
     def student_seen(self) -> Seen:
+        if self.batch.ahead is not None and self.batch.ahead.shared:
+            return Seen(self.teacher_features, self.student.project(self.teacher_features))
         return self.student.see(self.batch.student)
 
     @cached_property
@@ -262,6 +273,8 @@ class Signals:
 
     @cached_property
     def teacher_seen(self) -> Seen:
+        if self.batch.ahead is not None:
+            return self.batch.ahead.seen
         if self.distiller.sees_alike(self.batch):
             features = [f.detach() for f in self.student_seen.features]
             with self._frozen():
@@ -269,7 +282,7 @@ class Signals:
         with self._frozen():
             return self.teacher.see(self.batch.teacher)
 
-    @property
+    @cached_property
     def teacher_features(self) -> list[Tensor]:
         """Vision features of each image, [n_i, Dv], as tensors that autograd may keep."""
         if self.batch.said is not None:
@@ -278,9 +291,11 @@ class Signals:
 
     @cached_property
     def teacher_hidden(self) -> Tensor:
+        if self.batch.ahead is not None:
+            return self.batch.ahead.hidden
         seen = self.teacher_seen
         with self._frozen():
-            return self.teacher.read(self.batch.teacher, seen.tokens if seen.output is None else seen)  # [B, L, Dt]
+            return read_by(self.teacher, self.batch.teacher, seen)  # [B, L, Dt]
 
     @cached_property
     def switch_hidden(self) -> Tensor:
@@ -566,6 +581,11 @@ def _per_image_rows(hidden: Tensor, inputs: TowerInputs) -> list[Tensor]:
     """
     samples = gathered(hidden, inputs.visual).split(inputs.visual.sum(1).tolist())
     return [rows for own, images in zip(samples, inputs.images, strict=True) if images for rows in own.chunk(images)]
+
+
+def read_by(tower: Tower, inputs: TowerInputs, seen: Seen) -> Tensor:
+    """Hidden states over what was seen, by another tower's encoder perhaps. [B, L, D]"""
+    return tower.read(inputs, seen.tokens if seen.output is None else seen)
 
 
 def head_of(tower: Tower) -> Head:

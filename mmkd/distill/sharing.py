@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mmkd.towers.tower import Tower, TowerInputs
 
@@ -12,24 +14,24 @@ logger = logging.getLogger(__name__)
 
 
 def sees_alike(student: Tower, teacher: Tower, inputs: TowerInputs) -> bool:
-    """Whether the student's encoder is frozen, has the teacher's weights, and its features, through the teacher's projector, are
-    the visual tokens that the teacher sees in these pictures (families may reorder tokens around their projector)."""
+    """Whether the student's encoder is frozen, has the teacher's weights, and the features of one, through the other's projector,
+    are the visual tokens that the other sees in these pictures (families may reorder tokens around their projector)."""
     if any(p.requires_grad for p in encoder(student).values()) or not _equal_weights(student, teacher):
         return False
     with torch.no_grad():
-        features = student.see(inputs).features
-        own = teacher.see(inputs)
-        if [f.shape for f in features] != [f.shape for f in own.features]:
+        own, other = student.see(inputs), teacher.see(inputs)
+        if [f.shape for f in own.features] != [f.shape for f in other.features]:
             return False
-        tokens = teacher.project(features)
-    alike = len(tokens) == len(own.tokens) and all(map(_close, tokens, own.tokens))
+        swapped = (student.project(other.features), teacher.project(own.features))
+        alike = all(map(_all_close, swapped, (own.tokens, other.tokens)))
     if alike:
         logger.info("teacher and student share a frozen vision encoder: it runs once for both")
     return alike
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+def _all_close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    same = [x.shape for x in a] == [y.shape for y in b]
+    return same and all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(a, b, strict=True))
 
 
 def encoder(tower: Tower) -> dict[str, torch.nn.Parameter]:

@@ -231,7 +231,8 @@ def _train_stage(
         dataset = StreamDataset(dataset, stream, arguments.per_device_train_batch_size * processes, done)
         arguments.ignore_data_skip = True
         arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
-    trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl")
+    ahead = needed is not None and recipe.teacher.ahead and not of_pairs
+    trainer = loop(distiller, dataset, stage, arguments, run / "log" / f"{role}.jsonl", ahead=ahead)
     if recipe.evaluation.every is not None:
         if spreads_weights(trainer):
             raise DataError("evaluation.every: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")

@@ -6,6 +6,7 @@ checkpoints that hold the student and the terms' own parameters but never the te
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from mmkd.data.sampler import LengthGroupedSampler, lengths_of
+from mmkd.distill.ahead import Ahead
 from mmkd.distill.collate import COUNTS, Batch, PairDataset
 from mmkd.distill.distiller import Distiller
 from mmkd.distill.sharded import keep_sums_precise, shard_on_cpu
@@ -44,8 +46,12 @@ class DistillTrainer(Trainer):
         arguments: TrainingArguments,
         log: Path,
         collator: Any = None,
+        ahead: bool = False,
     ):
+        """ahead: whether the teacher's pass over the next micro-batch begins before the student works on this one."""
         self.stage = stage
+        self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
+        self._following: dict[int, Batch] = {}  # by the id of the batch before it
         self._sums: dict[str, Tensor] = {}
         self._experts = ExpertUse()
         super().__init__(
@@ -57,6 +63,7 @@ class DistillTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._ahead = Ahead(distiller, arguments.device, arguments.bf16) if ahead else None
         if distiller.lockstep and arguments.bf16:  # as accelerate does for DDP; the engines' own casts leave the teacher out
             distiller.forward = torch.autocast(arguments.device.type, torch.bfloat16)(distiller.forward)
 
@@ -65,6 +72,21 @@ class DistillTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             keep_sums_precise(self.accelerator.state.fsdp_plugin)
+
+    # ---- batches ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
+        if self._ahead is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        peeked = self._peeked[1] if self._peeked[0] is epoch_iterator else []
+        coming = itertools.chain(peeked, epoch_iterator)
+        samples = list(itertools.islice(coming, num_batches))
+        last = self.state.global_step + 1 >= self.state.max_steps
+        self._peeked = (epoch_iterator, [] if last else list(itertools.islice(coming, 1)))
+        queue = [inputs["batch"] for inputs in (*samples, *self._peeked[1])]
+        self._following = {id(batch): following for batch, following in itertools.pairwise(queue)}
+        return samples, self._get_num_items_in_batch(samples, device)
 
     # ---- loss ----
 
@@ -83,7 +105,10 @@ class DistillTrainer(Trainer):
         return torch.distributed.new_group(backend="gloo")
 
     def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
-        return {"batch": inputs["batch"].to(self.args.device, non_blocking=True)}
+        batch = inputs["batch"]
+        if self._ahead is not None:
+            return {"batch": self._ahead.take(batch, self._following.get(id(batch)))}
+        return {"batch": batch.to(self.args.device, non_blocking=True)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -31,6 +31,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mmkd.data.samples import ImageRef, Sample, Turn  # noqa: E402
+from mmkd.distill.ahead import Ahead  # noqa: E402
 from mmkd.distill.cache import About, Said, ShardWriter, TeacherCache  # noqa: E402
 from mmkd.distill.caching import Plan, said_of  # noqa: E402
 from mmkd.distill.collate import Batch, Collator, Pair  # noqa: E402
@@ -133,14 +134,17 @@ def tower(sizes: dict, role: str, device: torch.device, dtype: str) -> Tower:
 def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, teacher: Tower, device: torch.device) -> dict:
     terms = [Term(f"{kind}_{where}", kind, Schedule(1, 1), where) for kind, where in CASES[name]]
     positions = sorted({t.positions for t in terms})
-    batch, said = batch_of(sizes, student, teacher, positions)
-    batch = batch.to(device)
+    loaded, said = batch_of(sizes, student, teacher, positions)
+    if device.type == "cuda":
+        loaded = loaded.pin_memory()
+    batch = loaded.to(device)
     where = torch.stack([getattr(batch.on_host.teacher, p) for p in positions]).any(0)
     answers = [t for t in terms if t.kind == "cross_entropy"]
     same_rows = [Term(f"ce_{p}", "cross_entropy", Schedule(1, 1), p) for p in positions]
     whole, alone, sft = Distiller(student, teacher, terms), Distiller(student, None, same_rows), Distiller(student, None, answers)
     for model in (whole, alone, sft):
         model.train()
+    ahead = Ahead(whole, device, half=False)
     with torch.inference_mode():
         kept = gathered(teacher.read(batch.teacher, teacher.see(batch.teacher)), where)  # the rows that a cache keeps
     with tempfile.TemporaryDirectory() as folder:
@@ -150,6 +154,7 @@ def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, te
             "student": lambda: step(alone, batch),
             "head": lambda: head_alone(teacher, kept),
             "whole": lambda: step(whole, batch),
+            "ahead": lambda: step(whole, ahead.take(loaded, loaded)),
             "cached": lambda: step(whole, replace(batch, said=read(cache, len(said), positions).to(device))),
             "sft": lambda: step(sft, batch),
             "plain": lambda: plain(student, batch),
@@ -168,6 +173,7 @@ def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, te
         "seconds": found,
         "range": {run: [min(times), max(times)] for run, times in seconds.items()},
         "whole / parts": found["whole"] / (found["teacher"] + found["student"]),
+        "ahead / parts": found["ahead"] / (found["teacher"] + found["student"]),
         "cached / floor": found["cached"] / floor,
         "floor / sft": floor / found["sft"],
         "cached / sft": found["cached"] / found["sft"],
@@ -243,7 +249,7 @@ def head_alone(teacher: Tower, kept: torch.Tensor) -> None:
 def show(about: dict, table: list[dict]) -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     names = list(table[0]["seconds"])
-    ratios = ("whole / parts", "cached / floor", "floor / sft", "cached / sft", "cached / plain")
+    ratios = ("whole / parts", "ahead / parts", "cached / floor", "floor / sft", "cached / sft", "cached / plain")
     print(f"{'case':<13}{'rows':>6}" + "".join(f"{name + ' ms':>12}" for name in names) + "".join(f"{x:>16}" for x in ratios))
     for row in table:
         times = "".join(f"{1000 * row['seconds'][name]:>12.1f}" for name in names)

@@ -172,3 +172,12 @@ def test_micro_batches_give_the_same_weights(recipe, undisturbed, tmp_path):
     expected, found = weights(undisturbed[0]), weights(tmp_path / "out")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def test_a_teacher_ahead_gives_the_same_weights(recipe, tmp_path):
+    common = ("control=false", "evaluation.benchmarks=[]", "stages.second.terms.vsd.path=student")
+    for name, ahead in (("plain", "false"), ("ahead", "true")):
+        done = run(recipe, tmp_path / name, *common, f"teacher.ahead={ahead}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    plain, ahead = weights(tmp_path / "plain"), weights(tmp_path / "ahead")
+    assert all(torch.equal(plain[name], ahead[name]) for name in plain)
