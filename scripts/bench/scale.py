@@ -3,11 +3,14 @@
 
     python scripts/bench/scale.py --preset scaled --rounds 15
     python scripts/bench/scale.py --engine fsdp2 --processes 2 --json runs/bench/scale.json
+    DS_ACCELERATOR=cpu python scripts/bench/scale.py --engine zero3        (pip install deepspeed)
 
 Every process takes its share of a batch (teacher's pass, student's forward and backward pass, AdamW) in two ways, which take
-turns: `alone`, without a word to the others, and `together`, with the counts and the gradients (FSDP2: weights too) exchanged.
-Both ways keep all processes busy at once and start together, so their ratio is the price of communication and of waiting for one
-another's gradients. A round's time is that of its slowest process; medians over rounds. Gloo on CPUs, NCCL on GPUs.
+turns: `alone`, without a word to the others, and `together`, with the counts and the gradients (FSDP2, ZeRO: weights too)
+exchanged. Both ways keep all processes busy at once and start together, so their ratio is the price of communication and of
+waiting for one another's gradients. A round's time is that of its slowest process; medians over rounds. Gloo on CPUs, NCCL on
+GPUs. On CPUs a profiled step per round also gives the time between the start and the end of each exchange, in the process where
+it was shortest: the one that came last waits for nobody. Exchanges that overlap count once.
 """
 
 from __future__ import annotations
@@ -31,11 +34,15 @@ import torch.distributed as dist  # noqa: E402
 from step import CASES, PRESETS, batch_of, tower  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from mmkd.distill.collate import Batch  # noqa: E402
 from mmkd.distill.distiller import Distiller  # noqa: E402
 from mmkd.distill.terms import Schedule, Term  # noqa: E402
 from mmkd.launched import end_process  # noqa: E402
+
+ENGINES = ("ddp", "fsdp2", "fsdp2_kept", "zero2", "zero3")
+PROFILED = 5  # steps whose exchanges are timed
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="scaled")
     parser.add_argument("--case", choices=CASES, default="kl")
-    parser.add_argument("--engine", choices=("ddp", "fsdp2"), default="ddp")
+    parser.add_argument("--engine", choices=ENGINES, default="ddp")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--rounds", type=int, default=15)
@@ -75,11 +82,13 @@ def work(options: argparse.Namespace) -> None:
     batch = batch_of(share, student, teacher, sorted({t.positions for t in terms}))[0].to(device)
     alone = Distiller(student, teacher, terms).train()
     freeze_idle(alone, batch)
-    together = distribute(options.engine, Distiller(copy.deepcopy(student), teacher, terms))
-    runs = {"alone": stepper(alone, batch, 1), "together": stepper(together, batch, options.processes)}
+    together = Distiller(copy.deepcopy(student), teacher, terms).train()
+    make = deepspeed_stepper if options.engine.startswith("zero") else wrapped_stepper
+    runs = {"alone": stepper(alone, batch, 1), "together": make(options, together, batch)}
     seconds = race(runs, options.rounds, device)
+    exchanged = exchanges(runs["together"]) if device.type == "cpu" else []
     if dist.get_rank() == 0:
-        report(options, share, alone, seconds)
+        report(options, share, alone, seconds, exchanged)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -92,14 +101,36 @@ def freeze_idle(model: Distiller, batch: Batch) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def distribute(engine: str, model: Distiller) -> torch.nn.Module:
-    """As accelerate wraps it with scripts/launch/ddp.yaml or fsdp2.yaml."""
-    model.train()
-    if engine == "ddp":
-        return DistributedDataParallel(model)
+def wrapped_stepper(options: argparse.Namespace, model: Distiller, batch: Batch) -> Callable[[], None]:
+    """As accelerate wraps it with scripts/launch/ddp.yaml, fsdp2.yaml or fsdp2_kept.yaml."""
+    if options.engine == "ddp":
+        return stepper(DistributedDataParallel(model), batch, options.processes)
     for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
-        fully_shard(module)
-    return fully_shard(model)
+        fully_shard(module, reshard_after_forward=options.engine == "fsdp2")
+    return stepper(fully_shard(model), batch, options.processes)
+
+
+def deepspeed_stepper(options: argparse.Namespace, model: Distiller, batch: Batch) -> Callable[[], None]:
+    """As scripts/launch/zero2.yaml or zero3.yaml have it."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": int(options.engine[-1])},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": options.dtype == "bfloat16"},
+    }
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    engine = deepspeed.initialize(model=model, optimizer=optimiser, config=config)[0]
+
+    def step() -> None:
+        counts = batch.counts.clone()
+        dist.all_reduce(counts)
+        loss, _ = engine(batch, counts)
+        engine.backward(loss * options.processes)
+        engine.step()
+
+    return step
 
 
 def stepper(model: torch.nn.Module, batch: Batch, processes: int) -> Callable[[], None]:
@@ -136,7 +167,31 @@ def race(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device)
     return seconds
 
 
-def report(options: argparse.Namespace, share: dict, model: Distiller, seconds: dict[str, list[float]]) -> None:
+def exchanges(step: Callable[[], None]) -> list[tuple[int, float, float]]:
+    """Of each profiled step: how many exchanges, the seconds that they took, and those with the waiting of this process."""
+    found = []
+    for _ in range(PROFILED):
+        dist.barrier()
+        with profile(activities=[ProfilerActivity.CPU]) as told:
+            step()
+        spans = sorted((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in told.events() if e.name.startswith("gloo:"))
+        own, free = [], 0.0
+        for start, end in spans:
+            own.append(max(0.0, end - max(start, free)))
+            free = max(free, end)
+        shortest = torch.tensor(own, dtype=torch.float64)
+        dist.all_reduce(shortest, op=dist.ReduceOp.MIN)  # every process has the same exchanges in one order
+        found.append((len(own), float(shortest.sum()), sum(own)))
+    return found
+
+
+def report(
+    options: argparse.Namespace,
+    share: dict,
+    model: Distiller,
+    seconds: dict[str, list[float]],
+    exchanged: list[tuple[int, float, float]],
+) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     found = {
         "settings": {**vars(options), **share, "torch": torch.__version__},
@@ -153,6 +208,13 @@ def report(options: argparse.Namespace, share: dict, model: Distiller, seconds: 
     for name, times in seconds.items():
         print(f"{name:<10}{1000 * statistics.median(times):>9.1f} ms  ({1000 * min(times):.1f} - {1000 * max(times):.1f})")
     print(f"together / alone: {found['together / alone']:.3f}; median of rounds {found['median ratio']:.3f}")
+    if exchanged:
+        number, pure, waited = (statistics.median(column) for column in zip(*exchanged, strict=True))
+        part = pure / found["seconds"]["together"]
+        found |= {"exchanges": {"number": number, "seconds": pure, "with waiting": waited, "of the step": part}}
+        spread = f"{1000 * min(p for _, p, _ in exchanged):.1f} - {1000 * max(p for _, p, _ in exchanged):.1f}"
+        print(f"{number:.0f} exchanges: {1000 * pure:.1f} ms ({spread}), {part:.1%} of the step")
+        print(f"with waiting {1000 * waited:.1f} ms")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")

@@ -24,7 +24,8 @@ LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
 PATH = os.pathsep.join(p for p in sys.path if p)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": PATH}
 CLI = ["-m", "mmkd.cli", "distill"]
-PARTS = {"fsdp2": "pytorch_model_fsdp_0", "zero2": "global_step*", "zero3": "global_step*"}  # of a checkpoint, by engine
+FSDP, ZERO = "pytorch_model_fsdp_0", "global_step*"
+PARTS = {"fsdp2": FSDP, "fsdp2_kept": FSDP, "zero2": ZERO, "zero3": ZERO}  # of a checkpoint, by engine
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 VISION = {"model_type": "vit", **SIZES, "image_size": 64, "patch_size": 16}
 
