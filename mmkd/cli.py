@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmkd.launched import end_process
-from mmkd.startup import quick_imports
+from mmkd.startup import list_models_once, quick_imports
 
 # Of each command the argument that takes any number of values; they may stand between options and after them.
 LISTED = {**dict.fromkeys(("distill", "cache", "estimate", "rank"), "overrides"), "pairs": "wrong", "compare": "models"}
@@ -211,6 +211,7 @@ def _distill(arguments: argparse.Namespace) -> int:
         return _ablate(arguments)
     with quick_imports():  # a recipe imports what it names, and is refused before the rest is imported
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        list_models_once()
         from mmkd.distill.run import distill, table
     if arguments.dry_run:
         from mmkd.estimate import plan

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +43,30 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def list_models_once() -> None:
+    """Imports `transformers.models` with the list of names that `transformers` itself made of the same files.
+
+    Each reads all model files otherwise: the library remembers an answer by the words of the question, and they ask in different
+    ones. One without this function goes its ordinary way.
+    """
+    if "transformers.models" in sys.modules:
+        return
+    import transformers.utils.import_utils as asked
+
+    read = getattr(asked, "create_import_structure_from_path", None)
+    if read is None:
+        return
+
+    def remembered(path: Any, *more: Any, **named: Any) -> Any:
+        return read(Path(path).parent if Path(path).name == "__init__.py" else path, *more, **named)
+
+    asked.create_import_structure_from_path = remembered
+    try:
+        import_module("transformers.models")
+    finally:
+        asked.create_import_structure_from_path = read
 
 
 @contextmanager

@@ -129,6 +129,40 @@ def test_a_stand_in_lacks_what_its_package_lacks(package):
         early.no_such_name  # noqa: B018
 
 
+LISTED = """
+import json, transformers
+from pathlib import Path
+from mmkd.startup import list_models_once
+from transformers.utils import import_utils
+name = "create_import_structure_from_path"
+read, opened, plain_open = getattr(import_utils, name), [], open
+def counted(path, *more, **options):
+    opened.append(str(path))
+    return plain_open(path, *more, **options)
+import_utils.open = counted
+{change}
+list_models_once()
+opened, found = len(opened), transformers.models
+del import_utils.open
+fresh = read.__wrapped__(Path(found.__file__).parent)
+expected = import_utils._LazyModule("again", found.__file__, import_utils.spread_import_structure(fresh))
+same = vars(found)["_class_to_module"] == vars(expected)["_class_to_module"] and sorted(dir(found)) == sorted(dir(expected))
+own = getattr(import_utils, name) is {left}
+print(json.dumps([opened == 0, same, len(dir(found)) > 1000, own, found.llama.LlamaConfig is transformers.LlamaConfig]))
+"""
+
+
+def test_transformers_models_are_listed_once_and_whole():
+    """No model file is opened again, the names are those of a fresh reading, and nothing of ours is left in transformers."""
+    assert json.loads(last_line(LISTED.format(change="", left="read"))) == [True, True, True, True, True]
+
+
+def test_another_transformers_lists_its_models_by_itself():
+    """One that remembers nothing, and takes more arguments."""
+    change = "import_utils.create_import_structure_from_path = other = lambda path, *, deep=True: read.__wrapped__(path)"
+    assert json.loads(last_line(LISTED.format(change=change, left="other"))) == [False, True, True, True, True]
+
+
 def test_the_collector_is_as_before():
     @uncollected()
     def fail():

@@ -14,7 +14,7 @@ from mmkd.evaluation.compare import modality_importance, read_predictions
 from mmkd.evaluation.processes import Processes
 from mmkd.evaluation.retrieve import evaluate_retrieval, load_retrieval, retrieval_line, retrieval_names
 from mmkd.evaluation.suites import average, load_suite, server_scores, suite_table, write_suite
-from mmkd.startup import quick_imports
+from mmkd.startup import list_models_once, quick_imports
 
 RETRIEVAL_LACKS = ("blind", "importance", "submission", "quantise", "server-scores")
 BLIND = "_blind"  # ending of the folder of answers without pictures
@@ -102,6 +102,7 @@ def _check_data(benchmarks: list[Benchmark], arguments: argparse.Namespace) -> N
 
 def _tower(arguments: argparse.Namespace) -> Answerer:
     with quick_imports():
+        list_models_once()
         from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401  which `Tower.load` imports
 
         from mmkd.towers.loading import dtype_of, to_device
