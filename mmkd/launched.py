@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
+
+from filelock import FileLock, Timeout
+
+from mmkd.data.samples import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def world_size() -> int:
@@ -29,6 +38,32 @@ def wait_for_all() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+@contextmanager
+def alone_in(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """While this run, of one process or several, is the only one that writes to `folder`. The claim ends with the process.
+
+    Another run's claim is waited for where `wait` says so and nobody waits for this process. Raises DataError otherwise.
+    """
+    if not is_main_process():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        if not wait or world_size() > 1:
+            raise DataError(
+                f"another run is writing {what} in {folder}; wait until it has ended, or stop it"
+            ) from error
+        logger.info("waiting for another run that writes %s in %s", what, folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def end_process(code: int) -> NoReturn:

@@ -23,7 +23,7 @@ from mmkd.evaluation.command import add_importance
 from mmkd.evaluation.compare import compare_runs, verdict
 from mmkd.evaluation.report import build_report
 from mmkd.files import write_whole
-from mmkd.launched import is_main_process
+from mmkd.launched import alone_in, is_main_process
 from mmkd.recipe import Recipe
 from mmkd.towers.tower import Tower
 
@@ -43,12 +43,17 @@ def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
     check_benchmarks(recipe)
     samples = {name: stage_samples(recipe, stage) for name, stage in recipe.stages.items()}
     check_answers(samples)
-    claim(run, recipe)
-    teacher = load_teacher(recipe)
     texts = [t.text for stage in samples.values() for s in stage for t in s.turns]
+    del samples
+    with alone_in(run, "the same output"):
+        claim(run, recipe)
+        return _run(recipe, run, texts, scored, started)
+
+
+def _run(recipe: Recipe, run: Path, texts: list[str], scored: Sequence[str], started: float) -> dict[str, Any]:
+    teacher = load_teacher(recipe)
     student = build_student(recipe, teacher, texts)
     check_experts(recipe, student)
-    del samples
     towers: dict[str, Tower | None] = {"teacher": None if isinstance(teacher, CachedTower) else teacher}
     if isinstance(teacher, CachedTower):
         logger.info("the teacher is a cache: it is not evaluated; see `mmkd evaluate %s`", recipe.teacher.model)

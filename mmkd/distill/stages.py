@@ -34,7 +34,7 @@ from mmkd.distill.terms import KINDS, Schedule, Term
 from mmkd.distill.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
 from mmkd.distill.watch import Watch
 from mmkd.files import copy_whole, save_whole
-from mmkd.launched import is_main_process, wait_for_all, world_size
+from mmkd.launched import alone_in, is_main_process, wait_for_all, world_size
 from mmkd.recipe import AssembleSpec, DataSpec, LoraSpec, Recipe, StageSpec, TermSpec, WeightSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
@@ -321,7 +321,8 @@ def _data_state(spec: Any, data_root: str | None) -> list:
 def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
     """The SFT control, trained once for all runs beside this one that would train the very same."""
     shared = run.parent / "controls" / control_key(recipe, student)
-    control = train(control_recipe(recipe), "control", student, None, shared)
+    with alone_in(shared, "the SFT control of this one, too,", wait=True):
+        control = train(control_recipe(recipe), "control", student, None, shared)
     if is_main_process():
         if not (run / "control").exists():
             copy_whole(shared / "control", run / "control")
