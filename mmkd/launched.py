@@ -12,8 +12,6 @@ from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
-from mmkd.data.samples import DataError
-
 logger = logging.getLogger(__name__)
 
 
@@ -55,9 +53,9 @@ def alone_in(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         if not wait or world_size() > 1:
-            raise DataError(
-                f"another run is writing {what} in {folder}; wait until it has ended, or stop it"
-            ) from error
+            from mmkd.data.samples import DataError  # reads pictures: too heavy for `mmkd --help`
+
+            raise DataError(f"another run is writing {what} in {folder}; wait until it has ended, or stop it") from error
         logger.info("waiting for another run that writes %s in %s", what, folder)
         lock.acquire()
     try:

@@ -7,10 +7,11 @@
 
 Every process takes its share of a batch (teacher's pass, student's forward and backward pass, AdamW) in two ways, which take
 turns: `alone`, without a word to the others, and `together`, with the counts and the gradients (FSDP2, ZeRO: weights too)
-exchanged. Both ways keep all processes busy at once and start together, so their ratio is the price of communication and of
-waiting for one another's gradients. A round's time is that of its slowest process; medians over rounds. Gloo on CPUs, NCCL on
-GPUs. On CPUs a profiled step per round also gives the time between the start and the end of each exchange, in the process where
-it was shortest: the one that came last waits for nobody. Exchanges that overlap count once.
+exchanged. For FSDP2 a third way, `engine`, has each process shard among itself alone: what FSDP2 does beside communication. All
+ways keep all processes busy at once and start together, so their ratios are the price of communication and of waiting for one
+another's gradients. A round's time is that of its slowest process; medians over rounds. Gloo on CPUs, NCCL on GPUs. On CPUs a
+profiled step per round also gives the time between the start and the end of each exchange, in the process where it was
+shortest: the one that came last waits for nobody. Exchanges that overlap count once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from step import CASES, PRESETS, batch_of, tower  # noqa: E402
+from torch.distributed.device_mesh import DeviceMesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
@@ -85,6 +87,9 @@ def work(options: argparse.Namespace) -> None:
     together = Distiller(copy.deepcopy(student), teacher, terms).train()
     make = deepspeed_stepper if options.engine.startswith("zero") else wrapped_stepper
     runs = {"alone": stepper(alone, batch, 1), "together": make(options, together, batch)}
+    if options.engine.startswith("fsdp2"):
+        among_itself = Distiller(copy.deepcopy(student), teacher, terms).train()
+        runs["engine"] = stepper(sharded(options, among_itself, own_mesh(device)), batch, 1)
     seconds = race(runs, options.rounds, device)
     exchanged = exchanges(runs["together"]) if device.type == "cpu" else []
     if dist.get_rank() == 0:
@@ -105,9 +110,20 @@ def wrapped_stepper(options: argparse.Namespace, model: Distiller, batch: Batch)
     """As accelerate wraps it with scripts/launch/ddp.yaml, fsdp2.yaml or fsdp2_kept.yaml."""
     if options.engine == "ddp":
         return stepper(DistributedDataParallel(model), batch, options.processes)
+    return stepper(sharded(options, model, None), batch, options.processes)
+
+
+def sharded(options: argparse.Namespace, model: Distiller, mesh: DeviceMesh | None) -> Distiller:
+    """FSDP2 over the processes of a mesh, or all."""
     for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
-        fully_shard(module, reshard_after_forward=options.engine == "fsdp2")
-    return stepper(fully_shard(model), batch, options.processes)
+        fully_shard(module, mesh=mesh, reshard_after_forward=options.engine == "fsdp2")
+    return fully_shard(model, mesh=mesh)
+
+
+def own_mesh(device: torch.device) -> DeviceMesh:
+    """This process alone."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]  # every process makes all of them
+    return DeviceMesh.from_group(groups[dist.get_rank()], device.type)
 
 
 def deepspeed_stepper(options: argparse.Namespace, model: Distiller, batch: Batch) -> Callable[[], None]:
@@ -208,6 +224,10 @@ def report(
     for name, times in seconds.items():
         print(f"{name:<10}{1000 * statistics.median(times):>9.1f} ms  ({1000 * min(times):.1f} - {1000 * max(times):.1f})")
     print(f"together / alone: {found['together / alone']:.3f}; median of rounds {found['median ratio']:.3f}")
+    if "engine" in seconds:
+        beyond = [b / a for a, b in zip(seconds["engine"], seconds["together"], strict=True)]
+        found["together / engine"] = found["seconds"]["together"] / found["seconds"]["engine"]
+        print(f"together / engine: {found['together / engine']:.3f}; median of rounds {statistics.median(beyond):.3f}")
     if exchanged:
         number, pure, waited = (statistics.median(column) for column in zip(*exchanged, strict=True))
         part = pure / found["seconds"]["together"]
