@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
 from jinja2 import Environment, PackageLoader
 from pydantic import Field, model_validator
 
@@ -23,7 +21,7 @@ from mmkd.distill.run import distill, evaluate_all
 from mmkd.distill.seeds import spread
 from mmkd.distill.stages import load_teacher
 from mmkd.files import write_whole
-from mmkd.launched import is_main_process, world_size
+from mmkd.launched import claimed, is_main_process, world_size
 from mmkd.recipe import Recipe, RecipeError, Strict, read_raw, validate
 
 logger = logging.getLogger(__name__)
@@ -156,23 +154,9 @@ def ablate(grid: Grid, runs: list[Run], name: str = "ablation") -> dict[str, Any
     return result
 
 
-@contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Whether this process may work on a run; the claim ends with the process, however that ends."""
-    if world_size() > 1:  # the processes of one launch work on a run together
-        yield True
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+def _claimed(folder: Path) -> AbstractContextManager[bool]:
+    """Whether this process may work on a run; the processes of one launch work on it together."""
+    return nullcontext(True) if world_size() > 1 else claimed(folder.with_suffix(".lock"))
 
 
 def _score_teacher(folder: Path, recipe: Recipe) -> None:

@@ -39,29 +39,42 @@ def wait_for_all() -> None:
 
 
 @contextmanager
+def claimed(lock: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process holds the lock, a file, or another does; the claim ends with the process, however that ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    claim = FileLock(lock)
+    try:
+        claim.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.release()
+
+
+@contextmanager
 def alone_in(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """While this run, of one process or several, is the only one that writes to `folder`. The claim ends with the process.
+    """While this run, of one process or several, is the only one that writes to `folder`.
 
     Another run's claim is waited for where `wait` says so and nobody waits for this process. Raises DataError otherwise.
     """
     if not is_main_process():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        if not wait or world_size() > 1:
-            from mmkd.data.samples import DataError  # reads pictures: too heavy for `mmkd --help`
+    lock = folder / ".lock"
+    with claimed(lock) as mine:
+        if mine:
+            yield
+            return
+    if not wait or world_size() > 1:
+        from mmkd.data.samples import DataError  # reads pictures: too heavy for `mmkd --help`
 
-            raise DataError(f"another run is writing {what} in {folder}; wait until it has ended, or stop it") from error
-        logger.info("waiting for another run that writes %s in %s", what, folder)
-        lock.acquire()
-    try:
+        raise DataError(f"another run is writing {what} in {folder}; wait until it has ended, or stop it")
+    logger.info("waiting for another run that writes %s in %s", what, folder)
+    with claimed(lock, wait=True):
         yield
-    finally:
-        lock.release()
 
 
 def end_process(code: int) -> NoReturn:

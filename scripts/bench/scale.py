@@ -10,7 +10,7 @@ turns: `alone`, without a word to the others, and `together`, with the counts an
 exchanged. For FSDP2 a third way, `engine`, has each process shard among itself alone: what FSDP2 does beside communication. All
 ways keep all processes busy at once and start together, so their ratios are the price of communication and of waiting for one
 another's gradients. A round's time is that of its slowest process; medians over rounds. Gloo on CPUs, NCCL on GPUs. On CPUs a
-profiled step per round also gives the time between the start and the end of each exchange, in the process where it was
+few profiled steps also give the time between the start and the end of each exchange, in the process where it was
 shortest: the one that came last waits for nobody. Exchanges that overlap count once.
 """
 

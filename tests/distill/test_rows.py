@@ -181,7 +181,7 @@ def test_devices_whose_products_of_halves_end_in_float32(dtype, loss, monkeypatc
         rounded_only(make(dtype, trained=True, **options), [RowTerm("x", 1.0, loss, True)], 2.0, chunk_bytes=100 * V)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", HALF)
 def test_products_of_halves_on_cuda(dtype):
     generator = torch.Generator().manual_seed(0)
