@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.ablation import load_grid
-from mmkd.cards import list_cards
+from mmkd.base.cards import list_cards
 from mmkd.evaluation.benchmarks import load_benchmark, readme
-from mmkd.ranking_recipe import load_ranking_recipe
-from mmkd.recipe import load_recipe, read_raw
+from mmkd.recipes.recipe import load_recipe, read_raw
+from mmkd.retrieval.recipe import load_ranking_recipe
+from mmkd.runs.ablation import load_grid
 from mmkd.towers.tower import Tower
 
 ROOT = Path(__file__).resolve().parents[1]

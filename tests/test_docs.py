@@ -12,8 +12,8 @@ import torch
 import yaml
 from tiny import tiny_samples
 
-from mmkd.distill.stages import build_student
-from mmkd.recipe import Recipe
+from mmkd.recipes.recipe import Recipe
+from mmkd.runs.stages import build_student
 from mmkd.testing import check_tower
 from mmkd.towers import encoders
 

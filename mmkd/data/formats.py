@@ -33,6 +33,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmkd.base.startup import uncollected
 from mmkd.data.annotations import Row as _Row
 from mmkd.data.annotations import as_list as _list
 from mmkd.data.annotations import kind as _kind
@@ -42,7 +43,6 @@ from mmkd.data.annotations import rows as _rows
 from mmkd.data.annotations import shown
 from mmkd.data.samples import IMAGE_MARKER, DataError, ImageRef, Question, Sample, Turn
 from mmkd.data.scenes import things_of_caption
-from mmkd.startup import uncollected
 
 TARGETS = ("first", "majority", "sampled")
 MAX_CHOICES = 26  # one letter each

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mmkd.cards import list_cards, load_card
+from mmkd.base.cards import list_cards, load_card
+from mmkd.base.startup import uncollected
 from mmkd.data.formats import read_conversations, read_questions
 from mmkd.data.preference import read_preferences
 from mmkd.data.prompts import render
 from mmkd.data.samples import DataError, Sample
 from mmkd.data.stream import STREAMS, Stream, open_stream
-from mmkd.startup import uncollected
 
 
 class DataCard(BaseModel):

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmkd.base.files import write_whole
 from mmkd.data.annotations import one_line, shown
 from mmkd.data.prompts import letter_of
 from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
@@ -28,7 +29,6 @@ from mmkd.evaluation.particulars import LENIENT, particulars
 from mmkd.evaluation.processes import ALONE, Processes
 from mmkd.evaluation.scorers import METRICS, references_of
 from mmkd.evaluation.submission import submission_file, write_submission
-from mmkd.files import write_whole
 from mmkd.towers.vision_cache import DEFAULT_CACHE_BYTES, VisionCache
 
 PREDICTIONS = "predictions.jsonl"

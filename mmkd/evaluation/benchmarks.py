@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mmkd.cards import did_you_mean, list_cards, load_card
+from mmkd.base.cards import did_you_mean, list_cards, load_card
 from mmkd.data.formats import read_questions, subset
 from mmkd.data.prompts import LETTER_INSTRUCTION, SHORT_INSTRUCTION, letter_of, render
 from mmkd.data.samples import DataError, Question, Sample
@@ -19,7 +19,7 @@ from mmkd.evaluation.submission import SUBMISSIONS
 
 KIND = "evaluation"
 SUITES = "suites/"  # cards below are suites, see mmkd.evaluation.suites
-RETRIEVAL = "retrieval/"  # cards below are for dual encoders, see mmkd.evaluation.retrieve
+RETRIEVAL = "retrieval/"  # cards below are for dual encoders, see mmkd.retrieval.evaluate
 OWN_FORMATS = ("scienceqa", "textvqa", "easy_vqa", "jsonl")
 
 
@@ -236,7 +236,7 @@ recall at 1, 5 and 10 both ways.
 
 def retrieval_table() -> str:
     """The retrieval cards of this project as a Markdown table."""
-    from mmkd.evaluation.retrieve import load_retrieval, retrieval_names
+    from mmkd.retrieval.evaluate import load_retrieval, retrieval_names
 
     cards = [load_retrieval(name) for name in retrieval_names()]
     return RETRIEVAL_HEAD + "".join(

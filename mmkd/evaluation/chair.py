@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mmkd.cards import read_yaml
+from mmkd.base.cards import read_yaml
 from mmkd.data.samples import DataError
 
 NO_OBJECT = "(no COCO object)"  # the reference of a picture without any

@@ -7,14 +7,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mmkd.base.startup import list_models_once, quick_imports
 from mmkd.data.samples import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, Answerer, evaluate, refuse_unscored, write_object
 from mmkd.evaluation.benchmarks import RETRIEVAL, Benchmark, load_benchmark
 from mmkd.evaluation.compare import modality_importance, read_predictions
 from mmkd.evaluation.processes import Processes
-from mmkd.evaluation.retrieve import evaluate_retrieval, load_retrieval, retrieval_line, retrieval_names
 from mmkd.evaluation.suites import average, load_suite, server_scores, suite_table, write_suite
-from mmkd.startup import list_models_once, quick_imports
+from mmkd.retrieval.evaluate import evaluate_retrieval, load_retrieval, retrieval_line, retrieval_names
 
 RETRIEVAL_LACKS = ("blind", "importance", "submission", "quantise", "server-scores")
 BLIND = "_blind"  # ending of the folder of answers without pictures
@@ -74,7 +74,7 @@ def _evaluate_retrieval(names: list[str], retrieval: list[str], arguments: argpa
     for card in cards:
         card.read(arguments.data_root, arguments.limit)
     with quick_imports():
-        from mmkd.towers.dual import load_dual
+        from mmkd.retrieval.dual import load_dual
         from mmkd.towers.loading import device_of_process, dtype_of
 
     model = load_dual(arguments.model, dtype=dtype_of(arguments.dtype), trust_remote_code=arguments.trust_remote_code)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from mmkd.launched import world_size
+from mmkd.base.distributed import world_size
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmkd.cards import load_card
+from mmkd.base.cards import load_card
 from mmkd.data.samples import DataError
 from mmkd.evaluation.benchmarks import Benchmark, ReferenceScore, load_benchmark
 

@@ -179,7 +179,7 @@ class Tower:
 
     def save(self, folder: str | Path) -> None:
         """Writes model (safetensors), processor, chat template and generation config: a plain transformers folder."""
-        from mmkd.export import merged
+        from mmkd.towers.export import merged
 
         with merged(self.model) as model:
             model.save_pretrained(folder)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from mmkd.distill.cache import About, Said, ShardWriter, TeacherCache  # noqa: E402
+from mmkd.teachers.store import About, Said, ShardWriter, TeacherCache  # noqa: E402
 
 BATCH = 32
 

@@ -28,9 +28,9 @@ import step as bench
 import torch
 from loss import Peak
 
-from mmkd.distill.distiller import Distiller
-from mmkd.distill.terms import Schedule, Term
+from mmkd.terms.term import Schedule, Term
 from mmkd.towers.tower import Tower
+from mmkd.train.distiller import Distiller
 
 METHODS = ("mmkd", "gold")
 # The trainer tokenizes its data when it is made; the race gives it the batch itself.

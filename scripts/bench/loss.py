@@ -6,7 +6,7 @@
     python scripts/bench/loss.py --preset small --width 64 --teacher-width 64 --chunk-mib 0.5 --growth 1 64 8192
 
 Methods: `naive-all` makes the logits of all positions and masks the loss (what most trainers do),
-`naive-rows` gathers the response rows first, `mmkd` is `mmkd.distill.rows.row_losses` on those rows, `mmkd-compiled`
+`naive-rows` gathers the response rows first, `mmkd` is `mmkd.engine.rows.row_losses` on those rows, `mmkd-compiled`
 the same with `compiled=True` (the compilation is left out of time and memory). Where
 they are installed and have the loss, also on those rows: `trl` (ChunkedDivergenceFunction), `liger`
 (LigerFusedLinearJSDLoss; its JSD of 0.5, and 0 and 1 for the KLs) and `torchtune` (its chunked losses; their
@@ -288,7 +288,7 @@ def naive_rows(one: dict, data: dict) -> float:
 
 
 def ours(one: dict, data: dict) -> float:
-    from mmkd.distill.rows import Head, RowTerm, row_losses
+    from mmkd.engine.rows import Head, RowTerm, row_losses
     from mmkd.losses import JSD, CrossEntropy, DBiLD, ForwardKL, ReverseKL
 
     known = {

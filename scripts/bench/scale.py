@@ -38,10 +38,10 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from mmkd.distill.collate import Batch  # noqa: E402
-from mmkd.distill.distiller import Distiller  # noqa: E402
-from mmkd.distill.terms import Schedule, Term  # noqa: E402
-from mmkd.launched import end_process  # noqa: E402
+from mmkd.base.distributed import end_process  # noqa: E402
+from mmkd.terms.term import Schedule, Term  # noqa: E402
+from mmkd.train.collate import Batch  # noqa: E402
+from mmkd.train.distiller import Distiller  # noqa: E402
 
 ENGINES = ("ddp", "fsdp2", "fsdp2_kept", "zero2", "zero3")
 PROFILED = 5  # steps whose exchanges are timed

@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = [options.recipe, *options.overrides]
     if options.recipe is None:
-        from mmkd.data.sample_set import write_sample_set
+        from mmkd.sample.sample_set import write_sample_set
 
         write_sample_set(folder / "sample", sizes={"train": options.scenes, "val": 20, "test": 20})
         command = [str(TINY), f"data_root={folder / 'sample'}"]
@@ -163,16 +163,16 @@ def start(folder: str, arguments: list[str]) -> None:
     from mmkd.cli import main as command
 
     marks = Marks(folder)
-    sys.meta_path.insert(0, MarkedImport("mmkd.recipe", lambda: marks("command"), lambda recipe: marks("imports")))
-    sys.meta_path.insert(0, MarkedImport("mmkd.distill.terms", lambda: marks("recipe"), lambda terms: marks("imports")))
-    sys.meta_path.insert(0, MarkedImport("mmkd.distill.run", lambda: marks("recipe"), lambda run: mark_functions(run, marks)))
+    sys.meta_path.insert(0, MarkedImport("mmkd.recipes.recipe", lambda: marks("command"), lambda recipe: marks("imports")))
+    sys.meta_path.insert(0, MarkedImport("mmkd.terms.term", lambda: marks("recipe"), lambda terms: marks("imports")))
+    sys.meta_path.insert(0, MarkedImport("mmkd.runs.run", lambda: marks("recipe"), lambda run: mark_functions(run, marks)))
     sys.exit(command(["distill", *arguments]))
 
 
 def mark_functions(run: Any, marks: Marks) -> None:
     from transformers import TrainerCallback
 
-    from mmkd.distill import stages
+    from mmkd.runs import stages
 
     marks("imports")
     run.check_answers = marked(run.check_answers, marks, "data")

@@ -34,16 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.distill.cache import Said
-from mmkd.distill.caching import Plan, said_of
-from mmkd.distill.collate import Batch, Collator, PairDataset
-from mmkd.distill.distiller import Distiller, head_of
-from mmkd.distill.rows import RowTerm, row_losses
-from mmkd.distill.terms import Schedule, Term
+from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.losses import DBiLD
+from mmkd.runs.write_cache import Plan, said_of
+from mmkd.teachers.store import Said
+from mmkd.terms.term import Schedule, Term
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower
+from mmkd.train.collate import Batch, Collator, PairDataset
+from mmkd.train.distiller import Distiller, head_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from tiny import tiny_samples

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.cards import list_cards, load_card
-from mmkd.data.sample_set import write_sample_set
+from mmkd.base.cards import list_cards, load_card
 from mmkd.data.samples import DataError
 from mmkd.data.sources import DataCard, read_samples, readme
-from mmkd.recipe import DataSpec
+from mmkd.recipes.recipe import DataSpec
+from mmkd.sample.sample_set import write_sample_set
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 
 from mmkd.data.samples import DataError, ImageError
 from mmkd.data.sources import read_samples, stream_of
-from mmkd.distill.collate import PairDataset
-from mmkd.distill.stages import build_student, load_teacher, terms_of, train
-from mmkd.distill.streaming import StreamDataset
-from mmkd.distill.trainer import DistillTrainer
-from mmkd.recipe import DataSpec, Recipe, validate
+from mmkd.recipes.recipe import DataSpec, Recipe, validate
+from mmkd.runs.stages import build_student, load_teacher, terms_of, train
+from mmkd.train.collate import PairDataset
+from mmkd.train.streaming import StreamDataset
+from mmkd.train.trainer import DistillTrainer
 
 
 def add(shard, name, data):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.cards import card_folders, did_you_mean, find_card, list_cards, load_card
+from mmkd.base.cards import card_folders, did_you_mean, find_card, list_cards, load_card
 from mmkd.data.samples import DataError
 from mmkd.evaluation.benchmarks import Benchmark, load_benchmark, readme
-from mmkd.evaluation.retrieve import load_retrieval, retrieval_names
+from mmkd.retrieval.evaluate import load_retrieval, retrieval_names
 
 REPO = Path(__file__).parents[2]
 CARD = "title: t\nformat: jsonl\nroot: .\nsplit: test\nprompt_style: plain\nmetric: exact_match\n"

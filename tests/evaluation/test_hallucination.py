@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from mmkd.data.formats import read_questions
-from mmkd.data.sample_set import write_sample_set
 from mmkd.data.samples import DataError, Question
 from mmkd.data.scenes import caption, draw_scene, things_of_caption
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.hallucination import compare, hallucinated, main
 from mmkd.evaluation.results import read_results
+from mmkd.sample.sample_set import write_sample_set
 
 SHOWN = Question("q", "?", shown=("red", "circle", "blue", "white", "lake"), categories={"category": "sign color"})
 

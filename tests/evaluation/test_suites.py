@@ -9,7 +9,7 @@ import pytest
 from layouts import CARDS
 from tiny import tiny_tower
 
-from mmkd.cards import list_cards
+from mmkd.base.cards import list_cards
 from mmkd.cli import main
 from mmkd.data.samples import DataError
 from mmkd.evaluation.benchmarks import SUITES, load_benchmark

@@ -2,7 +2,7 @@
 
 import torch
 
-from mmkd.distill.rows import Head, RowTerm, row_losses
+from mmkd.engine.rows import Head, RowTerm, row_losses
 from mmkd.losses import forward_kl
 from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 

@@ -5,13 +5,13 @@ import torch
 from tiny import language_config, tiny_family, tiny_samples, tiny_tokenizer, tiny_tower
 from torch import nn
 
-from mmkd.distill.collate import Collator, PairDataset
-from mmkd.distill.distiller import Distiller
-from mmkd.distill.stages import load_teacher, set_trainable
-from mmkd.distill.terms import Schedule, Term
-from mmkd.recipe import Recipe, StageSpec, TeacherSpec
+from mmkd.recipes.recipe import Recipe, StageSpec, TeacherSpec
+from mmkd.runs.stages import load_teacher, set_trainable
+from mmkd.terms.term import Schedule, Term
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import TowerError
+from mmkd.train.collate import Collator, PairDataset
+from mmkd.train.distiller import Distiller
 
 TOKENIZER = tiny_tokenizer()
 SWITCH = Term("vsd", "dbild", Schedule(1.0, 1.0), path="switch")

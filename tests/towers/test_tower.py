@@ -23,8 +23,8 @@ from tiny import (
 from tokenizers import processors
 
 from mmkd.data.samples import DataError, ImageError, Sample, Turn
-from mmkd.distill.stages import add_lora
-from mmkd.recipe import LoraSpec
+from mmkd.recipes.recipe import LoraSpec
+from mmkd.runs.stages import add_lora
 from mmkd.testing import check_tower
 from mmkd.towers.tower import IGNORE, Tower, TowerError
 

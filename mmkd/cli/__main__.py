@@ -1,0 +1,5 @@
+"""`python -m mmkd.cli`, which launchers start."""
+
+from mmkd.cli import run
+
+run()

@@ -1,0 +1,33 @@
+"""Small random shifts and scalings of pictures that are prepared already, a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def augmented(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Pictures as a model in training sees them: by its `augment` (mmkd.retrieval.recipe.AugmentSpec), or as they are."""
+    if model.augment is None or not model.training:
+        return inputs
+    spec = model.augment
+    return {k: shift_and_scale(v, spec.shift, spec.scale) if v.dim() == 4 else v for k, v in inputs.items()}
+
+
+def shift_and_scale(pixels: Tensor, shift: float, scale: float) -> Tensor:
+    """Moves each picture by up to `shift` of its sides and scales it by a factor in 1 - scale ... 1 + scale. [n, 3, H, W]
+
+    What comes into view repeats the border. Drawn from torch's generator of the CPU, whatever the device.
+    """
+    count = len(pixels)
+    factors = 1 + scale * (2 * torch.rand(count) - 1)  # [n]
+    moves = 2 * shift * (2 * torch.rand(count, 2) - 1)  # [n, 2]; grid_sample's picture is 2 wide
+    maps = torch.zeros(count, 2, 3)
+    maps[:, 0, 0] = maps[:, 1, 1] = 1 / factors
+    maps[:, :, 2] = moves
+    maps = maps.to(pixels.device, pixels.dtype)
+    grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,342 @@
+"""Cross-encoders: models that read a picture and a text together and say how likely they match.
+
+Three kinds. `ItmEncoder` is BLIP's image-text-matching head (transformers' `BlipForImageTextRetrieval`), `FusionEncoder` a small
+one of our own over any vision and text encoder; `load_matching` tells these two by their folder. `PromptedTower` asks any
+vision-language tower whether the text fits and compares its answers "yes" and "no". All give log-odds, with gradient; the score
+of CPRD is their sigmoid, a probability.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmkd.data.samples import ImageRef, Sample, Turn
+from mmkd.retrieval.dual import text_length, weights_fingerprint
+from mmkd.retrieval.pairs import PairSet
+from mmkd.towers.tower import Tower, TowerError
+
+logger = logging.getLogger(__name__)
+
+QUESTION = "Does the picture show: {text}? Answer yes or no."
+TABLE_ENTRIES = 64 * 2**20  # scores of all pairs are kept up to so many (256 MiB)
+
+
+class CrossEncoder(ABC):
+    """Scores pairs of pictures and texts."""
+
+    model: nn.Module
+
+    @abstractmethod
+    def see(self, images: Sequence[ImageRef]) -> Sequence[Tensor]:
+        """What the pictures look like to this model, one entry a picture; it is computed once for all texts."""
+
+    @abstractmethod
+    def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        """Log-odds that picture i (`seen[i]`, from `see`) and text i match. [P]"""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of all that the scores depend on besides picture and text."""
+
+    def freeze(self) -> CrossEncoder:
+        """As a teacher: evaluation mode, no gradient to its parameters."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+        return self
+
+    def parameter_count(self) -> dict[str, int]:
+        total = sum(p.numel() for p in self.model.parameters())
+        return {"total": total, "active": total}
+
+    @torch.no_grad()
+    def scores(self, images: Sequence[ImageRef], texts: Sequence[str], pairs: Tensor, *, batch_size: int = 256) -> Tensor:
+        """Probability of a match, for `pairs` [P, 2] of a picture's and a text's number; float32 on the CPU. [P]
+
+        Pairs with texts of like length are scored together, since the rest of a batch is padded.
+        """
+        numbers = pairs[:, 0].unique().tolist()
+        pictures = [images[n] for n in numbers]
+        seen: dict[int, Tensor] = {}
+        for start in range(0, len(numbers), batch_size):
+            part = slice(start, start + batch_size)
+            seen |= dict(zip(numbers[part], self.see(pictures[part]), strict=True))
+        rows = pairs.tolist()
+        order = sorted(range(len(rows)), key=lambda i: len(texts[rows[i][1]]))
+        scores = torch.empty(len(rows))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            chunk = [rows[i] for i in chosen]
+            odds = self.log_odds([images[i] for i, _ in chunk], [seen[i] for i, _ in chunk], [texts[t] for _, t in chunk])
+            scores[chosen] = odds.float().sigmoid().cpu()
+        return scores
+
+
+class MatchingEncoder(CrossEncoder):
+    """A cross-encoder with unimodal embeddings and a matching head, which can be trained (mmkd.retrieval.matching)."""
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.model, self.processor = model, processor
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens of a text that the model reads at most."""
+
+    @abstractmethod
+    def states(self, pixels: Tensor) -> Tensor:
+        """What the vision encoder makes of pixels. [n, 3, H, W] -> [n, N, Dv]"""
+
+    @abstractmethod
+    def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """Log-odds from vision states [P, N, Dv] and the tokens of P texts. [P]"""
+
+    @abstractmethod
+    def similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """Cosines of the unimodal embeddings, pictures by texts. [B, B]"""
+
+    def save(self, folder: str | Path) -> None:
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def fingerprint(self) -> str:
+        facts = [
+            weights_fingerprint(self.model),
+            str(sorted(self.processor.tokenizer.get_vocab().items())),
+            str(self.processor.image_processor.to_dict()),
+        ]
+        return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def pixels(self, images: Sequence[ImageRef]) -> Tensor:
+        """[n, 3, H, W]"""
+        batch = self.processor.image_processor(images=[ref.load() for ref in images], return_tensors="pt")
+        return batch["pixel_values"].to(self.device, self.model.dtype)
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Token ids and mask. [n, L] each"""
+        batch = self.processor.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def see(self, images: Sequence[ImageRef]) -> Tensor:
+        return self.states(self.pixels(images))
+
+    def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        places = torch.tensor([distinct[text] for text in texts])
+        return self.match(torch.stack(list(seen)), {name: ids[places] for name, ids in self.tokens(list(distinct)).items()})
+
+
+class ItmEncoder(MatchingEncoder):
+    """BLIP's image-text-matching head: the text encoder reads the caption, attending to the picture's states.
+
+    The tokenizer's first token takes the place of BLIP's [ENC], as in transformers' own forward pass.
+    """
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype | str = "auto") -> ItmEncoder:
+        """From a folder or hub id of a `BlipForImageTextRetrieval`. Raises TowerError."""
+        from transformers import AutoProcessor, BlipForImageTextRetrieval
+
+        model, report = BlipForImageTextRetrieval.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if any(name.startswith("itm_head") for name in report["missing_keys"]):
+            raise TowerError(f"{str(folder)!r} has no image-text-matching head; use a BLIP made for retrieval (blip-itm-...)")
+        return cls(model, AutoProcessor.from_pretrained(folder))
+
+    @property
+    def length(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
+    def states(self, pixels: Tensor) -> Tensor:
+        return self.model.vision_model(pixel_values=pixels).last_hidden_state
+
+    def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        hidden = self.model.text_encoder(
+            **tokens,
+            encoder_hidden_states=states,
+            encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
+        ).last_hidden_state  # [P, L, D]
+        no, yes = self.model.itm_head(hidden[:, 0]).unbind(-1)
+        return yes - no
+
+    def similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        hidden = self.model.text_encoder(**tokens).last_hidden_state
+        images = F.normalize(self.model.vision_proj(states[:, 0]), dim=-1)
+        texts = F.normalize(self.model.text_proj(hidden[:, 0]), dim=-1)
+        return images @ texts.T
+
+
+class FusionEncoder(MatchingEncoder):
+    """A `mmkd.retrieval.fusion.FusionModel`: cross-attention on the two encoders of a dual encoder."""
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype | str = "auto") -> FusionEncoder:
+        """From a folder that `save` wrote."""
+        from transformers import VisionTextDualEncoderProcessor
+
+        from mmkd.retrieval.fusion import FusionModel
+
+        model = FusionModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return cls(model, VisionTextDualEncoderProcessor.from_pretrained(folder))
+
+    @property
+    def length(self) -> int:
+        return text_length(self.model.config.dual.text_config, self.processor.tokenizer)
+
+    def states(self, pixels: Tensor) -> Tensor:
+        return self.model.see(pixels)
+
+    def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        return self.model(states, self.model.read(tokens), tokens["attention_mask"])
+
+    def similarities(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        return self.model.embed_pictures(states) @ self.model.embed_texts(self.model.read(tokens)).T
+
+
+def load_matching(folder: str | Path, dtype: torch.dtype | str = "auto") -> MatchingEncoder:
+    """The cross-encoder with a matching head at a folder or hub id: a BLIP or a fusion model. Raises TowerError."""
+    from transformers import AutoConfig
+
+    import mmkd.retrieval.fusion  # noqa: F401  registers its configuration
+
+    kinds: dict[str, type[ItmEncoder] | type[FusionEncoder]] = {"blip": ItmEncoder, "mmkd_fusion": FusionEncoder}
+    try:
+        found = AutoConfig.from_pretrained(folder).model_type
+        if found in kinds:
+            return kinds[found].load(folder, dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, TowerError):
+            raise
+        raise TowerError(f"no cross-encoder can be loaded from {str(folder)!r}: {error}") from error
+    raise TowerError(
+        f"{str(folder)!r} is a {found!r}, not a BLIP; set teacher.kind=prompted to ask a vision-language model"
+    )
+
+
+class PromptedTower(CrossEncoder):
+    """A vision-language tower as a cross-encoder: P("yes") of a matching question.
+
+    The question, with the text in it, and each of the two answers are prepared as a training sample would be: the tower's own
+    template, the answer with its end token. With `log p(answer)` the sum over the answer's tokens, the log-odds are
+    `log p(yes) - log p(no)`, so the score is p(yes) among the two answers, whatever else the model might say.
+    """
+
+    def __init__(self, tower: Tower, question: str = QUESTION, yes: str = "yes", no: str = "no"):
+        if "{text}" not in question:
+            raise TowerError(f"the matching question {question!r} has no place for the text; write {{text}} in it")
+        self.tower, self.question, self.answers = tower, question, (yes, no)
+        self.model = tower.model
+
+    def fingerprint(self) -> str:
+        facts = "\n".join([self.tower.fingerprint(), self.question, *self.answers])
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def see(self, images: Sequence[ImageRef]) -> list[Tensor]:
+        samples = [Sample(ref.key, (ref,), (Turn("user", "", 1),)) for ref in images]
+        encoded = [self.tower.encode(sample, with_answer=False) for sample in samples]
+        tokens = iter(self.tower.see(self.tower.collate(encoded).to(self.tower.device)).tokens)
+        return [self._of_one(tokens, self.tower.visual_count(one)) for one in encoded]
+
+    @staticmethod
+    def _of_one(tokens: Any, count: int) -> Tensor:
+        """A picture's visual tokens [count, D]; some families cut a picture up and give several entries."""
+        parts: list[Tensor] = []
+        while sum(map(len, parts)) < count:
+            parts.append(next(tokens))
+        return torch.cat(parts)
+
+    def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        yes, no = (self._log_probability(images, seen, texts, answer) for answer in self.answers)
+        return yes - no
+
+    def _log_probability(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str], answer: str) -> Tensor:
+        """Log-probability of an answer with its end token. [P]"""
+        samples = []
+        for ref, text in zip(images, texts, strict=True):
+            turns = (Turn("user", self.question.replace("{text}", text), 1), Turn("assistant", answer))
+            samples.append(Sample(f"{ref.key} {text}", (ref,), turns))
+        inputs = self.tower.prepare(samples).to(self.tower.device)
+        hidden = self.tower.read(inputs, list(seen))  # [P, L, D]
+        rows = inputs.response  # [P, L]
+        log_p = self._logits(hidden[rows]).log_softmax(-1)  # [R, V]
+        chosen = log_p.gather(-1, inputs.targets[rows][:, None])[:, 0]  # [R]
+        owner = rows.nonzero()[:, 0]  # [R]
+        return chosen.new_zeros(len(samples)).index_add(0, owner, chosen)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The tower's logits in float32, over the tokens that its tokenizer knows. [R, V]"""
+        scale, cap = self.tower.logit_rule
+        logits = self.tower.head(hidden)[:, : self.tower.vocabulary].float() * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class ScoreTable:
+    """A teacher's scores over the pairs of one data set: computed when they are first asked for, then kept.
+
+    They are kept in memory and, with `folder`, in a file whose name says what they depend on: the teacher, the pictures' bytes,
+    the texts. Data sets of more than TABLE_ENTRIES pairs are scored afresh each time.
+    """
+
+    def __init__(self, teacher: CrossEncoder, pairs: PairSet, folder: Path | None = None, batch_size: int = 256):
+        self.teacher, self.pairs, self.batch_size = teacher, pairs, batch_size
+        self.computed = 0  # pairs that the teacher has scored for this table
+        shape = (len(pairs.images), len(pairs.texts))
+        self._table = torch.full(shape, torch.nan) if shape[0] * shape[1] <= TABLE_ENTRIES else None
+        self._path = folder / f"{self._key()}.safetensors" if folder is not None and self._table is not None else None
+        if self._path is not None and self._path.exists():
+            from safetensors.torch import load_file
+
+            self._table = load_file(self._path)["scores"]
+
+    def _key(self) -> str:
+        digest = hashlib.blake2b(self.teacher.fingerprint().encode(), digest_size=16)
+        for ref in self.pairs.images:
+            digest.update(hashlib.blake2b(ref.read_bytes(), digest_size=16).digest())
+        digest.update("\0".join(self.pairs.texts).encode())
+        return digest.hexdigest()
+
+    def scores(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Scores of pictures and texts by number, of one shape; on the CPU."""
+        asked = torch.stack([images.flatten().cpu(), texts.flatten().cpu()], -1)  # [P, 2]
+        if self._table is None:
+            distinct, inverse = asked.unique(dim=0, return_inverse=True)
+            return self._compute(distinct)[inverse].reshape(images.shape)
+        missing = asked[self._table[asked[:, 0], asked[:, 1]].isnan()].unique(dim=0)
+        if len(missing):
+            self._table[missing[:, 0], missing[:, 1]] = self._compute(missing)
+        return self._table[asked[:, 0], asked[:, 1]].reshape(images.shape)
+
+    def all_scores(self) -> Tensor:
+        """Every picture against every text. [images, texts]"""
+        shape = (len(self.pairs.images), len(self.pairs.texts))
+        return self.scores(*torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij"))
+
+    def _compute(self, pairs: Tensor) -> Tensor:
+        self.computed += len(pairs)
+        return self.teacher.scores(self.pairs.images, self.pairs.texts, pairs, batch_size=self.batch_size)
+
+    def save(self) -> None:
+        """Keeps what is known so far for other runs."""
+        if self._path is None or not self.computed:
+            return
+        from safetensors.torch import save_file
+
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        save_file({"scores": self._table}, partial)
+        partial.replace(self._path)

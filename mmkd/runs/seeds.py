@@ -1,0 +1,83 @@
+"""The same recipe over several seeds, and what is left of a lead when the luck of one seed is taken out."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmkd.runs.run import distill
+from mmkd.base.files import write_whole
+
+# 97.5 % quantiles of Student's t by degrees of freedom; beyond the table the normal one is close enough.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def distill_seeds(recipe: Any, seeds: list[int], run: Callable[[Any], dict[str, Any]] = distill) -> dict[str, Any]:
+    """Runs the recipe once a seed, under OUTPUT/seed_N, and writes OUTPUT/seeds.json. `run` makes a recipe its summary.
+
+    Every benchmark gets the mean over seeds of each model's score and of the paired lead of student over control, with the
+    95 % interval of Student's t over seeds (the spread of training, not of questions).
+    """
+    folder = Path(recipe.output)
+    summaries = {}
+    for seed in seeds:
+        one = recipe.model_copy(update={"seed": seed, "output": str(folder / f"seed_{seed}")})
+        summaries[seed] = run(one)
+    result = over_seeds(summaries)
+    write_whole(folder / "seeds.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def over_seeds(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """{benchmark: {role: {mean, values}, student_minus_control: {mean, ci95, values}}}, and "all" for the mean of benchmarks."""
+    names = list(next(iter(summaries.values()))["benchmarks"])
+    result: dict[str, Any] = {"seeds": list(summaries), "benchmarks": {}}
+    leads: list[list[float]] = []
+    for name in names:
+        entries = [summary["benchmarks"][name] for summary in summaries.values()]
+        found: dict[str, Any] = {"n": entries[0]["n"]}
+        for role in ("teacher", "control", "student", "student_blind"):
+            if role in entries[0]:
+                found[role] = spread([e[role] for e in entries])
+        if "student_minus_control" in entries[0]:
+            values = [e["student_minus_control"]["mean"] for e in entries]
+            found["student_minus_control"] = spread(values)
+            leads.append(values)
+        result["benchmarks"][name] = found
+    if leads:
+        result["student_minus_control"] = spread([statistics.mean(values) for values in zip(*leads, strict=True)])
+    return result
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """{mean, values} and, of two values or more, ci95: the 95 % interval of Student's t."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return {"mean": mean, "values": values}
+    half = T_QUANTILES.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "ci95": [mean - half, mean + half], "values": values}
+
+
+def seeds_table(result: dict[str, Any]) -> str:
+    """The outcome over seeds for the terminal."""
+    lines = [f"{len(result['seeds'])} seeds: {', '.join(map(str, result['seeds']))}"]
+    for name, found in result["benchmarks"].items():
+        lines.append(f"{name} ({found['n']} questions)")
+        roles = [role for role in ("teacher", "control", "student", "student_blind") if role in found]
+        lines += [f"  {role:<14} {_percent(found[role])}" for role in roles]
+        if "student_minus_control" in found:
+            lines.append(f"  {'lead':<14} {_percent(found['student_minus_control'], sign='+')}")
+    if "student_minus_control" in result:
+        lines.append(f"mean lead over all benchmarks {_percent(result['student_minus_control'], sign='+')}")
+    return "\n".join(lines)
+
+
+def _percent(spread: dict[str, Any], sign: str = "") -> str:
+    text = f"{100 * spread['mean']:{sign}.1f}"
+    if "ci95" in spread:
+        text += " [" + ", ".join(f"{100 * bound:{sign}.1f}" for bound in spread["ci95"]) + "]"
+    return text + "  (" + ", ".join(f"{100 * v:{sign}.1f}" for v in spread["values"]) + ")"

@@ -1,0 +1,380 @@
+"""`mmkd cache RECIPE`: the teacher reads every sample of a recipe once, and what the terms compare with is kept.
+
+Any number of processes share the samples by RANK and WORLD_SIZE; they need not know of one another. Started again, each goes
+on with what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mmkd.data.sampler import lengths_of
+from mmkd.data.samples import DataError, ImageError, Sample
+from mmkd.teachers.store import KINDS, About, Said, ShardWriter, TeacherCache, content_key, teacher_files, text_key, with_hashes
+from mmkd.teachers.stored import positions_of, row_stages, save_body, wanted
+from mmkd.train.distiller import gathered, head_of
+from mmkd.train.guards import check_pixels
+from mmkd.train.preference import PreferenceDataset
+from mmkd.train.reference import fill_reference
+from mmkd.engine.rows import Head, row_log_probs
+from mmkd.runs.stages import build_student, load_teacher, stage_samples, terms_of
+from mmkd.train.streaming import stage_stream
+from mmkd.terms.term import rows_at
+from mmkd.base.distributed import is_main_process, rank, world_size
+from mmkd.recipes.recipe import Recipe, RecipeError
+from mmkd.towers.tower import Encoded, Tower, TowerInputs
+
+logger = logging.getLogger(__name__)
+
+PROBE = 512  # samples whose rows are counted for the forecast
+SAMPLE_BYTES, IMAGE_BYTES = 2 * 16 + 3 * 8, 16  # of a shard's index
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be kept of which samples."""
+
+    samples: list[Sample]  # of all stages, each once
+    positions: list[str]
+    features: bool
+    precision: str
+    top_k: int | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """samples, rows, bytes a row (index included), bytes of the vision features and of the head; all of a whole cache."""
+
+    samples: int
+    rows: int
+    row_bytes: float
+    feature_bytes: float
+    head_bytes: int
+
+    @property
+    def total(self) -> float:
+        return self.rows * self.row_bytes + self.feature_bytes + self.head_bytes
+
+    def __str__(self) -> str:
+        features = f", vision features {self.feature_bytes / GIB:,.3f} GiB" if self.feature_bytes else ""
+        return (
+            f"{self.samples:,} samples, about {self.rows:,} rows of {self.row_bytes:,.0f} bytes{features}, "
+            f"head {self.head_bytes / GIB:,.3f} GiB: {self.total / GIB:,.3f} GiB"
+        )
+
+
+def write_cache(
+    recipe: Recipe, folder: Path, *, top_k: int | None = None, batch_size: int = 16, workers: int = 0, forecast_only: bool = False
+) -> dict[str, Any]:
+    """Fills the cache `folder` with what a recipe's terms compare with; returns what was found and done.
+
+    top_k: keep the k likeliest tokens of each row instead of its last hidden state.
+    Raises DataError where nothing is to be cached, where `folder` holds another cache (with the differences), and where the
+    forecast does not fit the disk; GuardError where pictures do not reach the teacher.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+    plan = plan_of(recipe, top_k)
+    live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
+    check_folder(live, folder, plan)
+    teacher = load_teacher(live)
+    facts: dict[str, Any] = {"folder": str(folder)}
+    if plan.samples:
+        facts["forecast"] = forecast_of(plan, teacher)
+        logger.info("forecast: %s", facts["forecast"])
+    if forecast_only:
+        return facts
+    if plan.samples:
+        check_space(folder, facts["forecast"])
+    claim_folder(live, folder, plan, teacher)
+    if plan.samples:
+        facts |= _fill(plan, teacher, folder, batch_size, workers, recipe.guards.pixels_matter)
+    if is_main_process():  # two numbers a pair: one process does it
+        facts["pairs"] = _fill_references(live, folder, teacher, batch_size)
+    return facts
+
+
+def plan_of(recipe: Recipe, top_k: int | None) -> Plan:
+    """Raises DataError for a recipe without a teacher or whose terms compare with none."""
+    if recipe.teacher is None:
+        raise RecipeError("this recipe has no teacher whose word could be kept")
+    terms = {name: terms_of(stage.terms) for name, stage in recipe.stages.items()}
+    rows = row_stages(recipe)
+    if not rows and not any(t.is_preference for own in terms.values() for t in own):
+        raise RecipeError("no term of this recipe compares with the teacher, so there is nothing to keep")
+    switched = [f"{name}.{t.name}" for name, own in terms.items() for t in own if t.path == "switch"]
+    if switched:
+        logger.info("%s: the switched pass goes through the teacher anew in each step", ", ".join(switched))
+    streamed = [name for name in rows if stage_stream(recipe, recipe.stages[name]) is not None]
+    if streamed:
+        raise RecipeError(f"stages {', '.join(streamed)} read streams, which have no end; write their samples down to cache them")
+    of_rows = [t for name in rows for t in terms[name] if t.needs_teacher and not t.is_preference]
+    samples = {(text_key(s), tuple(i.key for i in s.images)): s for stage in rows.values() for s in stage_samples(recipe, stage)}
+    features = any(t.kind == "feature_match" for t in of_rows)
+    return Plan(list(samples.values()), sorted(positions_of(of_rows)), features, wanted(recipe)["precision"], top_k)
+
+
+# ---- forecast --------------------------------------------------------------------------------------------------------
+
+
+def forecast_of(plan: Plan, teacher: Tower) -> Forecast:
+    """Rows are counted on some samples and fitted to what is known of all: turns, characters and pictures."""
+    some = _spread(plan.samples, PROBE)
+    counted = [(sample, n) for sample in some if (n := _row_count(plan, teacher, sample)) is not None]
+    if not counted:
+        raise DataError(f"none of {len(some)} probed samples has readable pictures")
+    known, rows = [sample for sample, _ in counted], np.array([n for _, n in counted], dtype=float)
+    fit, *_ = np.linalg.lstsq(_facts(known), rows, rcond=None)
+    total = max(0.0, float((_facts(plan.samples) @ fit).sum()))
+    encoded = _encoded(teacher, known)
+    probe = Said.join(said_of(plan, teacher, encoded))
+    parts = (probe.kinds, probe.tokens, probe.scores, *probe.signal.values())
+    row = sum(t[0].numel() * t.element_size() for t in parts if len(t))
+    images = sum(len(s.images) for s in plan.samples)
+    of_image = sum(f.numel() * f.element_size() for f in probe.features) / max(1, sum(e.images for e in encoded))
+    head = 0 if plan.top_k is not None else sum(t.numel() * t.element_size() for t in teacher.head.state_dict().values())
+    index = len(plan.samples) * SAMPLE_BYTES + images * IMAGE_BYTES
+    return Forecast(len(plan.samples), round(total), row + index / max(1.0, total), images * of_image, head)
+
+
+def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    return list(samples[:: max(1, len(samples) // count)][:count])
+
+
+def _facts(samples: Sequence[Sample]) -> np.ndarray:
+    """What the number of rows follows from: [S, 5]"""
+    def of(sample: Sample) -> list[int]:
+        answers = [t.text for t in sample.turns if t.role == "assistant"]
+        others = [t.text for t in sample.turns if t.role != "assistant"]
+        return [1, len(answers), sum(map(len, answers)), sum(map(len, others)), len(sample.images)]
+
+    return np.array([of(sample) for sample in samples], dtype=float)
+
+
+def _row_count(plan: Plan, teacher: Tower, sample: Sample) -> int | None:
+    try:
+        encoded = teacher.encode(sample)
+    except ImageError:
+        return None
+    return int((rows_of(plan, teacher.collate([_without_pixels(encoded)])) != 0).sum())
+
+
+def _encoded(teacher: Tower, samples: Sequence[Sample]) -> list[Encoded]:
+    """Two of the samples, with pictures if there are any: enough for widths and dtypes."""
+    pictured = [sample for sample in samples if sample.images] or list(samples)
+    return [teacher.encode(sample) for sample in pictured[:2]]
+
+
+def _without_pixels(encoded: Encoded) -> Encoded:
+    return Encoded(encoded.id, encoded.input_ids, encoded.targets, {}, encoded.images)
+
+
+def check_space(folder: Path, forecast: Forecast) -> None:
+    """Raises DataError where the rest of the forecast is more than the disk has left."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    written = sum(path.stat().st_size for path in folder.glob("shards/*.safetensors"))
+    free = shutil.disk_usage(there).free
+    if forecast.total - written > free:
+        raise DataError(
+            f"the cache needs {forecast.total / GIB:,.1f} GiB, {written / GIB:,.1f} of it are written, but {there} has only "
+            f"{free / GIB:,.1f} GiB left; take another disk (teacher.cache=FOLDER), no terms on visual or prompt positions, or "
+            "--top-k 64"
+        )
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def about_of(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    return wanted(recipe) | {"top_k": plan.top_k, "rows": plan.positions, "features": plan.features}
+
+
+def check_folder(recipe: Recipe, folder: Path, plan: Plan) -> None:
+    """Raises DataError for a folder that holds a cache of something else, with every difference."""
+    differences = About.load(folder).differences(about_of(recipe, plan)) if (folder / "cache.json").exists() else []
+    if differences:
+        raise DataError(
+            f"{folder} is another cache:\n  " + "\n  ".join(differences) + "\nSet teacher.cache=ANOTHER_FOLDER, or delete it"
+        )
+
+
+def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> None:
+    """Writes cache.json and the teacher's body, if they are not there."""
+    if (folder / "cache.json").exists():
+        return
+    files = teacher_files(recipe.teacher.model) or {}
+    rule, vocabulary = teacher.logit_rule, min(teacher.vocabulary, teacher.head.weight.shape[0])
+    body = folder / "teacher"
+    if not body.exists():
+        partial = folder / f".teacher.{uuid.uuid4().hex[:8]}"
+        save_body(teacher, partial, with_head=plan.top_k is None)
+        try:
+            partial.rename(body)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
+    hashed = with_hashes(recipe.teacher.model, files)
+    About(
+        **about_of(recipe, plan), files=hashed, fingerprint=teacher.fingerprint(), logit_rule=list(rule), vocabulary=vocabulary
+    ).save(folder)
+
+
+# ---- filling ---------------------------------------------------------------------------------------------------------
+
+
+class _Prepared(Dataset):
+    """(key, text key, the teacher's encoding) of each sample; None where the picture cannot be read or it is known."""
+
+    def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
+        self.samples, self.teacher, self.known = samples, teacher, known
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded] | str | None:
+        sample = self.samples[index]
+        try:
+            key = content_key(sample)
+            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample))
+        except ImageError as error:
+            return str(error)
+
+
+def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: int, pixels_matter: bool) -> dict[str, Any]:
+    # Samples of like length side by side: less padding. The longest first: what does not fit the memory fails at once.
+    order = sorted(range(len(plan.samples)), key=lambda i: lengths_of(plan.samples[i : i + 1])[0], reverse=True)
+    mine = [plan.samples[i] for i in order[rank() :: world_size()]]
+    prepared = _Prepared(mine, teacher, TeacherCache(folder))
+    loader = DataLoader(prepared, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    writer = ShardWriter(folder, rank())
+    done = unreadable = 0
+    checked = not pixels_matter
+    with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
+        for items in loader:
+            new = {item[0]: item for item in items if isinstance(item, tuple)}
+            unreadable += _log_unreadable(items)
+            if new:
+                keys, texts, encoded = zip(*new.values(), strict=True)
+                checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
+                for key, text, said in zip(keys, texts, said_of(plan, teacher, encoded), strict=True):
+                    writer.add(key, text, said)
+            done += len(new)
+            bar.update(len(items))
+    writer.close()
+    return {"samples": len(mine), "read": done, "unreadable": unreadable, "rows": writer.rows, "bytes": writer.bytes}
+
+
+def _log_unreadable(items: Sequence[Any]) -> int:
+    wrong = [item for item in items if isinstance(item, str)]
+    for message in wrong:
+        logger.warning("left out: %s", message)
+    return len(wrong)
+
+
+def rows_of(plan: Plan, inputs: TowerInputs) -> Tensor:
+    """Bits of the kinds that are kept, 0 for a row of none of them. [B, L] uint8"""
+    kinds = torch.zeros_like(inputs.input_ids, dtype=torch.uint8)
+    for name in plan.positions:
+        kinds |= rows_at(inputs, name).to(torch.uint8) * KINDS[name]
+    return kinds
+
+
+def said_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[Said]:
+    """What the teacher says of some samples, one entry each."""
+    inputs = teacher.collate(encoded)
+    kinds = rows_of(plan, inputs)  # [B, L]
+    where = kinds != 0
+    tokens = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]  # [N]
+    response = inputs.response[where]  # [N]
+    there = inputs.to(teacher.device)
+    half = plan.precision == "bfloat16"
+    with torch.inference_mode(), torch.autocast(teacher.device.type, torch.bfloat16) if half else nullcontext():
+        seen = teacher.see(there)
+        hidden = gathered(teacher.read(there, seen), where)  # [N, D]
+    with torch.no_grad():
+        head, vocabulary = head_of(teacher), min(teacher.vocabulary, teacher.head.weight.shape[0])
+        scores = torch.zeros(len(tokens))
+        scores[response] = row_log_probs(
+            hidden[response.to(hidden.device)], head, tokens[response].to(hidden.device), vocabulary=vocabulary
+        ).float().cpu()
+        signal = {"hidden": hidden} if plan.top_k is None else top_rows(hidden, head, vocabulary, plan.top_k)
+    signal = {name: tensor.cpu() for name, tensor in signal.items()}
+    return _by_sample(plan, inputs, where, Said(kinds[where], tokens.int(), scores, signal, []), [f.cpu() for f in seen.features])
+
+
+def _by_sample(plan: Plan, inputs: TowerInputs, where: Tensor, said: Said, features: list[Tensor]) -> list[Said]:
+    found, row, image = [], 0, 0
+    for count, visual, images in zip(where.sum(1).tolist(), inputs.visual.sum(1).tolist(), inputs.images, strict=True):
+        rows = slice(row, row + count)
+        per_image = [visual // images] * images if images and "visual" in plan.positions else []
+        own = features[image : image + images] if plan.features else []
+        signal = {name: tensor[rows] for name, tensor in said.signal.items()}
+        found.append(Said(said.kinds[rows], said.tokens[rows], said.scores[rows], signal, per_image, own))
+        row, image = row + count, image + images
+    return found
+
+
+def top_rows(hidden: Tensor, head: Head, vocabulary: int, k: int, chunk_rows: int = 64) -> dict[str, Tensor]:
+    """The k likeliest tokens of each row [N, D], their log-probabilities, and the log of what all others have together.
+
+    The normaliser runs over `vocabulary` columns. Raises DataError for a k that is not below it.
+    """
+    if not 0 < k < vocabulary:
+        raise DataError(f"top_k is {k}; it must be above 0 and below the vocabulary, {vocabulary}")
+    found: dict[str, list[Tensor]] = {"ids": [], "log_probs": [], "tail": []}
+    for rows in hidden.split(chunk_rows):
+        logits = (rows.to(head.weight.dtype) @ head.weight[:vocabulary].T).float()  # [n, V]
+        logits = (logits if head.bias is None else logits + head.bias[:vocabulary]) * head.scale
+        logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        log_p = logits.log_softmax(-1)
+        top = log_p.topk(k, -1)
+        found["ids"].append(top.indices.int())
+        found["log_probs"].append(top.values.half())
+        found["tail"].append(log_p.scatter(-1, top.indices, -torch.inf).logsumexp(-1))
+    empty = {"ids": (0, k), "log_probs": (0, k), "tail": (0,)}
+    return {name: torch.cat(parts) if parts else torch.zeros(empty[name]) for name, parts in found.items()}
+
+
+def _fill_references(recipe: Recipe, folder: Path, teacher: Tower, batch_size: int) -> int:
+    """Log-probabilities of the preference stages' pairs; returns how many the teacher read."""
+    read = 0
+    for stage in recipe.stages.values():
+        terms = terms_of(stage.terms)
+        if not any(t.is_preference for t in terms):
+            continue
+        samples = stage_samples(recipe, stage)
+        student = build_student(recipe, teacher, [t.text for s in samples for t in s.turns])
+        pairs = PreferenceDataset(samples, student, None, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)))
+        read += fill_reference(
+            pairs, teacher, folder / "references", batch_size=batch_size, chunk_bytes=recipe.chunk_bytes,
+            pixels_matter=recipe.guards.pixels_matter,
+        )
+    return read
+
+
+def describe(facts: dict[str, Any], recipe_path: str) -> str:
+    """What was done, for the terminal."""
+    if "read" not in facts and not is_main_process():
+        return ""
+    lines = []
+    if "read" in facts:
+        lines.append(
+            f"{facts['read']:,} of {facts['samples']:,} samples were read, the others were there; wrote {facts['rows']:,} rows, "
+            f"{facts['bytes']:,} bytes" + (f"; {facts['unreadable']:,} pictures cannot be read" if facts["unreadable"] else "")
+        )
+    if facts.get("pairs"):
+        lines.append(f"{facts['pairs']:,} preference pairs")
+    return "\n".join([*lines, f"use it: mmkd distill {recipe_path} teacher.cache={facts['folder']}"])

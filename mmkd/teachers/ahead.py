@@ -1,0 +1,85 @@
+"""The teacher's pass over the next micro-batch, begun before the student works on this one.
+
+On CUDA it runs on a stream of its own: a large teacher's kernels fill the device while the host still hands out the many small
+ones of a tiny student. Elsewhere the passes come one after another, in this order. The price is memory: the teacher's
+activations stand beside the student's, and what it says of one more micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmkd.towers.tower import Seen
+
+if TYPE_CHECKING:
+    from mmkd.train.collate import Batch
+    from mmkd.train.distiller import Distiller
+
+
+@dataclass
+class TeacherPass:
+    """What the teacher made of a batch."""
+
+    seen: Seen
+    hidden: Tensor | None  # [B, L, Dt]; None where terms compare vision features only
+    shared: bool  # whether the features are the student's too
+
+
+class Ahead:
+    """Gives micro-batches on the device with the teacher's pass over them."""
+
+    def __init__(self, distiller: Distiller, device: torch.device, half: bool):
+        """half: whether the pass is under bfloat16 autocast, as the step is."""
+        self.distiller, self.device, self.half = distiller, device, half
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._begun: tuple[Batch, Batch] | None = None  # as it came from the loader, and with the pass
+
+    def take(self, batch: Batch, following: Batch | None) -> Batch:
+        """The batch with the teacher's pass over it, done or under way, after that over the `following` one has begun."""
+        begun, self._begun = self._begun, None
+        ready = begun[1] if begun is not None and begun[0] is batch else self._begin(batch)
+        if self.stream is not None:
+            own = torch.cuda.current_stream(self.device)
+            own.wait_stream(self.stream)
+            for tensor in tensors_of(ready):
+                if tensor.is_cuda:
+                    tensor.record_stream(own)  # its memory is not given away before this stream is done with it
+        if following is not None:
+            self._begun = (following, self._begin(following))
+        return ready
+
+    def _begin(self, batch: Batch) -> Batch:
+        with self._aside():
+            moved = batch.to(self.device, non_blocking=True)
+            with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
+                return replace(moved, ahead=self.distiller.teacher_pass(moved))
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # never more than a step before the student
+        with torch.cuda.stream(self.stream):
+            yield
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors within dataclasses, dicts and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)

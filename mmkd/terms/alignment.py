@@ -1,0 +1,239 @@
+"""Teacher and student with different tokenizers: which of their answer tokens stand for the same bytes.
+
+Both towers prepare the same sample by their own tokenizer. The bytes of their answers are compared, and cut where both have a
+border between tokens: each piece is a span of one or more tokens of each. Ids of one tokenizer never reach the other model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from mmkd.engine.rows import Head
+from mmkd.losses.numerics import exact
+from mmkd.losses.spans import span_events, spans
+from mmkd.towers.tower import Tower, TowerError
+
+logger = logging.getLogger(__name__)
+
+END = b"<end>\xff"  # stands for either tokenizer's end token; \xff is in no text
+
+Span = tuple[int, int, int, int]  # student's tokens [a, b), teacher's tokens [c, d)
+
+
+def token_bytes(tower: Tower) -> list[bytes]:
+    """The bytes of each token id, `END` for those that end an answer.
+
+    Raises TowerError for tokenizers that do not keep the text's bytes (WordPiece).
+    """
+    tokenizer = tower.tokenizer
+    kind = _decoder_kind(tokenizer)
+    special, ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}, tower.stop_ids
+    of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    table = []
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        if index in ends:
+            table.append(END)
+        elif index in special or token is None:
+            table.append((token or "").encode())
+        elif kind == "ByteLevel":
+            table.append(bytes(of_character[character] for character in token))
+        else:
+            table.append(_pieces_bytes(token))
+    return table
+
+
+def _decoder_kind(tokenizer: Any) -> str:
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    kinds = {part["type"] for part in (decoder, *decoder.get("decoders", ()))}
+    if "ByteLevel" in kinds:
+        return "ByteLevel"
+    if kinds & {"Metaspace", "ByteFallback", "Replace"}:
+        return "SentencePiece"
+    raise TowerError(
+        f"{type(tokenizer).__name__} decodes by {sorted(kinds)}, which does not keep the bytes of a text, so its tokens cannot "
+        "be aligned with another tokenizer's; use a teacher with a byte-level or SentencePiece tokenizer"
+    )
+
+
+def _pieces_bytes(token: str) -> bytes:
+    """A SentencePiece token: `▁` is a space, `<0x0A>` a byte."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def common_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
+    """Smallest pieces at whose ends both have a border; leading white space does not count where only one has it.
+
+    Where the texts differ (one is cut off), only their common beginning is aligned. Answers of several turns are aligned turn by
+    turn, each end with the other's end.
+    """
+    found: list[Span] = []
+    for (a, own_turn), (c, other_turn) in zip(_turns(own), _turns(other), strict=False):
+        found += [(a + s, a + e, c + t, c + f) for s, e, t, f in _turn_spans(own_turn, other_turn)]
+    return found
+
+
+def _turns(tokens: Sequence[bytes]) -> list[tuple[int, Sequence[bytes]]]:
+    """(index of its first token, tokens) of each turn, its end included."""
+    starts = [0, *(i + 1 for i, token in enumerate(tokens) if token == END)]
+    return [(a, tokens[a:b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b > a]
+
+
+def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
+    ended = [bool(tokens) and tokens[-1] == END for tokens in (own, other)]
+    own_text, other_text = own[: len(own) - ended[0]], other[: len(other) - ended[1]]
+    texts = [b"".join(tokens) for tokens in (own_text, other_text)]
+    blanks = [len(text) - len(text.lstrip()) for text in texts]
+    if texts[0][: blanks[0]] == texts[1][: blanks[1]]:
+        blanks = [0, 0]
+    shared = _common_length(texts[0][blanks[0] :], texts[1][blanks[1] :])
+    found, last = [], (0, 0)
+    borders = {end: index + 1 for index, end in enumerate(_ends(other_text, blanks[1])) if 0 < end <= shared}
+    for index, end in enumerate(_ends(own_text, blanks[0])):
+        if end in borders and 0 < end:
+            found.append((last[0], index + 1, last[1], borders[end]))
+            last = (index + 1, borders.pop(end))
+    if all(ended) and last == (len(own_text), len(other_text)):
+        found.append((len(own_text), len(own), len(other_text), len(other)))
+    return found
+
+
+def _ends(tokens: Sequence[bytes], blank: int) -> list[int]:
+    """Bytes up to and with each token, the first `blank` left out."""
+    return [total - blank for total in accumulate(map(len, tokens))]
+
+
+def _common_length(a: bytes, b: bytes) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Spans of a batch over the response rows of both towers, in order."""
+
+    own: Tensor  # [G, 2] first and behind-the-last row of the student's
+    other: Tensor  # [G, 2] of the teacher's
+
+    @property
+    def tokens(self) -> Tensor:
+        """The student's tokens in each span. [G]"""
+        return self.own[:, 1] - self.own[:, 0]
+
+
+class Alignment:
+    """What two tokenizers have in common, and the spans of a batch."""
+
+    def __init__(self, student: Tower, teacher: Tower):
+        self.student, self.teacher = student, teacher
+        self._told = False
+
+    @cached_property
+    def _tables(self) -> tuple[list[bytes], list[bytes]]:
+        return token_bytes(self.student), token_bytes(self.teacher)
+
+    @cached_property
+    def matched(self) -> Tensor:
+        """Ids, the student's and the teacher's, of strings that are in both vocabularies. [2, M]"""
+        own, other = ({text: index for index, text in reversed(list(enumerate(table))) if text} for table in self._tables)
+        pairs = sorted((own[text], other[text]) for text in own.keys() & other.keys())
+        logger.info(
+            "alignment: %s strings are in both vocabularies, of the student's %s and the teacher's %s tokens",
+            *(f"{n:,}" for n in (len(pairs), len(self._tables[0]), len(self._tables[1]))),
+        )
+        return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+
+    def of(self, own: Tensor, other: Tensor) -> Aligned:
+        """own, other: the targets of both towers' batches [B, L] (on the CPU, IGNORE where nothing is to be predicted)."""
+        found, rows = [], [0, 0]
+        for mine, theirs in zip(own, other, strict=True):
+            ids = [row[row >= 0].tolist() for row in (mine, theirs)]
+            spans_here = common_spans(*([table[i] for i in row] for table, row in zip(self._tables, ids, strict=True)))
+            found += [(rows[0] + a, rows[0] + b, rows[1] + c, rows[1] + d) for a, b, c, d in spans_here]
+            rows = [rows[0] + len(ids[0]), rows[1] + len(ids[1])]
+        borders = torch.tensor(found, dtype=torch.long).reshape(-1, 4)
+        aligned = Aligned(borders[:, :2], borders[:, 2:])
+        self._tell(int(aligned.tokens.sum()), rows[0], len(found))
+        return aligned
+
+    def _tell(self, covered: int, tokens: int, groups: int) -> None:
+        if not self._told and tokens:
+            self._told = True
+            facts = (100 * covered / tokens, tokens, groups)
+            logger.info("alignment: %.1f %% of the student's %d answer tokens of the first batch, in %d spans", *facts)
+
+
+def span_losses(
+    hidden: tuple[Tensor, Tensor],
+    heads: tuple[Head, Head],
+    vocabularies: tuple[int, int],
+    targets: tuple[Tensor, Tensor],
+    aligned: Aligned,
+    matched: Tensor,
+    chunk_bytes: int,
+    **options: Any,
+) -> Tensor:
+    """The losses of all spans, each times its number of student tokens, summed.
+
+    hidden: rows [Rs, Ds] and [Rt, Dt] of student and teacher that predict `targets` [Rs] and [Rt].  Logits are made for a few
+    spans at a time and once more on the way back, so memory is flat in the number of rows.
+    """
+    if not len(aligned.own):
+        return hidden[0].sum() * 0.0
+    rows_of_chunk = max(1, chunk_bytes // (32 * sum(vocabularies)))  # about four tensors of eight bytes a logit
+    longest = torch.maximum(aligned.tokens, aligned.other[:, 1] - aligned.other[:, 0])
+    total = hidden[0].new_zeros((), dtype=torch.float32)
+    for piece in _chunks(longest.tolist(), rows_of_chunk):
+        part = Aligned(aligned.own[piece], aligned.other[piece])
+
+        def loss(own: Tensor, other: Tensor, part: Aligned = part) -> Tensor:
+            events = [
+                _events(rows, head, size, ids, borders)
+                for rows, head, size, ids, borders in zip(
+                    (own, other), heads, vocabularies, targets, (part.own, part.other), strict=True
+                )
+            ]
+            return (spans(*events, matched.to(own.device), **options) * part.tokens.to(own.device)).sum()
+
+        total = total + checkpoint(loss, *hidden, use_reentrant=False)
+    return total
+
+
+def _chunks(sizes: list[int], budget: int) -> list[slice]:
+    """Consecutive spans whose rows fit the budget; at least one."""
+    found, start, used = [], 0, 0
+    for index, size in enumerate(sizes):
+        if used + size > budget and index > start:
+            found.append(slice(start, index))
+            start, used = index, 0
+        used += size
+    return [*found, slice(start, len(sizes))]
+
+
+def _events(rows: Tensor, head: Head, vocabulary: int, targets: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+    """`span_events` of the spans [G, 2] over rows [R, D]. (probabilities [G, V], of the span [G])"""
+    start, end = int(borders[0, 0]), int(borders[-1, 1])
+    log_probs = torch.log_softmax(_logits(head, rows[start:end], vocabulary), -1)  # [r, V]
+    chosen = log_probs.gather(1, targets[start:end, None]).squeeze(1)  # [r]
+    first = (borders[:, 0] - start).to(rows.device)
+    up_to = torch.cat([chosen.new_zeros(1), chosen.cumsum(0)])  # [r + 1]
+    following = up_to[(borders[:, 1] - start).to(rows.device)] - up_to[first + 1]
+    return span_events(log_probs[first], targets[start:end][first], following)
+
+
+def _logits(head: Head, rows: Tensor, vocabulary: int) -> Tensor:
+    bias = None if head.bias is None else head.bias[:vocabulary]
+    logits = exact(linear(rows, head.weight[:vocabulary], bias)) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -1,0 +1,46 @@
+"""A stream of samples as the training set of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mmkd.data.samples import DataError
+from mmkd.data.sources import stream_of
+from mmkd.data.stream import Stream
+from mmkd.recipes.recipe import Recipe, StageSpec
+from mmkd.train.collate import Collator, Pair, PairDataset
+
+
+class StreamDataset(IterableDataset):
+    """Pairs of an endless stream, prepared as `head` (the stage's data set of the stream's first samples) prepares them.
+
+    together: samples of one micro-batch of all processes. Workers take turns by these, so that their number does not matter.
+    """
+
+    def __init__(self, head: PairDataset, stream: Stream, together: int, begin: int = 0):
+        self.head, self.stream, self.together, self.begin = head, stream, together, begin
+
+    @property
+    def collator(self) -> Collator:
+        return self.head.collator
+
+    def __iter__(self) -> Iterator[Pair | None]:
+        worker = get_worker_info()
+        mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number, sample in enumerate(self.stream):
+            if number >= self.begin and (number - self.begin) // self.together % workers == mine:
+                yield self.head.prepare(sample)
+
+
+def stage_stream(recipe: Recipe, stage: StageSpec) -> Stream | None:
+    """The stream that a stage's data are, or None. Raises DataError for what does not go together with one."""
+    streams = [stream for spec in stage.data if (stream := stream_of(spec, recipe.seed, recipe.data_root)) is not None]
+    if not streams:
+        return None
+    wrong = ["further data entries"] * (len(stage.data) > 1) + ["`epochs` (give `steps`)"] * (stage.steps is None)
+    wrong += ["`group_by_length`"] * stage.group_by_length
+    if wrong:
+        raise DataError(f"a stage of streamed data goes together with no {', no '.join(wrong)}")
+    return streams[0]

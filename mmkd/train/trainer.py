@@ -1,0 +1,292 @@
+"""The training loop: transformers' Trainer with the little that distillation changes.
+
+What is ours: global counts per kind of position (so that micro-batches and ranks add up exactly), the log of each term,
+checkpoints that hold the student and the terms' own parameters but never the teacher, and a mark on complete ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from mmkd.data.sampler import LengthGroupedSampler, lengths_of
+from mmkd.recipes.recipe import OptimiserSpec, StageSpec
+from mmkd.teachers.ahead import Ahead
+from mmkd.train.collate import COUNTS, Batch, PairDataset
+from mmkd.train.distiller import Distiller
+from mmkd.train.experts import LOGGED, ExpertUse
+from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "distiller.safetensors"
+COMPLETE = "complete"  # written last: a checkpoint without it was interrupted
+
+
+class DistillTrainer(Trainer):
+    """Trains a `Distiller`."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        dataset: PairDataset,
+        stage: StageSpec,
+        arguments: TrainingArguments,
+        log: Path,
+        collator: Any = None,
+        ahead: bool = False,
+    ):
+        """ahead: whether the teacher's pass over the next micro-batch begins before the student works on this one."""
+        self.stage = stage
+        self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
+        self._following: dict[int, Batch] = {}  # by the id of the batch before it
+        self._sums: dict[str, Tensor] = {}
+        self._experts = ExpertUse()
+        super().__init__(
+            model=distiller,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collator or dataset.collator,
+            callbacks=[TermLog(log, arguments.run_name)],
+        )
+        self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
+        distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._ahead = Ahead(distiller, arguments.device, arguments.bf16) if ahead else None
+        if distiller.lockstep and arguments.bf16:  # as accelerate does for DDP; the engines' own casts leave the teacher out
+            distiller.forward = torch.autocast(arguments.device.type, torch.bfloat16)(distiller.forward)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        shard_on_cpu()
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_sums_precise(self.accelerator.state.fsdp_plugin)
+
+    # ---- batches ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
+        if self._ahead is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        peeked = self._peeked[1] if self._peeked[0] is epoch_iterator else []
+        coming = itertools.chain(peeked, epoch_iterator)
+        samples = list(itertools.islice(coming, num_batches))
+        last = self.state.global_step + 1 >= self.state.max_steps
+        self._peeked = (epoch_iterator, [] if last else list(itertools.islice(coming, 1)))
+        queue = [inputs["batch"] for inputs in (*samples, *self._peeked[1])]
+        self._following = {id(batch): following for batch, following in itertools.pairwise(queue)}
+        return samples, self._get_num_items_in_batch(samples, device)
+
+    # ---- loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Counts of one optimiser step over its micro-batches and all ranks. [len(COUNTS)], on the CPU"""
+        if not batch_samples:
+            return torch.zeros(len(COUNTS))
+        counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(counts, group=self._host_group)
+        return counts.long()  # wrappers round floating-point arguments to the precision of training
+
+    @cached_property
+    def _host_group(self) -> Any:
+        """Counts are added up between the processes' CPUs: a sum from the accelerators would have to be waited for."""
+        return torch.distributed.new_group(backend="gloo")
+
+    def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
+        batch = inputs["batch"]
+        if self._ahead is not None:
+            return {"batch": self._ahead.take(batch, self._following.get(id(batch)))}
+        return {"batch": batch.to(self.args.device, non_blocking=True)}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        loss, terms = model(inputs["batch"], num_items_in_batch, progress)
+        self._count_experts(model, inputs["batch"])
+        for name, (total, count) in terms.items():
+            seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
+            self._sums[name] = self._sums[name] + seen if name in self._sums else seen
+        loss = loss * self.args.world_size  # data-parallel wrappers average gradients; our counts are global already
+        return (loss, terms) if return_outputs else loss
+
+    def _count_experts(self, model: nn.Module, batch: Batch) -> None:
+        self._experts.add(self.accelerator.unwrap_model(model).routed, int(batch.counts[COUNTS.index("token")]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._sums and "loss" in logs:
+            for name in sorted(self._sums):
+                total, count = self.accelerator.reduce(self._sums[name], reduction="sum").tolist()
+                logs[name] = total / max(1.0, count)
+            self._sums.clear()
+            if (use := self._experts.take(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))) is not None:
+                logs[LOGGED] = use
+        super().log(logs, start_time)
+
+    # ---- order ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the trainer's own, which would import `datasets` and pandas only to see that the data is none of theirs."""
+        given, order = self.args, {}
+        if not isinstance(self.train_dataset, IterableDataset):
+            order = {"sampler": self._get_train_sampler(), "drop_last": given.dataloader_drop_last}
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=given.dataloader_num_workers,
+            pin_memory=given.dataloader_pin_memory,
+            persistent_workers=given.dataloader_persistent_workers,
+            worker_init_fn=partial(seed_worker, num_workers=given.dataloader_num_workers, rank=given.process_index),
+            **order,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sampler | None:
+        if not self.stage.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(lengths_of(self.train_dataset.samples), self.stage.optimiser.batch_size, self.args.seed)
+
+    # ---- optimiser ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            spec = self.stage.optimiser
+            groups = parameter_groups(self.model, spec)
+            self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
+        return self.optimizer
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # they write checkpoints of their own, a part from each process
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written its part
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint under `folder`."""
+    found = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+
+def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str, Any]]:
+    """Trainable parameters by part, each with its learning rate; no weight decay on norms, biases and other vectors."""
+    parts = {part: [p for _, p in found] for part, found in distiller.tower.part_parameters().items()}
+    parts["extras"] = list(distiller.extras.parameters())
+    groups = []
+    for part, parameters in parts.items():
+        rate = spec.learning_rates.get(part, spec.learning_rate)  # type: ignore[call-overload]
+        trainable = [p for p in parameters if p.requires_grad]
+        for decay, chosen in ((spec.weight_decay, True), (0.0, False)):
+            members = [p for p in trainable if (p.dim() > 1) == chosen]
+            if members:
+                groups.append({"params": members, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def training_arguments(
+    stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0
+) -> TrainingArguments:
+    """A stage in transformers' terms."""
+    spec = stage.optimiser
+    per_process = max(1, spec.batch_size // world_size)
+    micro = min(spec.micro_batch_size or per_process, per_process)
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=name,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=per_process // micro,
+        num_train_epochs=stage.epochs or 1.0,
+        max_steps=stage.steps or -1,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=spec.warmup,
+        max_grad_norm=spec.max_grad_norm,
+        bf16=stage.precision == "bfloat16",
+        logging_steps=stage.log_every,
+        save_steps=stage.save_every,
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        dataloader_drop_last=True,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        disable_tqdm=False,
+        logging_nan_inf_filter=False,  # it would wait for every step's loss
+    )
+
+
+class TermLog(TrainerCallback):
+    """Appends one JSON line a log event: stage, step, loss, every term. A resumed stage drops what it will do again."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in _rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            row = {"stage": self.stage, "step": state.global_step, **{k: v if k == LOGGED else float(v) for k, v in logs.items()}}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The log's rows; the last line of a killed run may be cut short."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("dropped an incomplete line of %s", path)
+
+
+def split_evenly(spec: OptimiserSpec, world_size: int) -> Sequence[str]:
+    """Errors of a batch size that does not divide over processes and micro-batches."""
+    errors = []
+    if spec.batch_size % world_size:
+        errors.append(f"batch_size {spec.batch_size} does not divide over {world_size} processes")
+    elif spec.micro_batch_size and (spec.batch_size // world_size) % spec.micro_batch_size:
+        errors.append(
+            f"batch_size {spec.batch_size} over {world_size} processes is {spec.batch_size // world_size} samples a process, "
+            f"which micro_batch_size {spec.micro_batch_size} does not divide"
+        )
+    return errors

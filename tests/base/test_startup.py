@@ -1,0 +1,187 @@
+"""What a command imports before its first step, and the means by which it imports less."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_tower
+
+from mmkd.base.startup import late, quick_imports, uncollected
+from mmkd.sample.sample_set import write_sample_set
+
+ROOT = Path(__file__).parents[2]
+# Nothing of a run without adapters and quantised models, on data of ours, needs them.
+UNUSED = ("bitsandbytes", "datasets", "pandas", "deepspeed", "timm", "open_clip", "sklearn", "tensorboard", "wandb", "matplotlib")
+LOADED = f"print([name for name in {UNUSED} if name in sys.modules])"
+
+
+def last_line(script: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "leaked" not in run.stderr
+    return run.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    write_sample_set(folder / "sample", sizes={"train": 12, "test": 4})
+    tiny_tower(5, 32).save(folder / "teacher")
+    tiny_tower(6, 16).save(folder / "student")
+    terms = {"cross_entropy": 1.0, "kl": {"kind": "forward_kl"}}
+    stage = {"data": [{"card": "sample_scienceqa"}], "terms": terms, "steps": 1, "optimiser": {"batch_size": 4}}
+    content = {
+        "title": "start", "output": str(folder / "run"), "data_root": str(folder / "sample"),
+        "teacher": {"model": str(folder / "teacher")}, "student": {"model": str(folder / "student")},
+        "stages": {"one": stage}, "guards": {"teacher_is_better": False},
+        "evaluation": {"benchmarks": ["sample_scienceqa"], "limit": 2},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_a_run_and_an_evaluation_import_nothing_that_they_do_not_use(recipe):
+    """From the command to the report: data, towers, guards, control, training, evaluation."""
+    command = f"import sys\nfrom mmkd.cli import main\nassert main(['distill', {str(recipe)!r}]) == 0\n"
+    assert last_line(command + LOADED) == "[]"
+    folder = recipe.parent
+    options = ["--benchmarks", "sample_scienceqa", "--data-root", str(folder / "sample"), "--output", str(folder / "evaluated")]
+    arguments = ["evaluate", str(folder / "student"), *options, "--limit", "2"]
+    assert last_line(f"import sys\nfrom mmkd.cli import main\nassert main({arguments!r}) == 0\n" + LOADED) == "[]"
+
+
+def test_what_waited_is_the_package_itself_when_it_is_used():
+    """Also for those who imported it while it waited, and for its classes, which exist once."""
+    script = """
+import sys, json
+from mmkd.base.startup import quick_imports
+with quick_imports():
+    import transformers.trainer, peft.helpers
+waited = "datasets" not in sys.modules and "bitsandbytes" not in sys.modules
+from bitsandbytes.nn import Linear8bitLt
+import bitsandbytes, datasets
+print(json.dumps([
+    waited,
+    transformers.trainer.datasets.Dataset is datasets.Dataset,
+    peft.helpers.bnb.nn.Linear8bitLt is bitsandbytes.nn.Linear8bitLt is Linear8bitLt,
+]))
+"""
+    assert json.loads(last_line(script)) == [True, True, True]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package that counts how often it is imported."""
+    folder = tmp_path / "slow_package"
+    folder.mkdir()
+    code = "import sys\nsys.imports_of_slow.append(1)\nvalue = 3\nfrom . import part\n"
+    (folder / "__init__.py").write_text(code, encoding="utf-8")
+    (folder / "part.py").write_text("value = 4\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "imports_of_slow", [], raising=False)
+    yield sys.imports_of_slow
+    for name in [name for name in sys.modules if name.partition(".")[0] == "slow_package"]:
+        del sys.modules[name]
+
+
+def test_a_late_package_is_imported_once_at_its_first_use(package):
+    with late("slow_package"):
+        import slow_package as early
+
+        assert find_spec("slow_package").origin.endswith("__init__.py")
+    assert package == [] and "slow_package" not in sys.modules
+    assert early.value == 3 and early.part.value == 4 and package == [1]
+    import slow_package
+
+    assert early.part is slow_package.part and package == [1]
+
+
+def test_a_late_package_may_be_used_at_once(package):
+    with late("slow_package"):
+        from slow_package import value
+    assert value == 3 and package == [1] and sys.modules["slow_package"].value == 3
+
+
+def test_late_leaves_alone_what_is_imported_or_not_installed(package):
+    import slow_package
+
+    with late("slow_package", "no_such_package"):
+        assert sys.modules["slow_package"] is slow_package
+        with pytest.raises(ModuleNotFoundError):
+            import no_such_package  # noqa: F401
+    assert sys.modules["slow_package"] is slow_package
+
+
+def test_a_stand_in_lacks_what_its_package_lacks(package):
+    with late("slow_package"):
+        import slow_package as early
+    with pytest.raises(AttributeError, match="no_such_name"):
+        early.no_such_name  # noqa: B018
+
+
+LISTED = """
+import json, transformers
+from pathlib import Path
+from mmkd.base.startup import list_models_once
+from transformers.utils import import_utils
+name = "create_import_structure_from_path"
+read, opened, plain_open = getattr(import_utils, name), [], open
+def counted(path, *more, **options):
+    opened.append(str(path))
+    return plain_open(path, *more, **options)
+import_utils.open = counted
+{change}
+list_models_once()
+opened, found = len(opened), transformers.models
+del import_utils.open
+fresh = read.__wrapped__(Path(found.__file__).parent)
+expected = import_utils._LazyModule("again", found.__file__, import_utils.spread_import_structure(fresh))
+same = vars(found)["_class_to_module"] == vars(expected)["_class_to_module"] and sorted(dir(found)) == sorted(dir(expected))
+own = getattr(import_utils, name) is {left}
+print(json.dumps([opened == 0, same, len(dir(found)) > 1000, own, found.llama.LlamaConfig is transformers.LlamaConfig]))
+"""
+
+
+def test_transformers_models_are_listed_once_and_whole():
+    """No model file is opened again, the names are those of a fresh reading, and nothing of ours is left in transformers."""
+    assert json.loads(last_line(LISTED.format(change="", left="read"))) == [True, True, True, True, True]
+
+
+def test_another_transformers_lists_its_models_by_itself():
+    """One that remembers nothing, and takes more arguments."""
+    change = "import_utils.create_import_structure_from_path = other = lambda path, *, deep=True: read.__wrapped__(path)"
+    assert json.loads(last_line(LISTED.format(change=change, left="other"))) == [False, True, True, True, True]
+
+
+def test_the_collector_is_as_before():
+    @uncollected()
+    def fail():
+        assert not gc.isenabled()
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+        assert gc.isenabled()
+    with uncollected():
+        with uncollected(), quick_imports():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -1,0 +1,157 @@
+"""Teacher and student with different tokenizers: spans of bytes, and a loss on them that teaches."""
+
+import logging
+
+import pytest
+import torch
+from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+
+from mmkd.data.samples import DataError
+from mmkd.recipes.recipe import Recipe, RecipeError, validate
+from mmkd.terms.alignment import END, common_spans, token_bytes
+from mmkd.terms.term import Schedule, Term
+from mmkd.towers.assemble import train_tokenizer
+from mmkd.towers.tower import TowerError
+from mmkd.train.collate import Collator, PairDataset
+from mmkd.train.distiller import Distiller
+
+OTHER = ("green and blue", "round", "square", "left", "right", "of", "A B C", "what", "grün")
+
+
+def other_tokenizer():
+    return train_tokenizer(OTHER, 285)
+
+
+def term(kind, weight=1.0, **options):
+    return Term(kind, kind, Schedule(weight, weight), options=tuple(options.items()))
+
+
+def batch_of(student, teacher, samples, terms):
+    dataset = PairDataset(samples, student, teacher, terms)
+    return Collator(student, teacher)([dataset[i] for i in range(len(samples))])["batch"]
+
+
+def loss_of(student, teacher, samples, terms, chunk_bytes=2**20):
+    distiller = Distiller(student, teacher, terms, chunk_bytes=chunk_bytes)
+    distiller.zero_grad()
+    loss, log = distiller(batch_of(student, teacher, samples, terms))
+    loss.backward()
+    return loss, log
+
+
+def unequal_towers():
+    return tiny_tower(1, tokenizer=tiny_tokenizer()), tiny_tower(2, 32, tokenizer=other_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "expected"),
+    [
+        ([b"ab", b"c"], [b"ab", b"c"], [(0, 1, 0, 1), (1, 2, 1, 2)]),
+        ([b"abc"], [b"a", b"bc"], [(0, 1, 0, 2)]),
+        ([b"ab", b"cd", b"e"], [b"a", b"bcd", b"e"], [(0, 2, 0, 2), (2, 3, 2, 3)]),
+        ([b" red", END], [b"r", b"ed", END], [(0, 1, 0, 2), (1, 2, 2, 3)]),  # one template begins with a space
+        ([b"red"], [b"red", b" and"], [(0, 1, 0, 1)]),  # the student's answer is cut off
+        ([b"x", END, b"y", END], [b"x", END, b"y", END], [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3), (3, 4, 3, 4)]),
+        ([b"no"], [b"yes"], []),
+    ],
+)
+def test_spans_are_the_smallest_common_pieces(own, other, expected):
+    assert common_spans(own, other) == expected
+
+
+def test_spans_hold_the_same_bytes(tmp_path):
+    student, teacher = unequal_towers()
+    tables = token_bytes(student), token_bytes(teacher)
+    text = "left of a grün square, 3 m² of it"
+    ids = [tower.tokenizer(text)["input_ids"] for tower in (student, teacher)]
+    pieces = [[table[i] for i in row] for table, row in zip(tables, ids, strict=True)]
+    assert b"".join(pieces[0]) == b"".join(pieces[1]) == text.encode()
+    found = common_spans(*pieces)
+    assert found[-1][1] == len(pieces[0]) and found[-1][3] == len(pieces[1])
+    for a, b, c, d in found:
+        assert b"".join(pieces[0][a:b]) == b"".join(pieces[1][c:d])
+
+
+def test_one_tokenizer_gives_the_jsd_of_tokens(tmp_path):
+    shared = tiny_tokenizer()
+    student, teacher = tiny_tower(1, tokenizer=shared), tiny_tower(2, 32, tokenizer=shared)
+    samples = tiny_samples(tmp_path, 3, text_only=1)
+    _, log = loss_of(student, teacher, samples, [term("spans", beta=0.3), term("jsd", beta=0.3)])
+    values = {name: float(total / count) for name, (total, count) in log.items()}
+    assert values["spans"] == pytest.approx(values["jsd"], rel=1e-4)
+    assert values["aligned"] == 1.0
+
+
+def test_chunks_do_not_change_value_or_gradient(tmp_path):
+    student, teacher = unequal_towers()
+    samples = tiny_samples(tmp_path, 3)
+    results = []
+    for chunk_bytes in (1, 2**30):
+        loss, _ = loss_of(student, teacher, samples, [term("spans")], chunk_bytes=chunk_bytes)
+        results.append((loss.item(), student.head.weight.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-8)
+
+
+def test_it_teaches_and_tells_what_is_covered(tmp_path, caplog):
+    student, teacher = unequal_towers()
+    samples = tiny_samples(tmp_path, 4)
+    terms = [term("spans"), term("cross_entropy", weight=0.1)]
+    distiller = Distiller(student, teacher, terms)
+    batch = batch_of(student, teacher, samples, terms)
+    optimiser = torch.optim.AdamW(student.model.parameters(), lr=2e-2)
+    values = []
+    with caplog.at_level(logging.INFO, logger="mmkd"):
+        for _ in range(20):
+            loss, log = distiller(batch)
+            values.append(float(log["spans"][0]))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    assert values[-1] < 0.8 * values[0], values
+    covered, tokens = log["aligned"]
+    assert covered == tokens > 0
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("100.0 % of the student's" in line for line in told) == 1
+    assert sum("strings are in both vocabularies" in line for line in told) == 1
+
+
+def test_without_it_other_tokenizers_are_refused(tmp_path):
+    student, teacher = unequal_towers()
+    with pytest.raises(TowerError, match="have another id or none"):
+        Distiller(student, teacher, [term("forward_kl")])
+    with pytest.raises(DataError, match="both need the same tokenizer"):
+        batch_of(student, teacher, tiny_samples(tmp_path, 2), [term("cross_entropy")])
+
+
+def test_word_pieces_keep_no_bytes():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordPiece({"[UNK]": 0, "red": 1}, unk_token="[UNK]"))
+    raw.decoder = decoders.WordPiece()
+    tower = tiny_tower()
+    tower.tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    with pytest.raises(TowerError, match="does not keep the bytes"):
+        token_bytes(tower)
+
+
+def recipe(**changes):
+    raw = {
+        "title": "t",
+        "output": "runs/t",
+        "teacher": {"model": "teacher"},
+        "student": {"model": "student"},
+        "stages": {"one": {"data": [{"card": "sample_textvqa"}], "steps": 1, "terms": {"spans": {"kind": "spans"}}}},
+    }
+    return raw | changes
+
+
+def test_a_recipe_must_ask_for_it():
+    with pytest.raises(RecipeError, match="teacher.alignment=spans"):
+        validate(recipe(), "r.yaml", Recipe)
+    asked = recipe(teacher={"model": "teacher", "alignment": "spans"})
+    assert validate(asked, "r.yaml", Recipe).teacher.alignment == "spans"
+    asked["stages"]["one"]["terms"] = {"ce": {"kind": "cross_entropy"}}
+    with pytest.raises(RecipeError, match="no term is of kind"):
+        validate(asked, "r.yaml", Recipe)

@@ -1,0 +1,35 @@
+"""The batches of a stage: those that transformers' trainer would make itself."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_samples, tiny_tower
+from transformers import Trainer, set_seed
+
+from mmkd.recipes.recipe import StageSpec
+from mmkd.terms.term import Schedule, Term
+from mmkd.train.collate import PairDataset
+from mmkd.train.distiller import Distiller
+from mmkd.train.trainer import DistillTrainer, training_arguments
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_those_of_the_trainer_that_it_extends(tmp_path, grouped, workers):
+    tower, terms = tiny_tower(1), [Term("cross_entropy", "cross_entropy", Schedule(1.0, 1.0))]
+    dataset = PairDataset(tiny_samples(tmp_path, 11), tower, None, terms, workers=workers)
+    stage = StageSpec.model_validate({
+        "data": [{"format": "jsonl", "root": "data"}], "terms": {"cross_entropy": 1.0}, "steps": 5,
+        "optimiser": {"batch_size": 4}, "group_by_length": grouped,
+    })  # fmt: skip
+    arguments = training_arguments(stage, "one", tmp_path / "out", 3, 1, workers)
+    trainer = DistillTrainer(Distiller(tower, None, terms), dataset, stage, arguments, tmp_path / "log.jsonl")
+
+    def order(loader):
+        return [inputs["batch"].student.ids for inputs in loader]
+
+    set_seed(3)
+    ours = order(trainer.get_train_dataloader())
+    set_seed(3)
+    assert ours == order(Trainer.get_train_dataloader(trainer))
+    assert len(ours) == 2 and len({name for batch in ours for name in batch}) == 8  # whole batches only
