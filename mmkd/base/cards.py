@@ -14,13 +14,11 @@ Looked through in this order, the first card of a name wins:
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:  # pydantic is only needed once a card is loaded
     from pydantic import BaseModel, ValidationError
@@ -32,15 +30,6 @@ ENVIRONMENT = "MMKD_CARDS"
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 Card = TypeVar("Card", bound="BaseModel")
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """ "did you mean 'x'?" for a close name, else "known: a, b, c"."""
-    options = sorted(options)
-    close = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
-    if close:
-        return "did you mean " + " or ".join(map(repr, close)) + "?"
-    return "known: " + (", ".join(options) or "none")
 
 
 def card_folders(kind: str) -> list[Path]:

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
+from mmkd.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,8 +71,6 @@ def alone_in(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             yield
             return
     if not wait or world_size() > 1:
-        from mmkd.data.samples import DataError  # reads pictures: too heavy for `mmkd --help`
-
         raise DataError(f"another run is writing {what} in {folder}; wait until it has ended, or stop it")
     logger.info("waiting for another run that writes %s in %s", what, folder)
     with claimed(lock, wait=True):

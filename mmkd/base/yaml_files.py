@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 
 
 class Loader(yaml.SafeLoader):

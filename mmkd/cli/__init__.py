@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from mmkd.base.distributed import end_process
 from mmkd.base.startup import list_models_once, quick_imports
+from mmkd.errors import MmkdError
 
 # Of each command the argument that takes any number of values; they may stand between options and after them.
 LISTED = {**dict.fromkeys(("distill", "cache", "estimate", "rank"), "overrides"), "pairs": "wrong", "compare": "models"}
@@ -35,11 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("mmkd").setLevel(logging.INFO)
     # It warns at import of a kernel that only 4-bit models on a CPU would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from mmkd.data.samples import DataError
-
     try:
         return arguments.run(arguments)
-    except DataError as error:
+    except MmkdError as error:
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -53,14 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         if message is None:
             raise
         print(f"mmkd: {message}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        # Tower errors and the losses' refusals; anything else is a fault of ours and keeps its traceback.
-        from mmkd.towers.tower import TowerError
-
-        if not isinstance(error, TowerError):
-            raise
-        print(f"mmkd: {error}", file=sys.stderr)
         return 2
 
 
@@ -288,7 +279,7 @@ def _rank(arguments: argparse.Namespace) -> int:
 
 
 def _distill_seeds(recipe, text: str, run: Callable | None = None) -> int:
-    from mmkd.data.samples import DataError
+    from mmkd.errors import DataError
     from mmkd.runs.run import distill
     from mmkd.runs.seeds import distill_seeds, seeds_table
 
@@ -359,7 +350,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.families is not None:
         return _check_families(arguments)
     if arguments.model is None:
-        from mmkd.data.samples import DataError
+        from mmkd.errors import DataError
 
         raise DataError("give a model to check, or --families")
     with quick_imports():
@@ -392,7 +383,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from mmkd.data.samples import DataError
+    from mmkd.errors import DataError
     from mmkd.sample.sample_set import write_sample_set
 
     sizes = None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 
 
 def kind(value: Any) -> str:

@@ -41,8 +41,9 @@ from mmkd.data.annotations import load as _load
 from mmkd.data.annotations import load_object as _load_object
 from mmkd.data.annotations import rows as _rows
 from mmkd.data.annotations import shown
-from mmkd.data.samples import IMAGE_MARKER, DataError, ImageRef, Question, Sample, Turn
+from mmkd.data.samples import IMAGE_MARKER, ImageRef, Question, Sample, Turn
 from mmkd.data.scenes import things_of_caption
+from mmkd.errors import DataError
 
 TARGETS = ("first", "majority", "sampled")
 MAX_CHOICES = 26  # one letter each

@@ -20,7 +20,8 @@ from pathlib import Path
 from mmkd.data.annotations import Row as _Row
 from mmkd.data.annotations import rows as _rows
 from mmkd.data.formats import _source, _without_markers, named_rows, subset
-from mmkd.data.samples import IMAGE_MARKER, DataError, Sample, Turn
+from mmkd.data.samples import IMAGE_MARKER, Sample, Turn
+from mmkd.errors import DataError
 
 REJECTED = "rejected"  # key of `Sample.meta` that holds the answer not preferred
 FIELDS = ("id", "prompt", "image", "images", "chosen", "rejected")

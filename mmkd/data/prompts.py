@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from string import ascii_uppercase
 
-from mmkd.data.samples import IMAGE_MARKER, DataError, Question, Sample, Turn
+from mmkd.data.samples import IMAGE_MARKER, Question, Sample, Turn
+from mmkd.errors import DataError
 
 STYLES = ("letter", "short", "plain")
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."

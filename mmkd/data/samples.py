@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from mmkd.data.tables import picture_of_cell
+from mmkd.errors import DataError, ImageError
 
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000
@@ -30,14 +31,6 @@ IMAGE_MARKER = "<image>"
 
 # Files whose cells hold pictures; an ImageRef with such a root names row and column.
 TABLES = (".tsv", ".parquet")
-
-
-class DataError(ValueError):
-    """A user's data is wrong; the message says what, with the values, and the way out."""
-
-
-class ImageError(DataError):
-    """One picture cannot be read. Training skips these, up to a limit; evaluation reports the row."""
 
 
 @lru_cache(maxsize=16)

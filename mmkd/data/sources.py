@@ -13,8 +13,9 @@ from mmkd.base.startup import uncollected
 from mmkd.data.formats import read_conversations, read_questions
 from mmkd.data.preference import read_preferences
 from mmkd.data.prompts import render
-from mmkd.data.samples import DataError, Sample
+from mmkd.data.samples import Sample
 from mmkd.data.stream import STREAMS, Stream, open_stream
+from mmkd.errors import DataError
 
 
 class DataCard(BaseModel):

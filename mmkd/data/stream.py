@@ -21,7 +21,8 @@ from typing import Any
 
 from mmkd.data.annotations import parse
 from mmkd.data.prompts import render
-from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
+from mmkd.data.samples import ImageRef, Question, Sample
+from mmkd.errors import DataError, ImageError
 
 STREAMS = ("shards", "datasets")
 BUFFER = 1024  # samples that are shuffled among one another

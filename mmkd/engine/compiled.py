@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.recipes.recipe import RecipeError
+from mmkd.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 

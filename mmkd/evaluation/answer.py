@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from mmkd.base.files import write_whole
 from mmkd.data.annotations import one_line, shown
 from mmkd.data.prompts import letter_of
-from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample
+from mmkd.data.samples import ImageRef, Question, Sample
+from mmkd.errors import DataError, ImageError
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.compare import group_of, interval, read_object, read_predictions
 from mmkd.evaluation.hallucination import NAME as HALLUCINATED

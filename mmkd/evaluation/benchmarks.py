@@ -8,10 +8,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mmkd.base.cards import did_you_mean, list_cards, load_card
+from mmkd.base.cards import list_cards, load_card
 from mmkd.data.formats import read_questions, subset
 from mmkd.data.prompts import LETTER_INSTRUCTION, SHORT_INSTRUCTION, letter_of, render
-from mmkd.data.samples import DataError, Question, Sample
+from mmkd.data.samples import Question, Sample
+from mmkd.errors import DataError, did_you_mean
 from mmkd.evaluation.official import FORMATS, read_official
 from mmkd.evaluation.parsers import PARSERS
 from mmkd.evaluation.scorers import METRICS

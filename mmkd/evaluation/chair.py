@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmkd.base.cards import read_yaml
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 
 NO_OBJECT = "(no COCO object)"  # the reference of a picture without any
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.base.startup import list_models_once, quick_imports
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, Answerer, evaluate, refuse_unscored, write_object
 from mmkd.evaluation.benchmarks import RETRIEVAL, Benchmark, load_benchmark
 from mmkd.evaluation.compare import modality_importance, read_predictions

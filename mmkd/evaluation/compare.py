@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmkd.data.annotations import Row, kind, one_line, shown
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 
 LEVEL = 0.95
 _CHUNK_BYTES = 32 * 2**20  # of one array of drawn clusters; about three such arrays live at once

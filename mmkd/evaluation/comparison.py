@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import write_object
 from mmkd.evaluation.report import ROLES, ModelFiles, build_comparison
 from mmkd.evaluation.results import read_results

@@ -23,8 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.samples import DataError, Question
+from mmkd.data.samples import Question
 from mmkd.data.scenes import singular_of, things
+from mmkd.errors import DataError
 from mmkd.evaluation.compare import group_of, interval, paired_difference, read_predictions, same_questions
 from mmkd.evaluation.scorers import normalise_evalai
 

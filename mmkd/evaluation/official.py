@@ -18,8 +18,9 @@ from typing import Any
 
 from mmkd.data.annotations import Row, as_list, load, load_object, one_line, read_text, rows, shown
 from mmkd.data.formats import refuse_duplicates
-from mmkd.data.samples import DataError, ImageRef, Question
+from mmkd.data.samples import ImageRef, Question
 from mmkd.data.tables import parquet_rows, tsv_rows
+from mmkd.errors import DataError
 from mmkd.evaluation.chair import NO_OBJECT, coco_object, mentions
 
 LETTERS = ascii_uppercase

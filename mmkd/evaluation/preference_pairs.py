@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mmkd.base.files import write_whole
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS
 from mmkd.evaluation.compare import read_predictions, same_questions
 from mmkd.evaluation.scorers import normalise_evalai

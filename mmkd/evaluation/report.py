@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.samples import TABLES, DataError, ImageError, ImageRef
+from mmkd.data.samples import TABLES, ImageRef
+from mmkd.errors import DataError, ImageError
 from mmkd.evaluation.compare import compare_runs, read_object, read_predictions, same_questions, verdict
 from mmkd.evaluation.results import read_results
 

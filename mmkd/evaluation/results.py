@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmkd.data.annotations import shown
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.compare import read_object
 
 Share = Annotated[float, Field(ge=0, le=1)]

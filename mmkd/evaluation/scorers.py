@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from mmkd.data.prompts import letter_of
-from mmkd.data.samples import DataError, Question
+from mmkd.data.samples import Question
+from mmkd.errors import DataError
 from mmkd.evaluation.chair import chair, unhallucinated
 from mmkd.evaluation.mathematics import math_equal
 from mmkd.evaluation.parsers import mme_parse, pope_parse, scienceqa_index, scienceqa_parse

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmkd.base.cards import load_card
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.benchmarks import Benchmark, ReferenceScore, load_benchmark
 
 

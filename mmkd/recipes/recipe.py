@@ -15,9 +15,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mmkd.base.cards import did_you_mean
 from mmkd.base.yaml_files import Loader, read_mapping
-from mmkd.data.samples import DataError
+from mmkd.errors import RecipeError, did_you_mean
 
 FORMATS = ("scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference", "shards", "datasets")
 PARTS = ("vision", "projector", "language")
@@ -25,10 +24,6 @@ TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward lay
 
 Model = TypeVar("Model", bound=BaseModel)
 Spec = TypeVar("Spec", bound=BaseModel)
-
-
-class RecipeError(DataError):
-    """A recipe is wrong; the message lists every error."""
 
 
 def is_default(default: Any) -> Callable[[Any], bool]:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef, Sample, Turn
+from mmkd.errors import TowerError
 from mmkd.retrieval.dual import text_length, weights_fingerprint
 from mmkd.retrieval.pairs import PairSet
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 

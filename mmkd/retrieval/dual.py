@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmkd.errors import TowerError
 from mmkd.towers.assemble import VisionSpec, build_encoder, image_size, model_from_config, pixel_statistics
-from mmkd.towers.tower import TowerError
 
 Inputs = dict[str, Tensor]
 

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.data.annotations import Row, load
-from mmkd.data.samples import DataError, ImageError, ImageRef
+from mmkd.data.samples import ImageRef
+from mmkd.errors import DataError, ImageError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, library_versions, write_atomically, write_object
 from mmkd.evaluation.benchmarks import RETRIEVAL, ReferenceScore
 

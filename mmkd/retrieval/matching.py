@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef
+from mmkd.errors import TowerError
 from mmkd.losses import contrastive
 from mmkd.retrieval.augment import augmented
 from mmkd.retrieval.cross_encoders import FusionEncoder, ItmEncoder, MatchingEncoder
@@ -22,7 +23,6 @@ from mmkd.retrieval.dual_models import assemble_from
 from mmkd.retrieval.pairs import PairSet
 from mmkd.retrieval.ranking import PairBatch, PairDataset, Sums
 from mmkd.retrieval.recipe import AugmentSpec, CrossSpec, FusionSpec
-from mmkd.towers.tower import TowerError
 
 
 def build_cross_encoder(spec: CrossSpec, texts: Sequence[str], seed: int) -> ItmEncoder:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.compare import interval, paired_difference
 
 CUTOFFS = (1, 5, 10)

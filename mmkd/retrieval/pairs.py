@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mmkd.data.formats import read_conversations, read_questions
-from mmkd.data.samples import DataError, ImageRef, Sample
+from mmkd.data.samples import ImageRef, Sample
 from mmkd.data.sources import folder_of, resolve
+from mmkd.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from mmkd.errors import RecipeError
 from mmkd.recipes.recipe import (
     AdamWSpec,
     DataSpec,
     LoopSpec,
-    RecipeError,
     RunSpec,
     Strict,
     VisionConfig,

@@ -22,7 +22,8 @@ from mmkd.runs.seeds import spread
 from mmkd.runs.stages import load_teacher
 from mmkd.base.files import write_whole
 from mmkd.base.distributed import claimed, is_main_process, world_size
-from mmkd.recipes.recipe import Recipe, RecipeError, Strict, read_raw, validate
+from mmkd.errors import RecipeError
+from mmkd.recipes.recipe import Recipe, Strict, read_raw, validate
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmkd.data.samples import DataError, Sample
+from mmkd.errors import DataError
+from mmkd.data.samples import Sample
 from mmkd.teachers.stored import CachedTower
 from mmkd.runs.write_cache import forecast_of, plan_of
 from mmkd.train.collate import Batch, PairDataset
@@ -25,7 +26,8 @@ from mmkd.runs.stages import add_lora, build_student, load_teacher, set_trainabl
 from mmkd.terms.term import Term
 from mmkd.train.trainer import parameter_groups
 from mmkd.runs.plan import bytes_text, disk_line, loss_memory
-from mmkd.recipes.recipe import Recipe, RecipeError, StageSpec
+from mmkd.errors import RecipeError
+from mmkd.recipes.recipe import Recipe, StageSpec
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from mmkd.data.samples import DataError, Sample
+from mmkd.errors import DataError
+from mmkd.data.samples import Sample
 from mmkd.teachers.stored import CachedTower
 from mmkd.train.experts import check_experts, experts_table
 from mmkd.runs.stages import build_student, load_teacher, stage_samples, train, train_control

@@ -19,7 +19,8 @@ from transformers import set_seed
 
 import mmkd
 from mmkd.data.preference import rejected_of
-from mmkd.data.samples import DataError, Sample
+from mmkd.errors import DataError
+from mmkd.data.samples import Sample
 from mmkd.data.sources import folder_of, read_samples, resolve
 from mmkd.teachers.stored import CachedTower, open_teacher
 from mmkd.train.collate import PairDataset
@@ -39,7 +40,8 @@ from mmkd.recipes.recipe import AssembleSpec, DataSpec, LoraSpec, Recipe, StageS
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.recompute import recompute_layers
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.errors import TowerError
+from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 

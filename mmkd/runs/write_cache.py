@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mmkd.data.sampler import lengths_of
-from mmkd.data.samples import DataError, ImageError, Sample
+from mmkd.errors import DataError, ImageError
+from mmkd.data.samples import Sample
 from mmkd.teachers.store import KINDS, About, Said, ShardWriter, TeacherCache, content_key, teacher_files, text_key, with_hashes
 from mmkd.teachers.stored import positions_of, row_stages, save_body, wanted
 from mmkd.train.distiller import gathered, head_of
@@ -35,7 +36,8 @@ from mmkd.runs.stages import build_student, load_teacher, stage_samples, terms_o
 from mmkd.train.streaming import stage_stream
 from mmkd.terms.term import rows_at
 from mmkd.base.distributed import is_main_process, rank, world_size
-from mmkd.recipes.recipe import Recipe, RecipeError
+from mmkd.errors import RecipeError
+from mmkd.recipes.recipe import Recipe
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.samples import DataError
 from mmkd.data.scenes import (
     BRIGHT_COLORS,
     COLUMN_NAMES,
@@ -61,6 +60,7 @@ from mmkd.data.scenes import (
     picture_bytes,
     plural_of,
 )
+from mmkd.errors import DataError
 
 GENERATOR_VERSION = 4
 ANNOTATORS = 10

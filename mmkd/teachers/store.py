@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmkd.base.files import write_whole
-from mmkd.data.samples import DataError, Sample
+from mmkd.data.samples import Sample
+from mmkd.errors import DataError
 
 FORMAT = 1
 # Bits of a row's kind; a row may be of several.

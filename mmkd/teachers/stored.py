@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
-from mmkd.data.samples import DataError, Sample
+from mmkd.data.samples import Sample
+from mmkd.errors import DataError, TowerError
 from mmkd.losses.topk import TopKForwardKL
 from mmkd.recipes.recipe import Recipe, StageSpec
 from mmkd.teachers.store import About, Said, TeacherCache, content_key
 from mmkd.terms.term import KINDS, Term, rows_at
-from mmkd.towers.tower import Encoded, Seen, Tower, TowerError, TowerInputs
+from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
 
 HEAD = "head.safetensors"
 

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mmkd.engine.rows import Head
+from mmkd.errors import TowerError
 from mmkd.losses.numerics import exact
 from mmkd.losses.spans import span_events, spans
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 

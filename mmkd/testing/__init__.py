@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef, Sample, Turn
+from mmkd.errors import TowerError
 from mmkd.towers.answering import evaluating
 from mmkd.towers.encoders import WrappedEncoder, tokens_of
-from mmkd.towers.tower import Tower, TowerError, TowerInputs
+from mmkd.towers.tower import Tower, TowerInputs
 from mmkd.train.distiller import head_of
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest value

@@ -15,8 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from mmkd.base.cards import did_you_mean
-from mmkd.towers.tower import TowerError
+from mmkd.errors import TowerError, did_you_mean
 
 SECONDS = 180.0  # of one family
 LONGEST_REASON = 300  # characters

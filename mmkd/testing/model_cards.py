@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmkd.base.cards import card_folders, list_cards, load_card
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 
 KINDS = ("encoders", "projectors", "languages", "towers", "pairs")
 FAMILIES = "families.json"  # beside the cards

@@ -23,9 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
+from mmkd.errors import TowerError
 from mmkd.testing.tiny_data import DERIVED, FAMILIES, IMAGE_PROCESSORS, NO_TOWER, PROCESSORS, RULES, TEXT_PARTS, Tiny
 from mmkd.towers.assemble import train_tokenizer
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}"

@@ -89,7 +89,7 @@ def _first_tokens(tower: Tower, sample: Sample, options: Sequence[str]) -> tuple
         shared += 1
     after = [piece[shared] for piece in pieces]
     if len(set(after)) < len(after):
-        from mmkd.towers.tower import TowerError
+        from mmkd.errors import TowerError
 
         raise TowerError(
             f"the options {list(options)} begin with the tokens {after}, not all different, so one pass cannot tell them "

@@ -33,9 +33,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mmkd.errors import TowerError
 from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, build_backbone
 from mmkd.towers.reducers import REDUCERS, ReducedEncoder, ReducedEncoderConfig
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 

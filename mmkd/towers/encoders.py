@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmkd.towers.tower import TowerError
+from mmkd.errors import TowerError
 
 ENTRY_POINT_GROUP = "mmkd.encoders"
 CONV_NORMS: dict[str, Callable[[int], nn.Module]] = {"group": lambda width: nn.GroupNorm(4, width), "batch": nn.BatchNorm2d}

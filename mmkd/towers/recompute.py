@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.errors import TowerError
+from mmkd.towers.tower import Tower
 
 
 def recompute_layers(tower: Tower) -> int:

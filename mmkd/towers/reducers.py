@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmkd.towers.tower import TowerError
+from mmkd.errors import TowerError
 
 HEADS = 8  # at most, of the resampler's attention
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmkd.data.samples import DataError, Sample, Turn
+from mmkd.data.samples import Sample, Turn
+from mmkd.errors import DataError, TowerError
 from mmkd.towers import answering
 from mmkd.towers.experts import idle_parameters
 from mmkd.towers.families import (
@@ -49,10 +50,6 @@ from mmkd.towers.families import (
 )
 
 IGNORE = -100  # target of a position that predicts nothing that is supervised
-
-
-class TowerError(ValueError):
-    """A model cannot be used as the tower that was asked for; the message says why and what to do."""
 
 
 @dataclass

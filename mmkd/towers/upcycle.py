@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mmkd.errors import TowerError
 from mmkd.towers.experts import recorded_routing, sparse_blocks
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 

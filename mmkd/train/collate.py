@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmkd.data.samples import DataError, ImageError, Sample
+from mmkd.data.samples import Sample
+from mmkd.errors import DataError, ImageError
 from mmkd.teachers.ahead import TeacherPass
 from mmkd.teachers.store import Said
 from mmkd.teachers.stored import CachedTower, Speaker

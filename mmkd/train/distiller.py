@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from mmkd import losses
 from mmkd.engine.compiled import check_compiler
 from mmkd.engine.rows import Head, RowTerm, row_losses
+from mmkd.errors import TowerError
 from mmkd.teachers.ahead import TeacherPass
 from mmkd.teachers.stored import top_k_loss
 from mmkd.terms.alignment import Alignment, span_losses
 from mmkd.terms.term import Term, rows_at
 from mmkd.towers.experts import Routing, recorded_routing, sparse_blocks
-from mmkd.towers.tower import Seen, Tower, TowerError, TowerInputs
+from mmkd.towers.tower import Seen, Tower, TowerInputs
 from mmkd.train.collate import COUNTS, Batch
 from mmkd.train.sharded import held, look_at_nothing
 from mmkd.train.shared_encoder import sees_alike

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mmkd.errors import TowerError
 from mmkd.recipes.recipe import Recipe, StageSpec
 from mmkd.towers.experts import sparse_blocks
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt, sparse_config, upcycle
 
 logger = logging.getLogger(__name__)

@@ -7,18 +7,14 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from mmkd.data.samples import DataError
 from mmkd.engine.rows import RowTerm, row_losses
+from mmkd.errors import GuardError
 from mmkd.losses import CrossEntropy
 from mmkd.towers.tower import Seen, Tower, TowerInputs
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, head_of
 
 logger = logging.getLogger(__name__)
-
-
-class GuardError(DataError):
-    """A run would not teach what it is meant to; the message says why and how to go on all the same."""
 
 
 def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_matter: bool, teacher_is_better: bool) -> dict:

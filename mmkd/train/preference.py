@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from mmkd.data.preference import rejected_of
-from mmkd.data.samples import DataError, Sample
+from mmkd.data.samples import Sample
 from mmkd.engine.rows import row_log_probs
+from mmkd.errors import DataError
 from mmkd.losses.preference import BETA
 from mmkd.terms.term import KINDS, Term
 from mmkd.towers.experts import Routing, recorded_routing

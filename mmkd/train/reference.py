@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.towers.tower import Encoded, Tower
 from mmkd.train.collate import same_processor
 from mmkd.train.guards import check_pixels

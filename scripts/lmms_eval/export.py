@@ -46,7 +46,7 @@ metadata:
 
 
 def main() -> None:
-    from mmkd.data.samples import DataError
+    from mmkd.errors import DataError
 
     options = parse()
     try:

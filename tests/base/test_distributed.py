@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from mmkd.base.distributed import alone_in
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 
 _SCRIPT = """
 import logging, sys

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mmkd.data.formats import check_images, read_conversations, read_questions
-from mmkd.data.samples import DataError, Turn
+from mmkd.data.samples import Turn
+from mmkd.errors import DataError
 
 PROBLEM = {
     "question": "Which is it?",

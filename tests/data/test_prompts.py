@@ -3,7 +3,8 @@
 import pytest
 
 from mmkd.data.prompts import letter_of, render
-from mmkd.data.samples import DataError, ImageRef, Question, Turn
+from mmkd.data.samples import ImageRef, Question, Turn
+from mmkd.errors import DataError
 
 IMAGE = ImageRef("root", "a.png")
 CHOICE = Question("7", "Which is it?", (IMAGE,), "fish", ("fish",), ("bird", "fish"), 1, hint="It swims.")

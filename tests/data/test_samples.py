@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from mmkd.data import samples
-from mmkd.data.samples import DataError, ImageError, ImageRef, Question, Sample, Turn
+from mmkd.data.samples import ImageRef, Question, Sample, Turn
+from mmkd.errors import DataError, ImageError
 
 
 def png(color="red", size=(4, 3), mode="RGB"):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mmkd.base.cards import list_cards, load_card
-from mmkd.data.samples import DataError
 from mmkd.data.sources import DataCard, read_samples, readme
+from mmkd.errors import DataError
 from mmkd.recipes.recipe import DataSpec
 from mmkd.sample.sample_set import write_sample_set
 

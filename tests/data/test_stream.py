@@ -10,8 +10,8 @@ import torch
 from tiny import WORDS, tiny_picture, tiny_tower
 from torch.utils.data import DataLoader
 
-from mmkd.data.samples import DataError, ImageError
 from mmkd.data.sources import read_samples, stream_of
+from mmkd.errors import DataError, ImageError
 from mmkd.recipes.recipe import DataSpec, Recipe, validate
 from mmkd.runs.stages import build_student, load_teacher, terms_of, train
 from mmkd.train.collate import PairDataset

@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmkd.engine import compiled as module
 from mmkd.engine.rows import Head, RowTerm, row_losses
+from mmkd.errors import RecipeError
 from mmkd.losses import JSD, CrossEntropy, DBiLD, ForwardKL, ReverseKL, TopKForwardKL
-from mmkd.recipes.recipe import RecipeError
 from mmkd.terms.term import Schedule, Term
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller

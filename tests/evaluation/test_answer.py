@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import PARTIAL, evaluate
 from mmkd.evaluation.compare import read_predictions
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.base.cards import card_folders, did_you_mean, find_card, list_cards, load_card
-from mmkd.data.samples import DataError
+from mmkd.base.cards import card_folders, find_card, list_cards, load_card
+from mmkd.errors import DataError, did_you_mean
 from mmkd.evaluation.benchmarks import Benchmark, load_benchmark, readme
 from mmkd.retrieval.evaluate import load_retrieval, retrieval_names
 

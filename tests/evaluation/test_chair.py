@@ -9,7 +9,7 @@ import yaml
 from layouts import write_chair_coco
 
 import mmkd.evaluation.chair
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.chair import NO_OBJECT, chair, coco_object, mentions, unhallucinated

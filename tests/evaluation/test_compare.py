@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.compare import agreement, compare_runs, interval, modality_importance, paired_difference, verdict
 
 

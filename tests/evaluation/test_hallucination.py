@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from mmkd.data.formats import read_questions
-from mmkd.data.samples import DataError, Question
+from mmkd.data.samples import Question
 from mmkd.data.scenes import caption, draw_scene, things_of_caption
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.hallucination import compare, hallucinated, main

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from layouts import CARDS, Oracle
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import PARTIAL, PREDICTIONS, RESULTS, evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.compare import compare_runs

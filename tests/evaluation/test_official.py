@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from layouts import CARDS, TEN, Oracle, dump, write_seed_image
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.compare import read_predictions

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mmkd.data.preference import read_preferences, rejected_of
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.preference_pairs import write_pairs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from html_page import Page
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.report import _ticks, build_report
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.data.samples import DataError, Question
+from mmkd.data.samples import Question
+from mmkd.errors import DataError
 from mmkd.evaluation import scorers
 from mmkd.evaluation.parsers import gqa_parse, letter_exact, mmmu_parse, scienceqa_index, scienceqa_parse_lenient
 from mmkd.evaluation.scorers import (

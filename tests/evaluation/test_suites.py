@@ -11,7 +11,7 @@ from tiny import tiny_tower
 
 from mmkd.base.cards import list_cards
 from mmkd.cli import main
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.benchmarks import SUITES, load_benchmark
 from mmkd.evaluation.suites import average, load_suite, server_scores
 

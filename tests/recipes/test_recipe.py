@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.recipes.recipe import RecipeError, load_recipe, read_raw
+from mmkd.errors import RecipeError
+from mmkd.recipes.recipe import load_recipe, read_raw
 from mmkd.retrieval.recipe import load_ranking_recipe
 from mmkd.runs.ablation import load_grid
 

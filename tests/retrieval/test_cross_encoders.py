@@ -7,11 +7,11 @@ import torch
 from tiny import WORDS, tiny_picture, tiny_tower
 
 from mmkd.data.samples import Sample, Turn
+from mmkd.errors import TowerError
 from mmkd.retrieval.cross_encoders import QUESTION, ItmEncoder, PromptedTower, ScoreTable, load_matching
 from mmkd.retrieval.matching import build_cross_encoder, draw_negatives
 from mmkd.retrieval.pairs import PairSet, pair_set
 from mmkd.retrieval.recipe import CrossSpec
-from mmkd.towers.tower import TowerError
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = ("red", "a green square left of a blue one", "C")

@@ -21,6 +21,7 @@ from transformers import (
     SiglipProcessor,
 )
 
+from mmkd.errors import TowerError
 from mmkd.retrieval.dual import (
     OpenClipDual,
     TextSpec,
@@ -31,7 +32,6 @@ from mmkd.retrieval.dual import (
     train_text_tokenizer,
 )
 from mmkd.towers.assemble import VisionSpec
-from mmkd.towers.tower import TowerError
 
 TEXTS = ("a red circle", "two blue squares and one green triangle", "nothing")
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_picture
 
 from mmkd.cli import main
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.evaluation.compare import read_predictions
 from mmkd.evaluation.results import read_results
 from mmkd.retrieval.dual import TextSpec, TransformersDual, assemble_dual, train_text_tokenizer

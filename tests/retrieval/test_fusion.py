@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_picture
 from transformers import BertConfig, BertModel
 
+from mmkd.errors import TowerError
 from mmkd.retrieval.augment import shift_and_scale
 from mmkd.retrieval.cross_encoders import FusionEncoder, load_matching
 from mmkd.retrieval.dual import train_text_tokenizer
@@ -14,7 +15,6 @@ from mmkd.retrieval.matching import MatchingDataset, MatchingModel, build_fusion
 from mmkd.retrieval.pairs import PairSet, pair_set
 from mmkd.retrieval.ranking import PixelCache
 from mmkd.retrieval.recipe import FusionSpec
-from mmkd.towers.tower import TowerError
 
 TEXTS = ("red circle", "a green square left of a blue one", "star", "cross")
 CONV = {"model_type": "mmkd_encoder", "source": "module", "architecture": "conv"}

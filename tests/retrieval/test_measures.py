@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.retrieval.measures import (
     best_ranks,
     compare_retrieval,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_picture
 
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.recipes.recipe import DataSpec
 from mmkd.retrieval.pairs import pair_set, read_pairs
 

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from mmkd.cli import main
-from mmkd.recipes.recipe import RecipeError, load_recipe
+from mmkd.errors import RecipeError
+from mmkd.recipes.recipe import load_recipe
 from mmkd.retrieval.dual import train_text_tokenizer
 from mmkd.retrieval.pairs import pair_set
 from mmkd.retrieval.ranking import PairBatch, RankingModel, RankingTrainer

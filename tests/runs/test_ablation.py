@@ -15,7 +15,8 @@ from mmkd.runs.ablation import ablate, load_grid
 from mmkd.cli import main
 from mmkd.sample.sample_set import write_sample_set
 from mmkd.runs.run import distill
-from mmkd.recipes.recipe import RecipeError, load_recipe
+from mmkd.errors import RecipeError
+from mmkd.recipes.recipe import load_recipe
 
 METHODS = {
     "sft": {"stages": {"answer": {"terms": {"cross_entropy": 1.0}}}},

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmkd.data import scenes
 from mmkd.data.formats import check_images, read_questions
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError
 from mmkd.sample import sample_set
 from mmkd.sample.sample_set import write_sample_set
 

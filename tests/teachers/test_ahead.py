@@ -9,7 +9,8 @@ import torch
 from tiny import tiny_samples, tiny_tokenizer, tiny_tower
 from transformers import set_seed
 
-from mmkd.recipes.recipe import Recipe, RecipeError, StageSpec, validate
+from mmkd.errors import RecipeError
+from mmkd.recipes.recipe import Recipe, StageSpec, validate
 from mmkd.terms.term import Schedule, Term
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller

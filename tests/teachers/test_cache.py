@@ -14,12 +14,12 @@ from safetensors import safe_open
 from tiny import WORDS, tiny_picture, tiny_samples, tiny_tower
 
 from mmkd.cli import main
-from mmkd.data.samples import DataError
+from mmkd.errors import DataError, TowerError
 from mmkd.recipes.recipe import Recipe, validate
 from mmkd.runs.stages import build_student, load_teacher, stage_samples, terms_of, train
 from mmkd.runs.write_cache import write_cache
 from mmkd.teachers.store import Said, ShardWriter, TeacherCache, content_key, text_key
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 

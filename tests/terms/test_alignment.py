@@ -6,12 +6,11 @@ import pytest
 import torch
 from tiny import tiny_samples, tiny_tokenizer, tiny_tower
 
-from mmkd.data.samples import DataError
-from mmkd.recipes.recipe import Recipe, RecipeError, validate
+from mmkd.errors import DataError, RecipeError, TowerError
+from mmkd.recipes.recipe import Recipe, validate
 from mmkd.terms.alignment import END, common_spans, token_bytes
 from mmkd.terms.term import Schedule, Term
 from mmkd.towers.assemble import train_tokenizer
-from mmkd.towers.tower import TowerError
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
 

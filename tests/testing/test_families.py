@@ -8,13 +8,13 @@ import torch
 from tiny import tiny_samples
 
 from mmkd.cli import main
+from mmkd.errors import TowerError
 from mmkd.testing import check_tower
 from mmkd.testing.family_check import check_families, families_table, markdown_table
 from mmkd.testing.model_cards import KINDS, families, model_cards, readme
 from mmkd.testing.tiny_data import FAMILIES, NO_TOWER, Tiny
 from mmkd.testing.tiny_families import image_text_families, shrunken, tiny_config, tiny_family, why_no_tower, with_ids
 from mmkd.towers.families import DEEPSTACK, PROJECTORS
-from mmkd.towers.tower import TowerError
 from mmkd.train.guards import answer_loss, answer_rows
 
 ROOT = Path(__file__).resolve().parents[2]

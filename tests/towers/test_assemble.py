@@ -7,9 +7,9 @@ import torch
 from tiny import VISIONS, language_config, tiny_samples, tiny_tokenizer, tiny_tower
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessor
 
+from mmkd.errors import TowerError
 from mmkd.testing import check_tower
 from mmkd.towers.assemble import CLIP_MEAN, LanguageSpec, VisionSpec, assemble, train_tokenizer
-from mmkd.towers.tower import TowerError
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "smollm3"])

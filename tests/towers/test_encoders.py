@@ -9,10 +9,10 @@ import torch
 from tiny import VISIONS, tiny_samples, tiny_tower
 from torch import nn
 
+from mmkd.errors import TowerError
 from mmkd.testing import check_encoder, check_tower
 from mmkd.towers.assemble import VisionSpec, build_encoder
 from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, find_encoder, register_encoder
-from mmkd.towers.tower import TowerError
 
 
 @register_encoder("tiny_conv")

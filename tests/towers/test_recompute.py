@@ -5,11 +5,11 @@ import torch
 from tiny import language_config, tiny_family, tiny_samples, tiny_tokenizer, tiny_tower
 from torch import nn
 
+from mmkd.errors import TowerError
 from mmkd.recipes.recipe import Recipe, StageSpec, TeacherSpec
 from mmkd.runs.stages import load_teacher, set_trainable
 from mmkd.terms.term import Schedule, Term
 from mmkd.towers.recompute import recompute_layers
-from mmkd.towers.tower import TowerError
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
 

@@ -5,9 +5,9 @@ import torch
 from tiny import VISIONS, tiny_samples, tiny_tower
 from transformers import AutoConfig, AutoModel
 
+from mmkd.errors import TowerError
 from mmkd.testing import check_tower
 from mmkd.towers.reducers import REDUCERS, AveragePool, PixelShuffle, ReducedEncoder, ReducedEncoderConfig
-from mmkd.towers.tower import TowerError
 
 CONV = {"model_type": "mmkd_encoder", "source": "module", "architecture": "conv", "arguments": {"widths": [8, 16]}}
 COUNTS = {"average_pool": 4, "pixel_shuffle": 4, "ldp": 4, "resampler": 3}  # of 16 features, by factor 2 and 3 queries

@@ -22,11 +22,12 @@ from tiny import (
 )
 from tokenizers import processors
 
-from mmkd.data.samples import DataError, ImageError, Sample, Turn
+from mmkd.data.samples import Sample, Turn
+from mmkd.errors import DataError, ImageError, TowerError
 from mmkd.recipes.recipe import LoraSpec
 from mmkd.runs.stages import add_lora
 from mmkd.testing import check_tower
-from mmkd.towers.tower import IGNORE, Tower, TowerError
+from mmkd.towers.tower import IGNORE, Tower
 
 
 @pytest.fixture(scope="module")

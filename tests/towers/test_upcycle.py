@@ -5,8 +5,9 @@ import torch
 from tiny import language_config, tiny_samples, tiny_tokenizer, tiny_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmkd.errors import TowerError
 from mmkd.towers.experts import recorded_routing, sparse_blocks
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import TARGETS, upcycle
 
 TOKENIZER = tiny_tokenizer()

@@ -8,10 +8,9 @@ from tiny import VISIONS, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkd.data.samples import DataError, ImageError
+from mmkd.errors import DataError, ImageError, TowerError
 from mmkd.terms.term import Schedule, Term
 from mmkd.towers.assemble import CHAT_TEMPLATES, train_tokenizer
-from mmkd.towers.tower import TowerError
 from mmkd.train.collate import COUNTS, Collator, PairDataset
 from mmkd.train.distiller import Distiller
 

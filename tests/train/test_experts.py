@@ -9,13 +9,14 @@ import torch
 from tiny import language_config, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
 
-from mmkd.recipes.recipe import Recipe, RecipeError, StageSpec, load_recipe
+from mmkd.errors import RecipeError, TowerError
+from mmkd.recipes.recipe import Recipe, StageSpec, load_recipe
 from mmkd.runs import stages
 from mmkd.runs.plan import plan
 from mmkd.runs.run import distill, table
 from mmkd.sample.sample_set import write_sample_set
 from mmkd.terms.term import Schedule, Term
-from mmkd.towers.tower import Tower, TowerError
+from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import upcycle
 from mmkd.train.collate import COUNTS, Collator, PairDataset
 from mmkd.train.distiller import Distiller

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import VISIONS, language_config, tiny_samples, tiny_tokenizer, tiny_tower
 
+from mmkd.errors import GuardError
 from mmkd.terms.term import Schedule, Term
 from mmkd.testing.tiny_families import TEMPLATE, TEXTS, VOCABULARY, tiny_family
 from mmkd.towers import encoders
@@ -19,7 +20,7 @@ from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.tower import Seen
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
-from mmkd.train.guards import GuardError, run_guards
+from mmkd.train.guards import run_guards
 
 STEPS = 20
 OPEN_CLIP = {"model_type": "mmkd_encoder", "source": "open_clip", "architecture": "tiny-pair"}

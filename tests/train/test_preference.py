@@ -11,8 +11,9 @@ from tiny import VISIONS, language_config, tiny_picture, tiny_samples, tiny_toke
 from torch.nn import functional as F
 
 from mmkd.data.preference import REJECTED, rejected_of
-from mmkd.data.samples import DataError, Sample, Turn
+from mmkd.data.samples import Sample, Turn
 from mmkd.engine.rows import Head, row_log_probs
+from mmkd.errors import DataError, GuardError
 from mmkd.losses import load_balance
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.run import distill
@@ -23,7 +24,6 @@ from mmkd.towers.experts import recorded_routing
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import upcycle
 from mmkd.train import reference
-from mmkd.train.guards import GuardError
 from mmkd.train.preference import PreferenceDataset, PreferenceDistiller, last_answer
 from mmkd.train.reference import LogProbCache, fill_reference
 
