@@ -13,7 +13,7 @@ import yaml
 from tiny import tiny_samples
 
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.stages import build_student
+from mmkd.runs.towers import build_student
 from mmkd.testing import check_tower
 from mmkd.towers import encoders
 

@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _distill(arguments: argparse.Namespace) -> int:
     with quick_imports():
-        from mmkd.recipes.recipe import load_recipe, read_raw
+        from mmkd.recipes.reading import load_recipe, read_raw
 
     if read_raw(arguments.recipe, arguments.overrides).get("kind") == "ablation":
         return _ablate(arguments)
@@ -236,7 +236,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 def _cache(arguments: argparse.Namespace) -> int:
     with quick_imports():
-        from mmkd.recipes.recipe import load_recipe
+        from mmkd.recipes.reading import load_recipe
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         from mmkd.runs.write_cache import describe, write_cache
@@ -253,7 +253,7 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _estimate(arguments: argparse.Namespace) -> int:
     with quick_imports():
-        from mmkd.recipes.recipe import load_recipe
+        from mmkd.recipes.reading import load_recipe
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         from mmkd.runs.estimate import estimate

@@ -10,19 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from mmkd.base.schema import Strict, is_default, one_of
+from mmkd.data.spec import DataSpec
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import (
-    AdamWSpec,
-    DataSpec,
-    LoopSpec,
-    RunSpec,
-    Strict,
-    VisionConfig,
-    is_default,
-    one_of,
-    read_raw,
-    validate,
-)
+from mmkd.recipes.reading import read_raw, validate
+from mmkd.recipes.recipe import RunSpec
+from mmkd.towers.spec import VisionConfig
+from mmkd.train.spec import AdamWSpec, LoopSpec
 
 KINDS = ("ranking", "matching")
 

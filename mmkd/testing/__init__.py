@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.errors import TowerError
+from mmkd.teachers.teacher import head_of
 from mmkd.towers.answering import evaluating
 from mmkd.towers.encoders import WrappedEncoder, tokens_of
 from mmkd.towers.tower import Tower, TowerInputs
-from mmkd.train.distiller import head_of
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest value
 NO_SWITCH = "not with this family: "  # begins the fact "visual switch" where features cannot be projected

@@ -10,8 +10,8 @@ from tiny import tiny_picture
 from mmkd.data.preference import read_preferences, rejected_of
 from mmkd.data.samples import Sample, Turn
 from mmkd.data.sources import read_samples
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
-from mmkd.recipes.recipe import DataSpec
 
 ROW = {"prompt": "What is it?", "images": ["a.png"], "chosen": "a valve", "rejected": "a pump"}
 

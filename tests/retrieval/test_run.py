@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 from mmkd.cli import main
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import load_recipe
+from mmkd.recipes.reading import load_recipe
 from mmkd.retrieval.dual import train_text_tokenizer
 from mmkd.retrieval.pairs import pair_set
 from mmkd.retrieval.ranking import PairBatch, RankingModel, RankingTrainer

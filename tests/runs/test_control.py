@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmkd.runs.stages import control_recipe
+from mmkd.runs.control import control_recipe
 from mmkd.recipes.recipe import Recipe
 
 
