@@ -341,7 +341,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from mmkd.evaluation.comparison import compare_command
+    from mmkd.evaluation.compare import compare_command
 
     return compare_command(arguments)
 

@@ -11,8 +11,9 @@ from mmkd.base.startup import list_models_once, quick_imports
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, Answerer, evaluate, refuse_unscored, write_object
 from mmkd.evaluation.benchmarks import RETRIEVAL, Benchmark, load_benchmark
-from mmkd.evaluation.compare import modality_importance, read_predictions
 from mmkd.evaluation.processes import Processes
+from mmkd.evaluation.results import read_predictions
+from mmkd.evaluation.statistics import modality_importance
 from mmkd.evaluation.suites import average, load_suite, server_scores, suite_table, write_suite
 from mmkd.retrieval.evaluate import evaluate_retrieval, load_retrieval, retrieval_line, retrieval_names
 

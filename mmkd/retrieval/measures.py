@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import interval, paired_difference
+from mmkd.evaluation.statistics import interval, paired_difference
 
 CUTOFFS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image", "both")

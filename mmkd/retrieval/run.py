@@ -21,7 +21,7 @@ import mmkd
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole, write_whole
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import verdict
+from mmkd.evaluation.statistics import verdict
 from mmkd.retrieval.cross_encoders import CrossEncoder, PromptedTower, ScoreTable, load_matching
 from mmkd.retrieval.dual import DualEncoder, load_dual
 from mmkd.retrieval.dual_models import assemble_from

@@ -21,7 +21,7 @@ from mmkd.runs.stages import build_student, load_teacher, stage_samples, train, 
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.command import add_importance
-from mmkd.evaluation.compare import compare_runs, verdict
+from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.evaluation.report import build_report
 from mmkd.base.files import write_whole
 from mmkd.base.distributed import alone_in, is_main_process

@@ -13,8 +13,8 @@ from layouts import CARDS, Oracle
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import PARTIAL, PREDICTIONS, RESULTS, evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.compare import compare_runs
 from mmkd.evaluation.report import build_report
+from mmkd.evaluation.statistics import compare_runs
 from mmkd.retrieval.evaluate import load_retrieval
 
 ANNOTATIONS, ANSWERS, CAPTIONS = 380, 120, 80

@@ -11,8 +11,7 @@ from tiny import tiny_picture
 
 from mmkd.cli import main
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import read_predictions
-from mmkd.evaluation.results import read_results
+from mmkd.evaluation.results import read_predictions, read_results
 from mmkd.retrieval.dual import TextSpec, TransformersDual, assemble_dual, train_text_tokenizer
 from mmkd.retrieval.evaluate import evaluate_retrieval, load_retrieval
 from mmkd.towers.assemble import VisionSpec
