@@ -161,7 +161,7 @@ def _answered_by_all(runs: Mapping[str, Mapping[str, dict]], ids: Sequence[str])
     return kept
 
 
-def _with_teacher(scores: Mapping[str, Sequence[float]], differences: Mapping[str, Mapping], ids: Sequence[str]) -> dict[str, Any]:
+def _with_teacher(scores: Mapping[str, Sequence[float]], differences: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
     """How the models stand to the one that is called teacher: "fidelity", "beats_teacher", "student_beats_teacher"."""
     others = [name for name in scores if name != "teacher"] if "teacher" in scores else []
     beats = {name: _won(scores[name], scores["teacher"], ids) for name in others}
