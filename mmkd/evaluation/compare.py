@@ -1,8 +1,7 @@
-"""`mmkd compare`: several models on the same questions, to the terminal, to comparison.json and to one report."""
+"""Several models on the same questions: scores, paired differences and agreement, in one file and one report."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,40 +12,45 @@ from mmkd.evaluation.report import ROLES, ModelFiles, build_comparison
 from mmkd.evaluation.results import read_results
 
 
-def compare_command(arguments: argparse.Namespace) -> int:
-    """Runs the command."""
-    models = named_models(arguments.models)
-    folder = Path(arguments.output)
-    found = build_comparison(models, folder / "report.html", arguments.title)
-    folders = {name: str(files.answers) for name, files in models.items()}
-    write_object(folder / "comparison.json", {"models": folders, "benchmarks": found})
-    for name, comparison in found.items():
-        print(comparison_table(name, comparison))
-    if len(models) > 1 and not any(comparison["differences"] for comparison in found.values()):
-        print(f"no two of {', '.join(models)} have answered the same benchmark, so there is no difference to tell")
-    print(f"report: {folder / 'report.html'}")
-    return 0
+def compare(
+    models: Sequence[str | Path] | Mapping[str, str | Path], output: str | Path = "runs/compared", *, title: str = "Comparison"
+) -> dict[str, Any]:
+    """Compares models on the same questions and writes OUTPUT/comparison.json and OUTPUT/report.html.
+
+    `models`: folders of `mmkd evaluate` or runs of `mmkd distill`, as {name: folder} or as "FOLDER" and "NAME=FOLDER" (see
+    `named_models`); "teacher", "control" and "student" have the meaning that they have in a run.
+    Returns {"models": {name: folder}, "benchmarks": {benchmark: what `compare_runs` gives}}. Raises DataError.
+    """
+    files = named_models(list(models.items()) if isinstance(models, Mapping) else [_name_and_folder(str(m)) for m in models])
+    folder = Path(output)
+    benchmarks = build_comparison(files, folder / "report.html", title)
+    found = {"models": {name: str(one.answers) for name, one in files.items()}, "benchmarks": benchmarks}
+    write_object(folder / "comparison.json", found)
+    return found
 
 
-def named_models(arguments: Sequence[str]) -> dict[str, ModelFiles]:
-    """The models of "NAME=FOLDER" or "FOLDER" arguments.
+def _name_and_folder(argument: str) -> tuple[str, str]:
+    """Of "NAME=FOLDER" or "FOLDER"."""
+    name, _, folder = argument.rpartition("=")
+    return name or Path(folder).resolve().name, folder
 
-    A folder of `mmkd evaluate` is one model, called NAME or as the folder. A run of `mmkd distill` gives its models: alone by
+
+def named_models(folders: Sequence[tuple[str, str | Path]]) -> dict[str, ModelFiles]:
+    """The models in folders that have a name: [(name, folder), ...].
+
+    A folder of `mmkd evaluate` is one model of that name. A run of `mmkd distill` gives its models: alone by
     their roles, among others as "NAME student" and "NAME control"; a teacher that several runs share is one "teacher".
     Raises DataError for folders that are neither and for names given twice.
     """
     models: dict[str, ModelFiles] = {}
-    for argument in arguments:
-        name, _, text = argument.rpartition("=")
-        folder = Path(text)
-        name = name or folder.resolve().name
-        for label, files in _models_of(name, folder, alone=len(arguments) == 1).items():
+    for name, folder in folders:
+        for label, files in _models_of(name, Path(folder), alone=len(folders) == 1).items():
             if label == "teacher" and label in models:
                 if _fingerprints(files) == _fingerprints(models[label]):
                     continue
                 label = f"{name} teacher"
             if label in models:
-                raise DataError(f"two models are called {label!r}; give one of them another name by NAME={text}")
+                raise DataError(f"two models are called {label!r}; give one of them another name by NAME={folder}")
             models[label] = files
     return models
 

@@ -20,7 +20,7 @@ from mmkd.train.experts import check_experts, experts_table
 from mmkd.runs.stages import build_student, load_teacher, stage_samples, train, train_control
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.command import add_importance
+from mmkd.runs.evaluate import add_importance
 from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.evaluation.report import build_report
 from mmkd.base.files import write_whole

@@ -102,6 +102,11 @@ def retrieval_names() -> list[str]:
     return [name.removeprefix(RETRIEVAL) for name in list_cards("evaluation") if name.startswith(RETRIEVAL)]
 
 
+def is_retrieval(name: str) -> bool:
+    """Whether a benchmark is one of retrieval; a card file is one where it lies in a folder of that name."""
+    return name in retrieval_names() or Path(name).parent.name == RETRIEVAL.rstrip("/")
+
+
 def load_retrieval(name: str) -> RetrievalBenchmark:
     """A retrieval benchmark by the name of its card or by the path of a YAML file. Raises DataError."""
     return load_card(f"evaluation/{RETRIEVAL.rstrip('/')}", name, RetrievalBenchmark)
