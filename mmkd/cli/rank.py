@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
         from mmkd.retrieval.recipe import MatchingRecipe, load_ranking_recipe
 
         recipe = load_ranking_recipe(arguments.recipe, arguments.overrides)
-        from mmkd.retrieval.run import rank, ranking_table, train_matching
+        from mmkd.retrieval.run import rank, train_matching
+        from mmkd.retrieval.summary import ranking_table
 
     train = train_matching if isinstance(recipe, MatchingRecipe) else rank
     if arguments.seeds is not None:

@@ -23,6 +23,7 @@ from mmkd.recipes.recipe import (
     read_raw,
     validate,
 )
+from mmkd.registry import import_modules
 
 KINDS = ("ranking", "matching")
 
@@ -74,7 +75,7 @@ class CrossTeacherSpec(Strict):
 
     model: str
     kind: Literal["itm", "prompted"] = "itm"
-    question: str | None = None  # prompted: holds {text}; None: cross_teacher.QUESTION
+    question: str | None = None  # prompted: holds {text}; None: mmkd.retrieval.cross_encoders.QUESTION
     yes: str | None = None
     no: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -96,7 +97,7 @@ class CrossTeacherSpec(Strict):
 
 
 class RankingSpec(Strict):
-    """CPRD's options. The paper's text was not to be had; every default here is our choice (docs/methods/cprd.md)."""
+    """CPRD's options. The paper's text was not available; every default here is our choice (docs/methods/cprd.md)."""
 
     weight: float = Field(1.0, ge=0)  # of CPRD beside the contrastive loss
     candidates: int = Field(16, gt=1)  # K, hard negatives of a query
@@ -142,6 +143,7 @@ class RetrievalSpec(Strict):
 class RetrievalRecipe(RunSpec):
     """What both kinds have: pairs of pictures and captions, how to train on them, and what is searched in the end."""
 
+    imports: list[str] = Field([], exclude_if=is_default([]))  # modules that register encoders and formats of your own
     data: list[DataSpec] = Field(min_length=1)
     training: TrainingSpec
     evaluation: RetrievalSpec
@@ -186,10 +188,16 @@ MODELS = {"ranking": RankingRecipe, "matching": MatchingRecipe}
 
 
 def load_ranking_recipe(path: str | Path, overrides: list[str] | None = None) -> RankingRecipe | MatchingRecipe:
-    """The recipe at `path`, of the kind that it names. Raises RecipeError with every error at once."""
+    """The recipe at `path`, of the kind that it names; its `imports` are imported first.
+
+    Raises RecipeError with every error at once, RegistryError for a module that cannot be imported.
+    """
     raw = read_raw(path, overrides)
     kind = raw.get("kind")
     if kind not in KINDS:
         stated = "says no `kind`" if kind is None else f"is of kind {kind!r}"
         raise RecipeError(f"{path} {stated}; `mmkd rank` runs kind: {' or '.join(KINDS)}, `mmkd distill` recipes without one")
+    imports = raw.get("imports", [])
+    if isinstance(imports, list) and all(isinstance(name, str) for name in imports):  # else the validation says what is wrong
+        import_modules(imports, [Path(path).parent])
     return validate(raw, str(path), MODELS[kind])
