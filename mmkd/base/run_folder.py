@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mmkd.base.distributed import is_main_process
 from mmkd.base.files import write_whole
 from mmkd.errors import DataError
@@ -21,8 +23,6 @@ def claim(folder: Path, recipe: Mapping[str, Any], *, title: str, seed: int) -> 
 
     Raises DataError, with the keys that differ, where the folder holds a run of another recipe.
     """
-    import yaml
-
     path = folder / RECIPE
     if path.exists():
         differing = sorted(differences(yaml.safe_load(path.read_text(encoding="utf-8")), recipe))

@@ -33,7 +33,7 @@ COMMANDS = {
     "sample": ("mmkd.sample.command", "Write the embedded sample: two data sets in the benchmarks' own formats."),
 }
 
-# What the file system refuses, and the way out. Other failures of files are faults of ours and keep their traceback.
+# What the file system refuses, and the way out. Any other OSError is a bug and keeps its traceback.
 _ROOM = "make room or take another output folder; the same command then goes on"
 _OTHER = "take an output folder that can be made and written to"
 REFUSED = {
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
-    # It warns at import of a kernel that only 4-bit models on a CPU would use.
+    # bitsandbytes warns at import about a kernel that only 4-bit models on a CPU would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return arguments.run(arguments)

@@ -19,7 +19,7 @@ def augmented(inputs: dict[str, Tensor], spec: AugmentSpec | None) -> dict[str, 
 def shift_and_scale(pixels: Tensor, shift: float, scale: float) -> Tensor:
     """Moves each picture by up to `shift` of its sides and scales it by a factor in 1 - scale ... 1 + scale. [n, 3, H, W]
 
-    What comes into view repeats the border. Drawn from torch's generator of the CPU, whatever the device.
+    Pixels from outside the picture repeat its border. The draws come from torch's CPU generator on every device.
     """
     count = len(pixels)
     factors = 1 + scale * (2 * torch.rand(count) - 1)  # [n]

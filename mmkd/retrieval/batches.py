@@ -21,7 +21,7 @@ PIXEL_BYTES = 2**29  # prepared pictures that are kept in memory, about
 
 @dataclass
 class PairBatch:
-    """A batch of pairs in the student's terms; `images` and `texts` are their numbers in the pair set. [B]"""
+    """A batch of pairs, prepared for a model; `images` and `texts` are their numbers in the pair set. [B]"""
 
     images: Tensor
     texts: Tensor
@@ -78,9 +78,9 @@ class PairDataset(Dataset):
         return {"batch": PairBatch(torch.tensor(images), torch.tensor(texts), self.pixels(images), tokens)}
 
     def prepare_images(self, images: Sequence[ImageRef]) -> Inputs:
-        """Pictures in the model's terms."""
+        """Pictures as the model takes them."""
         return self.model.prepare_images([image.load() for image in images])
 
     def prepare_texts(self, texts: Sequence[str]) -> Inputs:
-        """Texts in the model's terms."""
+        """Texts as the model takes them."""
         return self.model.prepare_texts(texts)

@@ -33,7 +33,7 @@ class CrossEncoder(ABC):
 
     @abstractmethod
     def see(self, images: Sequence[ImageRef]) -> Sequence[Tensor]:
-        """What the pictures look like to this model, one entry a picture; it is computed once for all texts."""
+        """The model's states of the pictures, one entry a picture; computed once for all texts."""
 
     @abstractmethod
     def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
@@ -89,7 +89,7 @@ class MatchingEncoder(CrossEncoder):
 
     @abstractmethod
     def states(self, pixels: Tensor) -> Tensor:
-        """What the vision encoder makes of pixels. [n, 3, H, W] -> [n, N, Dv]"""
+        """The vision encoder's states. [n, 3, H, W] -> [n, N, Dv]"""
 
     @abstractmethod
     def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
@@ -229,7 +229,7 @@ class PromptedTower(CrossEncoder):
 
     The question, with the text in it, and each of the two answers are prepared as a training sample would be: the tower's own
     template, the answer with its end token. With `log p(answer)` the sum over the answer's tokens, the log-odds are
-    `log p(yes) - log p(no)`, so the score is p(yes) among the two answers, whatever else the model might say.
+    `log p(yes) - log p(no)`, so the score is the probability of yes among these two answers alone.
     """
 
     def __init__(self, tower: Tower, question: str = QUESTION, yes: str = "yes", no: str = "no"):

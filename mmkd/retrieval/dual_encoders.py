@@ -133,7 +133,7 @@ class TransformersDual(DualEncoder):
 
 
 def text_length(config: Any, tokenizer: Any) -> int:
-    """Tokens of a text that an encoder reads at most."""
+    """The longest text that an encoder reads, in tokens."""
     return int(min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf)))
 
 
@@ -229,7 +229,7 @@ def _open_clip_folder(folder: Path) -> OpenClipDual:
 
 
 def _open_clip_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """What open_clip's folders say of a model: its architecture and how its pictures are prepared."""
+    """The content of open_clip's configuration file: the architecture and how pictures are prepared."""
     known = getattr(model.visual, "preprocess_cfg", None) or {}
     names = ("mean", "std", "interpolation", "resize_mode")
     return {"model_cfg": config, "preprocess_cfg": {name: known[name] for name in names if known.get(name) is not None}}

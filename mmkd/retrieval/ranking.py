@@ -6,7 +6,8 @@ One step, both directions alike:
       contrastive loss over the pool
       hard negatives, mined by these similarities -> the teacher's scores -> contrastive partial ranking
 
-Every process takes the losses of its own queries against the gathered pool, so that two processes are one (tested).
+Each process computes the losses of its own queries against the gathered pool, so that two processes give the result of one
+(tested).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class RankingModel(nn.Module):
         return total + self.spec.weight * found["cprd"][0] if "cprd" in found else total
 
     def _direction(
-        self, queries: Tensor, pool: Tensor, positives: Tensor, own: Tensor, others: Tensor, pictures_ask: bool
+        self, queries: Tensor, pool: Tensor, positives: Tensor, own: Tensor, others: Tensor, images_query: bool
     ) -> Sums:
         """{term: (sum over my queries, count)} of one direction. `own` [B] and `others` [M] are numbers in the pair set."""
         similarities = queries.float() @ pool.float().T  # [B, M]
@@ -78,8 +79,8 @@ class RankingModel(nn.Module):
             return found
         spec = self.spec
         mined = hard_negatives(similarities, positives, spec.candidates)  # [B, K]
-        asked = own[:, None].expand_as(mined), others[mined.clamp(min=0)]
-        scores = self.table.scores(*(asked if pictures_ask else asked[::-1])).to(mined.device)  # [B, K]
+        pairs = own[:, None].expand_as(mined), others[mined.clamp(min=0)]
+        scores = self.table.scores(*(pairs if images_query else pairs[::-1])).to(mined.device)  # [B, K]
         choice = {"threshold": spec.threshold, "top_m": spec.top_m, "margin": spec.margin, "ceiling": spec.ceiling}
         ranking = contrastive_partial_ranking(
             similarities,

@@ -52,7 +52,7 @@ def _word_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str]) 
 
     raw = Tokenizer(models.WordLevel(unk_token=specials[0]))
     raw.normalizer = normalizers.Lowercase()
-    # Underscores and white space part words; every other sign is a word of its own.
+    # Underscores and white space separate words; every other sign is a word by itself.
     gaps, signs = Regex(r"[\s_]+"), Regex(r"[^\p{L}\p{M}\p{N}]")
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(gaps, "removed"), pre_tokenizers.Split(signs, "isolated")]

@@ -35,7 +35,7 @@ class _Scale:
 def _read_log(path: Path) -> tuple[dict[str, list[tuple[float, float]]], list[tuple[float, str]], int]:
     """Points (step, value) of every term, where each stage begins, and how many values were not finite.
 
-    Steps that start anew with a stage are put one behind the other.
+    Where steps start again with a stage, the stages are put one after the other.
     """
     terms: dict[str, list[tuple[float, float]]] = {}
     stages: list[tuple[float, str]] = []

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def gallery_of(benchmarks: Sequence[Mapping], slugs: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Questions to look at, about GALLERY_SIZE: of each benchmark half at random, half where models part."""
+    """Questions to look at, about GALLERY_SIZE: of each benchmark half at random, half where models differ."""
     share = max(4, GALLERY_SIZE // len(benchmarks))
     return [item for benchmark in benchmarks for item in _gallery_of(benchmark, share, slugs)][
         : max(GALLERY_SIZE, 48)
@@ -49,7 +49,7 @@ def _gallery_of(benchmark: Mapping, share: int, slugs: Mapping[str, str]) -> lis
 
 
 def _spread(runs: Mapping[str, Mapping[str, dict]], question: str) -> float:
-    """How far student and control (else whichever models there are) lie apart on a question."""
+    """How far student and control (else all models) lie apart on a question."""
     pair = [runs[role] for role in ("student", "control") if role in runs]
     scores = [run[question]["score"] for run in (pair if len(pair) == 2 else runs.values())]
     return max(scores) - min(scores)
@@ -143,7 +143,7 @@ def marks(gallery: Sequence[Mapping], roles: Sequence[str]) -> list[tuple[str, l
 
 
 def _thumbnail(key: str) -> dict[str, Any]:
-    """The picture as a data URI, small; or why there is none."""
+    """A small picture as a data URI; `uri` is None where it cannot be read."""
     try:
         picture = _image_ref(key).load()
     except ImageError as error:

@@ -71,7 +71,7 @@ def _write_page(
     benchmarks = [benchmark_entry(name, found) for name, found in evaluations.items()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # predictions and questions are strangers' text
+        autoescape=True,  # questions and predictions are untrusted text
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

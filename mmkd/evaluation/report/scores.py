@@ -35,10 +35,10 @@ def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
 
 
 def _shown_pairs(differences: Mapping[str, Mapping], names: Sequence[str]) -> list[dict[str, Any]]:
-    """The paired differences with both names; where there are many, those with the teacher or else the first model."""
+    """The paired differences with both names; of many only those with the teacher, or else with the first model."""
     by_key = {f"{a} - {b}": (a, b) for a in names for b in names}
     pairs = [{"first": by_key[key][0], "second": by_key[key][1], **found} for key, found in differences.items()]
-    pairs.sort(key=lambda pair: "teacher" in (pair["first"], pair["second"]))  # what a student gained stands first
+    pairs.sort(key=lambda pair: "teacher" in (pair["first"], pair["second"]))  # what a student gained comes first
     if len(pairs) <= MAX_PAIRS:
         return pairs
     anchor = "teacher" if "teacher" in names else names[0]
