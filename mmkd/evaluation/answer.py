@@ -22,13 +22,14 @@ from mmkd.data.prompts import letter_of
 from mmkd.data.samples import ImageRef, Question, Sample
 from mmkd.errors import DataError, ImageError
 from mmkd.evaluation.benchmarks import Benchmark
-from mmkd.evaluation.compare import group_of, interval, read_object, read_predictions
 from mmkd.evaluation.hallucination import NAME as HALLUCINATED
 from mmkd.evaluation.hallucination import hallucinated
 from mmkd.evaluation.parsers import PARSERS, scienceqa_parse_lenient
 from mmkd.evaluation.particulars import LENIENT, particulars
 from mmkd.evaluation.processes import ALONE, Processes
+from mmkd.evaluation.results import group_of, read_object, read_predictions
 from mmkd.evaluation.scorers import METRICS, references_of
+from mmkd.evaluation.statistics import interval
 from mmkd.evaluation.submission import submission_file, write_submission
 from mmkd.towers.vision_cache import DEFAULT_CACHE_BYTES, VisionCache
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmkd.evaluation.benchmarks import Benchmark
-from mmkd.evaluation.compare import group_of, interval
 from mmkd.evaluation.official import MME_TASKS
+from mmkd.evaluation.results import group_of
 from mmkd.evaluation.scorers import chair, mme, pope, scienceqa
+from mmkd.evaluation.statistics import interval
 
 LENIENT = ("scienceqa", "letter_exact")  # parsers whose strict rule has a lenient one beside it
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmkd.base.schema import is_number
 from mmkd.base.yaml_files import Loader, read_mapping
-from mmkd.errors import RecipeError, RegistryError, did_you_mean
+from mmkd.errors import RecipeError, did_you_mean
 from mmkd.recipes.recipe import Recipe
 from mmkd.registry import import_modules
 
@@ -136,13 +136,10 @@ def validate(raw: dict[str, Any], where: str, model: type[Model]) -> Model:
 
 
 def import_named(raw: dict[str, Any], where: str) -> None:
-    """Imports the modules of the key `imports`, also looked for beside the recipe. Raises RecipeError."""
+    """Imports the modules of the key `imports`, also looked for beside the recipe. Raises RegistryError."""
     names = raw.get("imports", [])
     if isinstance(names, list) and all(isinstance(name, str) for name in names):  # else validation says what is wrong
-        try:
-            import_modules(names, [Path(where).parent] if Path(where).is_file() else [])
-        except RegistryError as error:
-            raise RecipeError(f"{where}: {error}") from error
+        import_modules(names, [Path(where).parent] if Path(where).is_file() else [])
 
 
 def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:

@@ -15,11 +15,12 @@ import yaml
 
 from mmkd.base.distributed import alone_in, is_main_process
 from mmkd.base.files import write_whole
+from mmkd.base.run_folder import claim
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.command import add_importance
-from mmkd.evaluation.compare import compare_runs, verdict
+from mmkd.runs.evaluate import add_importance
+from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.evaluation.report import build_report
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.control import train_control
@@ -48,7 +49,7 @@ def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
     check_benchmarks(recipe)
     texts = texts_of(all_samples(recipe))
     with alone_in(run, "the same output"):
-        claim(run, recipe)
+        claim(run, recipe.model_dump(mode="json", exclude={"output", "title"}), title=recipe.title, seed=recipe.seed)
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
         preflight(recipe, student, teachers)
@@ -85,37 +86,6 @@ def check_benchmarks(recipe: Recipe) -> None:
     for name in recipe.evaluation.benchmarks:
         benchmark = load_benchmark(name)
         refuse_unscored(benchmark, benchmark.read(recipe.data_root, recipe.evaluation.limit), submission=False)
-
-
-def claim(run: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe into the run's folder; a folder of another recipe is refused with the difference."""
-    wanted = recipe.model_dump(mode="json", exclude={"output", "title"})
-    path = run / "recipe.yaml"
-    if path.exists():
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = sorted(_differences(there, wanted))
-        if differing:
-            raise DataError(
-                f"{run} holds a run of another recipe (differs in {', '.join(differing[:5])}); set output=ANOTHER_FOLDER or "
-                "remove it"
-            )
-        return
-    if not is_main_process():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(wanted, sort_keys=False))
-    facts = {"title": recipe.title, "seed": recipe.seed, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    (run / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = []
-        for key in {*a, *b}:
-            where = f"{path}.{key}" if path else str(key)
-            found += _differences(a.get(key), b.get(key), where) if key in a and key in b else [where]
-        return found
-    return [] if a == b else [path]
 
 
 def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,8 @@ from layouts import CARDS, TEN, Oracle, dump, write_seed_image
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.compare import read_predictions
 from mmkd.evaluation.official import FORMATS, read_official
+from mmkd.evaluation.results import read_predictions
 
 
 @pytest.fixture

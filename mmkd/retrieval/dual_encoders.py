@@ -1,8 +1,8 @@
 """Dual encoders: a picture and a text become two unit vectors, whose product says how well they match.
 
-Three sources behind one class: transformers' CLIP-like models (CLIP, SigLIP, and a vision and a text encoder put together
-here as `VisionTextDualEncoderModel`), and open_clip's. Each is saved in its own library's format and loads there without
-mmkd (an encoder that transformers does not know needs `import mmkd.towers.encoders`).
+Two sources behind one class: transformers' CLIP-like models (CLIP, SigLIP, and a vision and a text encoder put together as
+`VisionTextDualEncoderModel`, see `mmkd.retrieval.assemble`), and open_clip's. Each is saved in its own library's format and
+loads there without mmkd (an encoder that transformers does not know needs `import mmkd.towers.encoders`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.errors import TowerError
-from mmkd.towers.assemble import VisionSpec, build_encoder, image_size, model_from_config, pixel_statistics
 
 Inputs = dict[str, Tensor]
 
@@ -135,7 +133,7 @@ class TransformersDual(DualEncoder):
 
 
 def text_length(config: Any, tokenizer: Any) -> int:
-    """Tokens of a text that an encoder reads at most."""
+    """The longest text that an encoder reads, in tokens."""
     return int(min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf)))
 
 
@@ -178,14 +176,13 @@ def load_dual(
 ) -> DualEncoder:
     """A dual encoder by folder, hub id, or "open_clip:NAME[/TAG]" (without a tag: random weights, drawn from `seed`).
 
-    A folder of either library is told by its configuration file. Raises TowerError.
+    A folder of either library is recognised by its configuration file. Raises TowerError.
     """
     if str(source).startswith(OPEN_CLIP):
         return _open_clip_by_name(str(source).removeprefix(OPEN_CLIP), seed)
     if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not (Path(source) / "config.json").is_file():
         return _open_clip_folder(Path(source))
     from transformers import AutoModel, AutoProcessor
-
 
     try:
         model = AutoModel.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
@@ -232,175 +229,7 @@ def _open_clip_folder(folder: Path) -> OpenClipDual:
 
 
 def _open_clip_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """What open_clip's folders say of a model: its architecture and how its pictures are prepared."""
+    """The content of open_clip's configuration file: the architecture and how pictures are prepared."""
     known = getattr(model.visual, "preprocess_cfg", None) or {}
     names = ("mean", "std", "interpolation", "resize_mode")
     return {"model_cfg": config, "preprocess_cfg": {name: known[name] for name in names if known.get(name) is not None}}
-
-
-# ---- putting together ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TextSpec:
-    """Where a text encoder comes from: `source` (a folder or hub id) or `config` (random weights) with its `model_type`.
-
-    pooling: the encoder's own pooled output, or the "mean" of its last states, as sentence encoders are pooled.
-    frozen: its weights are not trained; goes with the mean.
-    """
-
-    source: str | None = None
-    config: dict[str, Any] | None = None
-    pooling: Literal["own", "mean"] = "own"
-    frozen: bool = False
-
-
-def assemble_dual(
-    vision: VisionSpec,
-    text: TextSpec,
-    *,
-    embedding: int = 256,
-    tokenizer: Any = None,
-    temperature: float = 0.07,
-    seed: int = 0,
-) -> TransformersDual:
-    """A dual encoder from any vision encoder and a text encoder, each behind a linear projection of its pooled output.
-
-    A plain `VisionTextDualEncoderModel`; parts without pretrained weights and the projections are drawn from `seed`.
-    `tokenizer` is needed for a text encoder made from a configuration (`train_text_tokenizer`). Raises TowerError when a part
-    cannot be found or gives no pooled output.
-    """
-    from transformers import (
-        AutoTokenizer,
-        CLIPImageProcessor,
-        VisionTextDualEncoderConfig,
-        VisionTextDualEncoderModel,
-        VisionTextDualEncoderProcessor,
-    )
-
-    if text.source is not None:
-        tokenizer = AutoTokenizer.from_pretrained(text.source)
-    if tokenizer is None:
-        raise TowerError("a text encoder from a configuration needs a tokenizer; train one on the captions")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = build_encoder(vision)
-        height, width = image_size(vision, encoder)
-        encoder.config.hidden_size = _pooled_width(encoder, pixel_values=torch.zeros(1, 3, height, width))
-        text_encoder = build_text_encoder(text, tokenizer)
-        _pooled_width(text_encoder, **tokenizer(["a"], return_tensors="pt"))
-        config = VisionTextDualEncoderConfig.from_vision_text_configs(
-            encoder.config, text_encoder.config, projection_dim=embedding, logit_scale_init_value=-math.log(temperature)
-        )
-        model = VisionTextDualEncoderModel(config=config)  # built whole, as `from_pretrained` builds it
-    model.vision_model.load_state_dict(encoder.state_dict())
-    model.text_model.load_state_dict(text_encoder.state_dict())
-    mean, std = pixel_statistics(vision, encoder)
-    pictures = CLIPImageProcessor(size={"height": height, "width": width}, do_center_crop=False, image_mean=mean, image_std=std)
-    return TransformersDual(model, VisionTextDualEncoderProcessor(pictures, tokenizer))
-
-
-def build_text_encoder(spec: TextSpec, tokenizer: Any) -> nn.Module:
-    """The text encoder of a spec; the vocabulary and special tokens of one from a configuration are its tokenizer's."""
-    from mmkd.retrieval.text_encoders import SentenceConfig, SentenceEncoder
-
-    if spec.frozen and spec.pooling == "own":
-        raise TowerError("a frozen text encoder is pooled by the mean of its states; set its pooling to mean")
-    if spec.pooling == "mean":
-        encoder = _text_encoder(spec, tokenizer)
-        return SentenceEncoder(SentenceConfig(encoder.config, frozen=spec.frozen), encoder)
-    return _text_encoder(spec, tokenizer)
-
-
-def _text_encoder(spec: TextSpec, tokenizer: Any) -> nn.Module:
-    from transformers import AutoModel
-
-    if (spec.source is None) == (spec.config is None):
-        raise TowerError("a text encoder needs either `source` (pretrained) or `config` (random weights)")
-    if spec.source is not None:
-        try:
-            model = AutoModel.from_pretrained(spec.source, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise TowerError(f"no text encoder can be loaded from {spec.source!r}: {error}") from error
-        return getattr(model, "text_model", model)
-    config = dict(spec.config or {})
-    kind = config.pop("model_type", None)
-    if kind is None:
-        raise TowerError("the text `config` lacks `model_type` (for example bert, clip_text_model)")
-    return model_from_config(AutoModel, kind, text_defaults(tokenizer) | config, "text")
-
-
-def text_defaults(tokenizer: Any) -> dict[str, Any]:
-    """Keys of a text configuration that its tokenizer decides."""
-    ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return {"vocab_size": len(tokenizer), **{name: value for name, value in ids.items() if value is not None}}
-
-
-def _pooled_width(encoder: nn.Module, **inputs: Tensor) -> int:
-    """Width of an encoder's pooled output. Raises TowerError when it has none or does not take the input."""
-    try:
-        with torch.no_grad():
-            pooled = getattr(encoder.eval()(**inputs, return_dict=True), "pooler_output", None)
-    except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        raise TowerError(f"{type(encoder).__name__} does not take its own kind of input: {error}") from error
-    if pooled is None or pooled.dim() != 2:
-        raise TowerError(
-            f"{type(encoder).__name__} gives no pooled output, which a dual encoder projects; use an encoder with one "
-            "(vit, clip_vision_model, dinov2, focalnet, mmkd_encoder; bert, clip_text_model, mmkd_bag_of_words)"
-        )
-    return pooled.shape[-1]
-
-
-def train_text_tokenizer(texts: Iterable[str], vocab_size: int, words: bool = False) -> Any:
-    """A lower-casing tokenizer that writes `<|cls|> text <|end|>`: encoders pool at either end.
-
-    Byte-level BPE, whose `vocab_size` counts the three special tokens and the 256 bytes (TowerError when it is smaller); or, with
-    `words`, the most frequent words, numbers and signs as they stand, every other one becoming `<|pad|>`.
-    """
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
-    specials = {"pad_token": "<|pad|>", "cls_token": "<|cls|>", "eos_token": "<|end|>"}
-    train = _word_tokenizer if words else _bpe_tokenizer
-    raw = train(texts, vocab_size, list(specials.values()))
-    ends = [(token, raw.token_to_id(token)) for token in (specials["cls_token"], specials["eos_token"])]
-    raw.post_processor = processors.TemplateProcessing(single="<|cls|> $A <|end|>", special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="right", unk_token="<|pad|>", **specials)
-
-
-def _bpe_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    least = len(specials) + 256
-    if vocab_size < least:
-        raise TowerError(f"vocab_size {vocab_size} is too small: bytes and special tokens alone are {least}")
-    raw = Tokenizer(models.BPE())
-    raw.normalizer = normalizers.Lowercase()
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=specials,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return raw
-
-
-def _word_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Any:
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    raw = Tokenizer(models.WordLevel(unk_token=specials[0]))
-    raw.normalizer = normalizers.Lowercase()
-    # Underscores and white space part words; every other sign is a word of its own.
-    gaps, signs = Regex(r"[\s_]+"), Regex(r"[^\p{L}\p{M}\p{N}]")
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(gaps, "removed"), pre_tokenizers.Split(signs, "isolated")]
-    )
-    raw.train_from_iterator(
-        texts, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
-    )
-    return raw

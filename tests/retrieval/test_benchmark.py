@@ -11,10 +11,11 @@ from tiny import tiny_picture
 
 from mmkd.cli import main
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import read_predictions
-from mmkd.evaluation.results import read_results
-from mmkd.retrieval.dual import TextSpec, TransformersDual, assemble_dual, train_text_tokenizer
-from mmkd.retrieval.evaluate import evaluate_retrieval, load_retrieval
+from mmkd.evaluation.results import read_predictions, read_results
+from mmkd.retrieval.assemble import TextSpec, assemble_dual
+from mmkd.retrieval.benchmark import evaluate_retrieval, load_retrieval
+from mmkd.retrieval.dual_encoders import TransformersDual
+from mmkd.retrieval.text_tokenizer import train_text_tokenizer
 from mmkd.towers.assemble import VisionSpec
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -24,9 +24,8 @@ from mmkd.evaluation.answer import PREDICTIONS, RESULTS, library_versions, write
 from mmkd.evaluation.benchmarks import RETRIEVAL, ReferenceScore
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mmkd.retrieval.dual import DualEncoder
+    from torch import Tensor
 
 CUTOFFS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
@@ -102,6 +101,11 @@ def retrieval_names() -> list[str]:
     return [name.removeprefix(RETRIEVAL) for name in list_cards("evaluation") if name.startswith(RETRIEVAL)]
 
 
+def is_retrieval(name: str) -> bool:
+    """Whether a benchmark is one of retrieval; a card file is one where it lies in a folder of that name."""
+    return name in retrieval_names() or Path(name).parent.name == RETRIEVAL.rstrip("/")
+
+
 def load_retrieval(name: str) -> RetrievalBenchmark:
     """A retrieval benchmark by the name of its card or by the path of a YAML file. Raises DataError."""
     return load_card(f"evaluation/{RETRIEVAL.rstrip('/')}", name, RetrievalBenchmark)
@@ -137,13 +141,11 @@ def evaluate_retrieval(
     relevant = torch.tensor(owners)[None, :] == torch.arange(len(seen.items))[:, None]  # [pictures, captions]
     ranks = retrieval_ranks(similarities, similarities.T, relevant)
     compared = compare_retrieval({"model": ranks}, relevant)
-    recalls = {name: _score(entry) for name, entry in compared["recall"].items()}
     rows = [*_picture_rows(seen, captions, similarities, ranks), *_caption_rows(seen, captions, owners, similarities, ranks)]
     results = {
         "benchmark": benchmark.name,
         "title": benchmark.title,
-        "metric": "recall@1",
-        **recalls["recall@1_both"],
+        **_scores(compared),
         "n_skipped": len(items) - len(seen.items),
         "skipped": seen.skipped,
         "rows": len(rows),
@@ -153,9 +155,6 @@ def evaluate_retrieval(
         "rows_difference": _difference(benchmark, len(items), limit),
         "split": benchmark.split,
         "limit": limit,
-        "by": {"direction": {d: recalls[f"recall@1_{d}"] for d in WAYS}},
-        "retrieval": recalls | {"median_rank": {d: found["model"] for d, found in compared["median_rank"].items()}},
-        "rsum": 100 * math.fsum(recalls[f"recall@{k}_{d}"]["score"] for k in CUTOFFS for d in WAYS),
         "reference_scores": [score.model_dump() for score in benchmark.reference_scores],
         "model": model_name,
         "model_fingerprint": model.fingerprint(),
@@ -261,8 +260,17 @@ def _query(name: str, direction: str, rank: int, group: str) -> dict[str, Any]:
     return common | {"categories": {"direction": direction}}
 
 
-def _score(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"n": entry["n"], "score": entry["model"], "ci95": entry["model_ci95"]}
+def _scores(compared: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline, recall@1 over all queries, and every other number. `compared`: what `compare_retrieval` gives."""
+    found = compared["recall"].items()
+    recalls = {name: {"n": entry["n"], "score": entry["model"], "ci95": entry["model_ci95"]} for name, entry in found}
+    return {
+        "metric": "recall@1",
+        **recalls["recall@1_both"],
+        "by": {"direction": {way: recalls[f"recall@1_{way}"] for way in WAYS}},
+        "retrieval": recalls | {"median_rank": {way: rank["model"] for way, rank in compared["median_rank"].items()}},
+        "rsum": 100 * math.fsum(recalls[f"recall@{k}_{way}"]["score"] for k in CUTOFFS for way in WAYS),
+    }
 
 
 def _difference(benchmark: RetrievalBenchmark, pictures: int, limit: int | None) -> str | None:

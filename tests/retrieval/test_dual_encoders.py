@@ -22,15 +22,9 @@ from transformers import (
 )
 
 from mmkd.errors import TowerError
-from mmkd.retrieval.dual import (
-    OpenClipDual,
-    TextSpec,
-    TransformersDual,
-    assemble_dual,
-    build_text_encoder,
-    load_dual,
-    train_text_tokenizer,
-)
+from mmkd.retrieval.assemble import TextSpec, assemble_dual, build_text_encoder
+from mmkd.retrieval.dual_encoders import OpenClipDual, TransformersDual, load_dual
+from mmkd.retrieval.text_tokenizer import train_text_tokenizer
 from mmkd.towers.assemble import VisionSpec
 
 TEXTS = ("a red circle", "two blue squares and one green triangle", "nothing")
