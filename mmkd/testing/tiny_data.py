@@ -271,7 +271,7 @@ NO_TOWER = {
     "shieldgemma2": "its processor asks for a verdict by policies of its own in place of the prompt",
 }
 
-FAMILIES: dict[str, Tiny] = {
+TINY: dict[str, Tiny] = {
     "qwen2_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, config={"vision_config": {"hidden_size": WIDTH}}),
     "qwen2_5_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}),
     "qwen3_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}),

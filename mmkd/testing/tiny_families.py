@@ -24,7 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from mmkd.errors import TowerError
-from mmkd.testing.tiny_data import DERIVED, FAMILIES, IMAGE_PROCESSORS, NO_TOWER, PROCESSORS, RULES, TEXT_PARTS, Tiny
+from mmkd.testing.tiny_data import DERIVED, IMAGE_PROCESSORS, NO_TOWER, PROCESSORS, RULES, TEXT_PARTS, TINY, Tiny
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.tower import Tower
 
@@ -66,7 +66,7 @@ def tiny_family(family: str, seed: int = 0) -> Tower:
     """
     if reason := why_no_tower(family):
         raise TowerError(reason)
-    data = FAMILIES.get(family, Tiny())
+    data = TINY.get(family, Tiny())
     tokenizer = _tokenizer(data)
     config = tiny_config(family, data, tokenizer)
     with torch.random.fork_rng(devices=[]):
