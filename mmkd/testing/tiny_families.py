@@ -1,8 +1,8 @@
 """Every image-text family of the installed transformers as a tower of a few thousand random weights, without a network.
 
-A configuration class's own defaults are shrunk by rules on the names of their keys; what a family needs besides is data
-(`tiny_data.py`). Image processor and processor are the family's own classes, the tokenizer is trained on the spot and
-given the family's special tokens.
+A configuration class's own defaults are shrunk by rules on the names of their keys (`tiny_rules.py`); what single families need
+besides is data, too (`tiny_data.py`). Image processor and processor are the family's own classes, the tokenizer is trained on the
+spot and given the family's special tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from mmkd.errors import TowerError
-from mmkd.testing.tiny_data import DERIVED, IMAGE_PROCESSORS, NO_TOWER, PROCESSORS, RULES, TEXT_PARTS, TINY, Tiny
+from mmkd.testing.tiny_data import NO_TOWER, TINY, Tiny
+from mmkd.testing.tiny_rules import DERIVED, IMAGE_PROCESSORS, PROCESSORS, RULES, TEXT_PARTS
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.tower import Tower
 
