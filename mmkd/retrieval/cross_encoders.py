@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.errors import TowerError
 from mmkd.retrieval.dual_encoders import text_length, weights_fingerprint
+from mmkd.towers.inputs import tokens_by_sample
+from mmkd.towers.logits import scaled
 from mmkd.towers.tower import Tower
 
 QUESTION = "Does the picture show: {text}? Answer yes or no."
@@ -245,16 +247,9 @@ class PromptedTower(CrossEncoder):
     def see(self, images: Sequence[ImageRef]) -> list[Tensor]:
         samples = [Sample(ref.key, (ref,), (Turn("user", "", 1),)) for ref in images]
         encoded = [self.tower.encode(sample, with_answer=False) for sample in samples]
-        tokens = iter(self.tower.see(self.tower.collate(encoded).to(self.tower.device)).tokens)
-        return [self._of_one(tokens, self.tower.visual_count(one)) for one in encoded]
-
-    @staticmethod
-    def _of_one(tokens: Any, count: int) -> Tensor:
-        """A picture's visual tokens [count, D]; some families cut a picture up and give several entries."""
-        parts: list[Tensor] = []
-        while sum(map(len, parts)) < count:
-            parts.append(next(tokens))
-        return torch.cat(parts)
+        tokens = self.tower.see(self.tower.collate(encoded).to(self.tower.device)).tokens
+        counts = [self.tower.visual_count(one) for one in encoded]
+        return [torch.cat(entries) for entries in tokens_by_sample(tokens, counts)]  # each [n, D]
 
     def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
         yes, no = (self._log_probability(images, seen, texts, answer) for answer in self.answers)
@@ -276,6 +271,4 @@ class PromptedTower(CrossEncoder):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The tower's logits in float32, over the tokens that its tokenizer knows. [R, V]"""
-        scale, cap = self.tower.logit_rule
-        logits = self.tower.head(hidden)[:, : self.tower.vocabulary].float() * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return scaled(self.tower.head(hidden)[:, : self.tower.vocabulary].float(), self.tower.logit_rule)

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.errors import TowerError
 from mmkd.teachers.teacher import head_of
-from mmkd.towers.answering import evaluating
 from mmkd.towers.encoders import WrappedEncoder, tokens_of
+from mmkd.towers.logits import scaled
+from mmkd.towers.modes import evaluating
 from mmkd.towers.tower import Tower, TowerInputs
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest value
@@ -87,7 +88,7 @@ def _kept_as_it_is(tower: Tower) -> Iterator[None]:
     """Evaluation mode meanwhile; mode, gradients and what is trained are put back."""
     parameters = [(p, p.requires_grad, p.grad) for p in tower.model.parameters()]
     try:
-        with evaluating(tower):
+        with evaluating(tower.model):
             yield
     finally:
         for parameter, trained, gradient in parameters:
@@ -283,8 +284,7 @@ def _check_saving(
 def _logits(tower: Tower, hidden: Tensor) -> Tensor:
     """Hidden rows through the head as distillation applies it."""
     head = head_of(tower)
-    logits = F.linear(hidden, head.weight, head.bias) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return scaled(F.linear(hidden, head.weight, head.bias), (head.scale, head.softcap))
 
 
 def _same(check: str, tower: Tower, got: Tensor, wanted: Tensor, what: str) -> float:
@@ -329,9 +329,7 @@ def check_encoder(encoder: nn.Module, image_size: int | tuple[int, int]) -> dict
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     pixels = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
-    was_training = encoder.training
-    encoder.eval()
-    try:
+    with evaluating(encoder):
         features = _features(encoder, pixels)
         if len(features) != len(pixels):
             raise TowerError(f"shape: {len(pixels)} pictures give features of {len(features)}: {list(features.shape)}")
@@ -342,9 +340,6 @@ def check_encoder(encoder: nn.Module, image_size: int | tuple[int, int]) -> dict
         reached = _reached(encoder, features)
         if parameters and not reached:
             raise TowerError("gradient: none of the encoder's parameters gets one; is it under no_grad or frozen?")
-    finally:
-        encoder.train(was_training)
-        encoder.zero_grad()
     return {
         "features of one picture": features.shape[1],
         "width": features.shape[2],

@@ -1,7 +1,7 @@
 """`mmkd check --families`: the tower contract for every image-text family of the installed transformers.
 
-Each family is built tiny (`towers.tiny_families`) and checked (`testing.check_tower`) in a process of its own, within a time
-limit, so that one that hangs or crashes is a line of the table and no more.
+Each family is built tiny (`tiny_families.py`) and checked (`check_tower`) in a process of its own, within a time limit, so that
+one that hangs or crashes is a line of the table and no more.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import torch
 from tiny import VISIONS, language_config, make_term, tiny_samples, tiny_tokenizer, tiny_tower
 
 from mmkd.errors import GuardError
+from mmkd.registry import registry
 from mmkd.terms.term import Schedule
 from mmkd.testing.tiny_families import TEMPLATE, TEXTS, VOCABULARY, tiny_family
-from mmkd.towers import encoders
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.tower import Seen
 from mmkd.train.collate import Collator, PairDataset
@@ -60,7 +60,7 @@ def encoders_of_others(tmp_path_factory):
     yield
     sys.path.remove(str(folder))
     sys.modules.pop("my_encoders", None)
-    encoders._REGISTERED.pop("small_conv", None)
+    registry("encoders").remove("small_conv")
 
 
 def pair(name):
