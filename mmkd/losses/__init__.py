@@ -17,6 +17,7 @@ from mmkd.losses.preference import dpo, kto_pair
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
 from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
+from mmkd.losses.skew import SkewKL, SkewReverseKL
 from mmkd.losses.spans import sorted_distance, span_events, spans
 from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 
@@ -26,6 +27,8 @@ __all__ = [
     "DBiLD",
     "ForwardKL",
     "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
     "TopKForwardKL",
     "balance_of_layers",
     "choose_experts",
