@@ -13,6 +13,7 @@ from mmkd.losses.divergence import (
     reverse_kl,
 )
 from mmkd.losses.features import feature_match, tags
+from mmkd.losses.forward_reverse import TopKLD
 from mmkd.losses.preference import dpo, kto_pair
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
@@ -30,6 +31,7 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "TopKForwardKL",
+    "TopKLD",
     "balance_of_layers",
     "choose_experts",
     "contrastive",

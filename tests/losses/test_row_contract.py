@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import SkewKL, SkewReverseKL
+from mmkd.losses import SkewKL, SkewReverseKL, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -21,6 +21,11 @@ CASES = [
     SkewReverseKL(),
     SkewReverseKL(0.5, 2.0),
     SkewReverseKL(0.0),
+    TopKLD(0),
+    TopKLD(8),
+    TopKLD(20, 2.0),
+    TopKLD(10**6),
+    TopKLD(8, form="plain"),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 

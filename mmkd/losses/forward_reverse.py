@@ -1,0 +1,81 @@
+"""Forward and reverse KL mixed: by the vocabulary (TopKLD), by which model is surer (BD-KD), by where they differ (adaptive KL).
+
+All are `T² Σ_v [f_v p_v log(p_v / q_v) + r_v q_v log(q_v / p_v)]` with weights f and r that carry no gradient. p =
+softmax(teacher / T), q = softmax(student / T); student, teacher `[R, V]`, values `[R]`. Entries where either logit is -inf are
+dropped and T² multiplies as in `forward_kl` (T itself is our addition in all three). The gradient is `T (A - q Σ A)` with
+`A = r q (1 - log p/q) - f p`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmkd.losses.distributions import check_temperature, dropped, kept_terms, log_ratio, pair, scaled
+from mmkd.losses.numerics import result_dtype
+
+FORMS = ("generalised", "plain")
+
+
+class _Mixed:
+    """What the three share. A subclass gives the weights."""
+
+    temperature: float
+    form = "plain"  # "generalised" adds `(f - r) (q - p)` to each entry, and so `(f - r) q` to A
+
+    def weights(self, q: Tensor, p: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights f and r, `[R, 1]` or `[R, V]`, from both distributions and the teacher's logits, `[R, V]` each."""
+        raise NotImplementedError
+
+    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        dtype = result_dtype(student, teacher)
+        student, teacher = scaled(student, teacher, self.temperature)
+        q, p, d = student.softmax(-1), teacher.softmax(-1), log_ratio(student, teacher)  # [R, V] each
+        forward, reverse = self.weights(q.detach(), p, teacher)
+        terms = (forward * p - reverse * q) * d  # [R, V]
+        if self.form == "generalised":
+            terms = terms + (forward - reverse) * (q - p)
+        return (kept_terms(terms, student, teacher).sum(-1) * self.temperature**2).to(dtype)
+
+    def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
+        q, p, d = pair(student, teacher, self.temperature, shared)  # [R, V] each
+        forward, reverse = self.weights(q, p, teacher)
+        p, kept = dropped(p, student), dropped(q, teacher)  # [R, V] each
+        terms = (forward * p - reverse * kept).mul_(d)  # [R, V]
+        grad = reverse * kept * (1 - d) - forward * p  # [R, V]
+        if self.form == "generalised":
+            terms += (forward - reverse) * (kept - p)
+            grad += (forward - reverse) * kept
+        grad.addcmul_(q, grad.sum(-1, keepdim=True), value=-1.0)
+        return terms.sum(-1) * self.temperature**2, grad.mul_(self.temperature)
+
+
+@dataclass(frozen=True)
+class TopKLD(_Mixed):
+    """Reverse KL on the teacher's k likeliest tokens, forward KL on all others; k = 0 is `forward_kl`, k = V is `reverse_kl`.
+
+    form "plain": the two partial sums as they are. They do not add up to a divergence: the loss can be negative, and where
+    student and teacher agree its gradient is not 0 but carries mass from the k tokens to the others. form "generalised" (our
+    default) takes both as generalised KLs, `q log(q/p) - q + p` and `p log(p/q) - p + q`: no entry is negative, and only equal
+    distributions give 0. At k = 0 and k = V both forms are the same.
+
+    Which of equal logits end the k is left to topk. Source: TopKLD (arXiv 2501.06218, for low-bit autoregressive image models),
+    of which we know the idea alone: the plain form is our reading, the generalised form our correction of it, k = 50 our choice
+    (theirs is the top-k of sampling). Raises ValueError for k below 0 and for an unknown form.
+    """
+
+    k: int = 50
+    temperature: float = 1.0
+    form: str = "generalised"
+
+    def __post_init__(self):
+        if self.k < 0:
+            raise ValueError(f"k is {self.k}; it must be at least 0 (0 is the forward KL)")
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}; it must be one of {', '.join(FORMS)}")
+        check_temperature(self.temperature)
+
+    def weights(self, q, p, teacher):
+        ids = teacher.topk(min(self.k, teacher.shape[-1]), dim=-1, sorted=False).indices  # [R, k]
+        reverse = torch.zeros_like(p).scatter_(-1, ids, 1.0)  # [R, V]
+        return 1 - reverse, reverse
