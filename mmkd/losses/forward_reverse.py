@@ -79,3 +79,32 @@ class TopKLD(_Mixed):
         ids = teacher.topk(min(self.k, teacher.shape[-1]), dim=-1, sorted=False).indices  # [R, k]
         reverse = torch.zeros_like(p).scatter_(-1, ids, 1.0)  # [R, V]
         return 1 - reverse, reverse
+
+
+@dataclass(frozen=True)
+class BDKD(_Mixed):
+    """`a_i forward_kl + b_i reverse_kl`, weighted by whether the student is surer of row i than the teacher.
+
+    `a_i = a boost` where it is surer, H(q_i) < H(p_i), else a: the forward KL spreads its mass. `b_i = b boost` where it is less
+    sure, H(q_i) > H(p_i), else b: the reverse KL gathers it. a = b = boost = 1 is the Jeffreys divergence; a = 1, b = 0,
+    boost = 1 is `forward_kl`. The cross-entropy is a term of its own, and with a frozen teacher its own loss falls away.
+
+    Source: BD-KD (arXiv 2212.12965), of which we know that a sample's two weights follow from the sign of its entropy gap. Which
+    one is raised, and that it is multiplied by one boost, are our reading; a = b = 1 and boost = 2 our choice, as is a row
+    (token) as the sample. Raises ValueError for negative a, b or boost, and for a = b = 0.
+    """
+
+    a: float = 1.0
+    b: float = 1.0
+    boost: float = 2.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if min(self.a, self.b, self.boost) < 0 or self.a == self.b == 0:
+            raise ValueError(f"a is {self.a}, b {self.b}, boost {self.boost}; none may be negative, and a and b not both 0")
+        check_temperature(self.temperature)
+
+    def weights(self, q, p, teacher):
+        gap = (torch.special.entr(p).sum(-1, keepdim=True) - torch.special.entr(q).sum(-1, keepdim=True)).sign()  # [R, 1]
+        extra = self.boost - 1
+        return self.a * (1 + extra * gap.clamp(min=0)), self.b * (1 + extra * (-gap).clamp(min=0))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmkd.losses import TopKLD, forward_kl, reverse_kl
+from mmkd.losses import BDKD, TopKLD, forward_kl, reverse_kl
 
 BAR = 2e-6
 
@@ -89,3 +89,53 @@ def test_top_kld_errors():
         TopKLD(3, 0)
     with pytest.raises(ValueError, match="form is 'other'.*generalised, plain"):
         TopKLD(form="other")
+
+
+def bd_kd(q, p, a, b, boost):
+    gap = math.fsum(y * math.log(y) for y in q) - math.fsum(y * math.log(y) for y in p)  # H(p) - H(q)
+    a, b = a * boost if gap > 0 else a, b * boost if gap < 0 else b
+    return mixed(q, p, [a] * len(q), [b] * len(q))
+
+
+def unlike(rows=6):
+    """Students surer than the teacher in the first half of the rows, less sure in the second."""
+    s, t = draw(50, rows=rows)
+    return s * torch.linspace(2.5, 0.3, rows)[:, None], t
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("a, b, boost", [(1.0, 1.0, 2.0), (1.0, 0.0, 5.0), (0.3, 2.0, 0.0)])
+def test_bd_kd_against_the_reference(a, b, boost, temperature):
+    compare(BDKD(a, b, boost, temperature), *unlike(), lambda q, p: bd_kd(q, p, a, b, boost))
+
+
+def test_bd_kd_raises_the_forward_kl_of_sure_students_and_the_reverse_kl_of_others():
+    s, t = (x.double() for x in unlike())
+    plain, forward = forward_kl(s, t) + reverse_kl(s, t), forward_kl(s, t)
+    gained = BDKD(boost=3.0)(s, t) - plain
+    sure = torch.special.entr(s.softmax(-1)).sum(-1) < torch.special.entr(t.softmax(-1)).sum(-1)
+    assert sure.any() and not sure.all()
+    torch.testing.assert_close(gained, 2 * torch.where(sure, forward, plain - forward))
+
+
+def test_bd_kd_is_the_jeffreys_divergence_and_the_forward_kl():
+    s, t = (x.double() for x in unlike())
+    jeffreys = BDKD(boost=1.0, temperature=2.0)
+    torch.testing.assert_close(jeffreys(s, t), forward_kl(s, t, 2.0) + reverse_kl(s, t, 2.0))
+    torch.testing.assert_close(jeffreys(s, t), jeffreys(t, s))
+    torch.testing.assert_close(BDKD(1.0, 0.0, 1.0, 2.0)(s, t), forward_kl(s, t, 2.0))
+    torch.testing.assert_close(BDKD(0.0, 1.0, 1.0, 2.0)(s, t), reverse_kl(s, t, 2.0))
+
+
+def test_bd_kd_of_equal_distributions_is_0():
+    s, _ = draw(40, dtype=torch.float64)
+    values, gradient = BDKD().value_and_grad(s, s - 2, None, {})
+    assert values.abs().max() < 1e-14 and gradient.abs().max() < 1e-14
+
+
+def test_bd_kd_errors():
+    for options in (dict(a=-1), dict(b=-1), dict(boost=-0.1), dict(a=0, b=0)):
+        with pytest.raises(ValueError, match="none may be negative, and a and b not both 0"):
+            BDKD(**options)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        BDKD(temperature=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import SkewKL, SkewReverseKL, TopKLD
+from mmkd.losses import BDKD, SkewKL, SkewReverseKL, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -26,6 +26,8 @@ CASES = [
     TopKLD(20, 2.0),
     TopKLD(10**6),
     TopKLD(8, form="plain"),
+    BDKD(),
+    BDKD(0.3, 2.0, 0.5, 2.0),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 
