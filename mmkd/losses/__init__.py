@@ -13,7 +13,7 @@ from mmkd.losses.divergence import (
     reverse_kl,
 )
 from mmkd.losses.features import feature_match, tags
-from mmkd.losses.forward_reverse import BDKD, TopKLD
+from mmkd.losses.forward_reverse import BDKD, AdaptiveKL, TopKLD
 from mmkd.losses.preference import dpo, kto_pair
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
@@ -25,6 +25,7 @@ from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 __all__ = [
     "BDKD",
     "JSD",
+    "AdaptiveKL",
     "CrossEntropy",
     "DBiLD",
     "ForwardKL",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmkd.losses import BDKD, TopKLD, forward_kl, reverse_kl
+from mmkd.losses import BDKD, AdaptiveKL, TopKLD, forward_kl, reverse_kl
 
 BAR = 2e-6
 
@@ -139,3 +139,72 @@ def test_bd_kd_errors():
             BDKD(**options)
     with pytest.raises(ValueError, match="temperature is 0"):
         BDKD(temperature=0)
+
+
+def adaptive_kl(q, p, mu):
+    mass, head = 0.0, set()
+    for v in sorted(range(len(p)), key=lambda v: -p[v]):
+        if mass >= mu:
+            break
+        mass += p[v]
+        head.add(v)
+    apart = [abs(a - b) for a, b in zip(q, p, strict=True)]
+    forward = math.fsum(apart[v] for v in head) / math.fsum(apart)
+    return mixed(q, p, [forward] * len(q), [1 - forward] * len(q))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("mu", [0.0, 0.01, 0.3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("vocabulary", [2, 50, 2000])
+def test_adaptive_kl_against_the_reference(vocabulary, mu, temperature):
+    compare(AdaptiveKL(mu, temperature), *draw(vocabulary), lambda q, p: adaptive_kl(q, p, mu))
+
+
+def test_adaptive_kl_at_its_ends():
+    s, t = draw(40, dtype=torch.float64)
+    torch.testing.assert_close(AdaptiveKL(1.0, 2.0)(s, t), forward_kl(s, t, 2.0))
+    torch.testing.assert_close(AdaptiveKL(0.0, 2.0)(s, t), reverse_kl(s, t, 2.0))
+    torch.testing.assert_close(AdaptiveKL(1 - 1e-13)(s, t), forward_kl(s, t))
+    small = AdaptiveKL(1e-13).weights(s.softmax(-1), t.softmax(-1), t)[0]  # a head of one token: not yet the reverse KL
+    assert (small > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_head_is_the_smallest_set_with_the_mass(dtype):
+    p = torch.tensor([[0.1, 0.5, 0.05, 0.05, 0.3], [0.2, 0.2, 0.2, 0.2, 0.2], [1.0, 0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    q = torch.full_like(p, 0.2)
+    # 0.5 is enough at 0.45, 0.5 + 0.3 at 0.55; equal ones stand together; a sure teacher's head is one token
+    for mu, heads in ((0.45, [[1], range(5), [0]]), (0.55, [[1, 4], range(5), [0]]), (0.85, [[0, 1, 4], range(5), [0]])):
+        forward, reverse = AdaptiveKL(mu).weights(q, p, p)
+        apart = (p - q).abs()
+        for row, head in enumerate(heads):
+            expected = apart[row, list(head)].sum() / apart[row].sum() if row != 1 else torch.tensor(0.5, dtype=dtype)
+            torch.testing.assert_close(forward[row, 0], expected)
+        torch.testing.assert_close(forward + reverse, torch.ones(3, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0])
+def test_adaptive_kl_of_equal_distributions_is_0(mu):
+    s, _ = draw(40, dtype=torch.float64)
+    for moved in (s, s - 2):
+        values, gradient = AdaptiveKL(mu).value_and_grad(s, moved, None, {})
+        assert values.abs().max() < 1e-14 and gradient.abs().max() < 1e-14
+
+
+def test_adaptive_kl_stops_the_gradient_of_its_weights():
+    s, t = draw(40, dtype=torch.float64)
+    loss = AdaptiveKL(0.7, 2.0)
+    forward, reverse = loss.weights((s / 2).softmax(-1), (t / 2).softmax(-1), t)
+    s.requires_grad_()
+    fixed = forward[:, 0] * forward_kl(s, t, 2.0) + reverse[:, 0] * reverse_kl(s, t, 2.0)
+    found = loss(s, t)
+    torch.testing.assert_close(found, fixed)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), s)[0] for x in (found, fixed)))
+
+
+def test_adaptive_kl_errors():
+    for mu in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=rf"mu is {mu}"):
+            AdaptiveKL(mu)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        AdaptiveKL(temperature=0)
