@@ -20,11 +20,13 @@ from mmkd.losses.relation import head_gram, relation, relation_from_hidden
 from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
 from mmkd.losses.skew import SkewKL, SkewReverseKL
 from mmkd.losses.spans import sorted_distance, span_events, spans
+from mmkd.losses.taid import TAID, TAIDSchedule
 from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 
 __all__ = [
     "BDKD",
     "JSD",
+    "TAID",
     "AdaptiveKL",
     "CrossEntropy",
     "DBiLD",
@@ -32,6 +34,7 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "TAIDSchedule",
     "TopKForwardKL",
     "TopKLD",
     "balance_of_layers",

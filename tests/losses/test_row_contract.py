@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import BDKD, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
+from mmkd.losses import BDKD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -32,6 +32,7 @@ CASES = [
     AdaptiveKL(0.9, 2.0),
     AdaptiveKL(0.0),
     AdaptiveKL(1.0),
+    TAID(),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 
@@ -42,6 +43,8 @@ def needs_teacher(loss):
 
 def extras(loss, teacher):
     """The tensors that the loss takes beside logits and targets. [R, ...] each"""
+    if isinstance(loss, TAID):
+        return (torch.linspace(0.2, 1, len(teacher), dtype=teacher.dtype),)
     return ()
 
 
@@ -70,7 +73,7 @@ def close(found, expected, bar=BAR, floor=0.0):
 
 
 # Losses in which a gradient is stopped: differences of their values follow what is stopped, too. Tested in their own files.
-STOPPED = (AdaptiveKL,)
+STOPPED = (AdaptiveKL, TAID)
 
 
 @pytest.mark.parametrize("loss", [x for x in CASES if not isinstance(x, STOPPED)], ids=str)
