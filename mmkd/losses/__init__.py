@@ -14,6 +14,7 @@ from mmkd.losses.divergence import (
 )
 from mmkd.losses.features import feature_match, tags
 from mmkd.losses.forward_reverse import BDKD, AdaptiveKL, TopKLD
+from mmkd.losses.plackett_luce import PLD
 from mmkd.losses.preference import dpo, kto_pair
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
@@ -26,6 +27,7 @@ from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 __all__ = [
     "BDKD",
     "JSD",
+    "PLD",
     "TAID",
     "AdaptiveKL",
     "CrossEntropy",

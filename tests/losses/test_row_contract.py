@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import BDKD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
+from mmkd.losses import BDKD, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -33,6 +33,8 @@ CASES = [
     AdaptiveKL(0.0),
     AdaptiveKL(1.0),
     TAID(),
+    PLD(),
+    PLD(5, 2.0),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 
