@@ -1,6 +1,7 @@
 """Pure loss functions on tensors. They import nothing of mmkd, take no means over a batch, and shift
 nothing."""
 
+from mmkd.losses.dac import DACKL, DenseBand
 from mmkd.losses.difference import DBiLD, dbild, kneedle_k
 from mmkd.losses.divergence import (
     JSD,
@@ -26,12 +27,14 @@ from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 
 __all__ = [
     "BDKD",
+    "DACKL",
     "JSD",
     "PLD",
     "TAID",
     "AdaptiveKL",
     "CrossEntropy",
     "DBiLD",
+    "DenseBand",
     "ForwardKL",
     "ReverseKL",
     "SkewKL",

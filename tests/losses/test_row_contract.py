@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import BDKD, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
+from mmkd.losses import BDKD, DACKL, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -35,6 +35,9 @@ CASES = [
     TAID(),
     PLD(),
     PLD(5, 2.0),
+    DACKL(),
+    DACKL(0.3, 2.0),
+    DACKL(0.0),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 
@@ -47,6 +50,9 @@ def extras(loss, teacher):
     """The tensors that the loss takes beside logits and targets. [R, ...] each"""
     if isinstance(loss, TAID):
         return (torch.linspace(0.2, 1, len(teacher), dtype=teacher.dtype),)
+    if isinstance(loss, DACKL):
+        low = torch.linspace(0.02, 0.4, len(teacher), dtype=teacher.dtype)
+        return low, low + 0.5
     return ()
 
 
