@@ -21,6 +21,7 @@ from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_n
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
 from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
 from mmkd.losses.skew import SkewKL, SkewReverseKL
+from mmkd.losses.span_consistency import span_consistency, span_pairs
 from mmkd.losses.spans import sorted_distance, span_events, spans
 from mmkd.losses.taid import TAID, TAIDSchedule
 from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
@@ -61,7 +62,9 @@ __all__ = [
     "relation_from_hidden",
     "reverse_kl",
     "sorted_distance",
+    "span_consistency",
     "span_events",
+    "span_pairs",
     "spans",
     "tags",
     "top_k_forward_kl",
