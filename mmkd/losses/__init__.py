@@ -14,6 +14,7 @@ from mmkd.losses.divergence import (
     reverse_kl,
 )
 from mmkd.losses.features import feature_match, tags
+from mmkd.losses.first import FIRST, calibrated_c, expected_calibration_error
 from mmkd.losses.forward_reverse import BDKD, AdaptiveKL, TopKLD
 from mmkd.losses.plackett_luce import PLD
 from mmkd.losses.preference import dpo, kto_pair
@@ -29,6 +30,7 @@ from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 __all__ = [
     "BDKD",
     "DACKL",
+    "FIRST",
     "JSD",
     "PLD",
     "TAID",
@@ -44,12 +46,14 @@ __all__ = [
     "TopKForwardKL",
     "TopKLD",
     "balance_of_layers",
+    "calibrated_c",
     "choose_experts",
     "contrastive",
     "contrastive_partial_ranking",
     "cross_entropy",
     "dbild",
     "dpo",
+    "expected_calibration_error",
     "feature_match",
     "forward_kl",
     "hard_negatives",

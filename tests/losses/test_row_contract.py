@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import BDKD, DACKL, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
+from mmkd.losses import BDKD, DACKL, FIRST, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -38,12 +38,15 @@ CASES = [
     DACKL(),
     DACKL(0.3, 2.0),
     DACKL(0.0),
+    FIRST(),
+    FIRST(0.3, other=True, label_smoothing=0.1),
+    FIRST(normalise="linear", other=True),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 
 
 def needs_teacher(loss):
-    return True
+    return not isinstance(loss, FIRST)
 
 
 def extras(loss, teacher):
@@ -53,6 +56,9 @@ def extras(loss, teacher):
     if isinstance(loss, DACKL):
         low = torch.linspace(0.02, 0.4, len(teacher), dtype=teacher.dtype)
         return low, low + 0.5
+    if isinstance(loss, FIRST):
+        log_probs, ids = teacher.log_softmax(-1).topk(7)
+        return ids, log_probs
     return ()
 
 
