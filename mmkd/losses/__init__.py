@@ -24,6 +24,7 @@ from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
 from mmkd.losses.skew import SkewKL, SkewReverseKL
 from mmkd.losses.span_consistency import span_consistency, span_pairs
 from mmkd.losses.spans import sorted_distance, span_events, spans
+from mmkd.losses.swing import Swing
 from mmkd.losses.taid import TAID, TAIDSchedule
 from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
 
@@ -42,6 +43,7 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "Swing",
     "TAIDSchedule",
     "TopKForwardKL",
     "TopKLD",

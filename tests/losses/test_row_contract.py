@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import BDKD, DACKL, FIRST, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, TopKLD
+from mmkd.losses import BDKD, DACKL, FIRST, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, Swing, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -41,6 +41,8 @@ CASES = [
     FIRST(),
     FIRST(0.3, other=True, label_smoothing=0.1),
     FIRST(normalise="linear", other=True),
+    Swing(),
+    Swing(0.5, 3.0, 0.7),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 
@@ -56,6 +58,8 @@ def extras(loss, teacher):
     if isinstance(loss, DACKL):
         low = torch.linspace(0.02, 0.4, len(teacher), dtype=teacher.dtype)
         return low, low + 0.5
+    if isinstance(loss, Swing):
+        return torch.linspace(0, 1, len(teacher), dtype=teacher.dtype), torch.arange(len(teacher)) * 11
     if isinstance(loss, FIRST):
         log_probs, ids = teacher.log_softmax(-1).topk(7)
         return ids, log_probs
