@@ -18,6 +18,7 @@ from mmkd.losses.first import FIRST, calibrated_c, expected_calibration_error
 from mmkd.losses.forward_reverse import BDKD, AdaptiveKL, TopKLD
 from mmkd.losses.plackett_luce import PLD
 from mmkd.losses.preference import dpo, kto_pair
+from mmkd.losses.pwce import PWCE, log_mean_perplexity
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
 from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
@@ -34,6 +35,7 @@ __all__ = [
     "FIRST",
     "JSD",
     "PLD",
+    "PWCE",
     "TAID",
     "AdaptiveKL",
     "CrossEntropy",
@@ -64,6 +66,7 @@ __all__ = [
     "kneedle_k",
     "kto_pair",
     "load_balance",
+    "log_mean_perplexity",
     "relation",
     "relation_from_hidden",
     "reverse_kl",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import BDKD, DACKL, FIRST, PLD, TAID, AdaptiveKL, SkewKL, SkewReverseKL, Swing, TopKLD
+from mmkd.losses import BDKD, DACKL, FIRST, PLD, PWCE, TAID, AdaptiveKL, SkewKL, SkewReverseKL, Swing, TopKLD
 
 F64 = torch.float64
 BAR = 2e-6
@@ -43,12 +43,14 @@ CASES = [
     FIRST(normalise="linear", other=True),
     Swing(),
     Swing(0.5, 3.0, 0.7),
+    PWCE(),
+    PWCE(0.3, 2.0),
 ]
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
 
 
 def needs_teacher(loss):
-    return not isinstance(loss, FIRST)
+    return not isinstance(loss, (FIRST, PWCE))
 
 
 def extras(loss, teacher):
@@ -60,6 +62,8 @@ def extras(loss, teacher):
         return low, low + 0.5
     if isinstance(loss, Swing):
         return torch.linspace(0, 1, len(teacher), dtype=teacher.dtype), torch.arange(len(teacher)) * 11
+    if isinstance(loss, PWCE):
+        return (torch.full_like(teacher[:, 0], 3.5),)
     if isinstance(loss, FIRST):
         log_probs, ids = teacher.log_softmax(-1).topk(7)
         return ids, log_probs
@@ -91,7 +95,7 @@ def close(found, expected, bar=BAR, floor=0.0):
 
 
 # Losses in which a gradient is stopped: differences of their values follow what is stopped, too. Tested in their own files.
-STOPPED = (AdaptiveKL, TAID)
+STOPPED = (AdaptiveKL, PWCE, TAID)
 
 
 @pytest.mark.parametrize("loss", [x for x in CASES if not isinstance(x, STOPPED)], ids=str)
