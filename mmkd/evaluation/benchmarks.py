@@ -9,11 +9,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
-from mmkd.data.formats import read_questions, subset
+from mmkd.data.formats import read_questions, refuse_other_than_questions
 from mmkd.data.prompts import LETTER_INSTRUCTION, SHORT_INSTRUCTION, letter_of, render
 from mmkd.data.samples import Question, Sample
 from mmkd.errors import DataError, did_you_mean
-from mmkd.evaluation.official import FORMATS, read_official
 from mmkd.evaluation.parsers import PARSERS
 from mmkd.evaluation.scorers import METRICS
 from mmkd.evaluation.submission import SUBMISSIONS
@@ -21,7 +20,6 @@ from mmkd.evaluation.submission import SUBMISSIONS
 KIND = "evaluation"
 SUITES = "suites/"  # cards below are suites, see mmkd.evaluation.suites
 RETRIEVAL = "retrieval/"  # cards below are for dual encoders, see mmkd.retrieval.evaluate
-OWN_FORMATS = ("scienceqa", "textvqa", "easy_vqa", "jsonl")
 
 
 class ReferenceScore(BaseModel):
@@ -42,7 +40,7 @@ class Benchmark(BaseModel):
 
     name: str
     title: str = Field(description="one line for lists and tables")
-    format: str = Field(description="how the files are laid out: see mmkd.data.formats, mmkd.evaluation.official")
+    format: str = Field(description="how the files are laid out: a format of questions, see `mmkd list formats`")
     root: Path = Field(description="the data's folder, absolute or below the data root")
     split: str
     files: dict[str, str] = Field(
@@ -67,9 +65,7 @@ class Benchmark(BaseModel):
     @field_validator("format")
     @classmethod
     def _known_format(cls, value: str) -> str:
-        known = (*OWN_FORMATS, *FORMATS)
-        if value not in known:
-            raise ValueError(f"there is no format {value!r}; {did_you_mean(value, known)}")
+        refuse_other_than_questions(value)
         return value
 
     @field_validator("submission")
@@ -111,12 +107,10 @@ class Benchmark(BaseModel):
     def read(self, data_root: Path | str | None = None, limit: int | None = None) -> list[Question]:
         """The questions in the data set's order; `limit` keeps a random subset, the same one every time.
 
-        Raises DataError on anything wrong with the data (see `mmkd.data.formats`, `mmkd.evaluation.official`).
+        Raises DataError on anything wrong with the data (see `mmkd.data.formats`).
         """
         folder = self.data_folder(data_root)
-        if self.format in OWN_FORMATS:
-            return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
-        return subset(read_official(self.format, folder, self.split, self.files), limit)
+        return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
 
     def by_letter(self, question: Question) -> bool:
         """Whether the answer is the letter of a choice."""

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmkd.data.formats.mme import TASKS as MME_TASKS
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.compare import group_of, interval
-from mmkd.evaluation.official import MME_TASKS
 from mmkd.evaluation.scorers import chair, mme, pope, scienceqa
 
 LENIENT = ("scienceqa", "letter_exact")  # parsers whose strict rule has a lenient one beside it

@@ -21,7 +21,7 @@ import mmkd
 from mmkd.data.preference import rejected_of
 from mmkd.errors import DataError
 from mmkd.data.samples import Sample
-from mmkd.data.sources import folder_of, read_samples, resolve
+from mmkd.data.entries import folder_of, read_samples, resolve
 from mmkd.teachers.stored import CachedTower, open_teacher
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller

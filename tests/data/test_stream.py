@@ -10,7 +10,7 @@ import torch
 from tiny import WORDS, tiny_picture, tiny_tower
 from torch.utils.data import DataLoader
 
-from mmkd.data.sources import read_samples, stream_of
+from mmkd.data.entries import read_samples, stream_of
 from mmkd.errors import DataError, ImageError
 from mmkd.recipes.recipe import DataSpec, Recipe, validate
 from mmkd.runs.stages import build_student, load_teacher, terms_of, train
