@@ -119,7 +119,7 @@ class ImageRef:
         Raises DataError for a name that leaves its root, by `..`, as an absolute path or through a link,
         and for one that no file can have.
         """
-        root = Path(root)
+        root = root if isinstance(root, Path) else Path(root)  # making a path anew is most of this function's time
         if root.suffix == ".zip":
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
                 raise DataError(f"image {name!r} leaves its archive {root}; use a name inside the archive")
