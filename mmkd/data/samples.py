@@ -136,6 +136,11 @@ class ImageRef:
     def key(self) -> str:
         return f"{self.root}/{self.name}"
 
+    @property
+    def file(self) -> Path | None:
+        """The file that holds the picture's bytes; None for one that is in memory."""
+        return self.root if self.root.suffix == ".zip" or self.root.suffix in TABLES else self.root / self.name
+
     def exists(self) -> bool:
         """Whether the file, or the archive's member, is there; nothing is decoded. Raises DataError for a damaged archive."""
         if self.root.suffix == ".zip":

@@ -21,7 +21,8 @@ import mmkd
 from mmkd.data.preference import rejected_of
 from mmkd.errors import DataError
 from mmkd.data.samples import Sample
-from mmkd.data.entries import folder_of, read_samples, resolve
+from mmkd.data.entries import read_samples
+from mmkd.data.fingerprint import fingerprint, samples_fingerprint
 from mmkd.teachers.stored import CachedTower, open_teacher
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
@@ -121,7 +122,7 @@ def _tokenizer(parts: AssembleSpec, teacher: Tower | None, texts: list[str]) -> 
 def stage_samples(recipe: Recipe, stage: StageSpec) -> list[Sample]:
     """All training samples of a stage, in the order of its data entries."""
     entries = tuple(spec.model_dump_json() for spec in stage.data)
-    state = json.dumps([_data_state(spec, recipe.data_root) for spec in stage.data])
+    state = json.dumps([fingerprint(spec, recipe.data_root) for spec in stage.data])
     samples = list(_read_once(entries, recipe.seed, recipe.data_root, state))
     if not samples:
         raise DataError("a stage has no samples")
@@ -305,19 +306,15 @@ def control_key(recipe: Recipe, student: Tower) -> str:
     """What defines a control: its untrained weights and processor, its stages with their data, seed and this version."""
     control = control_recipe(recipe)
     stages = control.model_dump(mode="json", include={"stages", "seed", "max_length"})
-    data = [_data_state(spec, recipe.data_root) for stage in control.stages.values() for spec in stage.data]
+    data = [_data_state(recipe, stage) for stage in control.stages.values()]
     facts = json.dumps([mmkd.__version__, student.fingerprint(), stages, data], sort_keys=True)
     return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
-def _data_state(spec: Any, data_root: str | None) -> list:
-    """Annotation files of a data set with size and time: a set that was changed makes a new control."""
-    fields = resolve(spec)
-    if fields["format"] == "datasets":  # may be of the hub
-        return [fields]
-    root = folder_of(fields, data_root)
-    files = sorted(p for pattern in ("*.json", "*.jsonl", "*/*.jsonl", "*.tar") for p in root.glob(pattern))
-    return [fields, [[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+def _data_state(recipe: Recipe, stage: StageSpec) -> list:
+    """A stage's data by content: data that were changed make a new control, whatever lies beside them does not."""
+    files = [fingerprint(spec, recipe.data_root) for spec in stage.data]
+    return [*files, samples_fingerprint(stage_samples(recipe, stage))]
 
 
 def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:

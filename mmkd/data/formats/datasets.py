@@ -66,6 +66,10 @@ class ImageBytes(ImageRef):
 
     data: bytes = field(default=b"", repr=False)
 
+    @property
+    def file(self) -> None:
+        return None
+
     def exists(self) -> bool:
         return True
 

@@ -53,6 +53,10 @@ class TarImage(ImageRef):
     offset: int = 0
     size: int = 0
 
+    @property
+    def file(self) -> Path:
+        return self.root
+
     def exists(self) -> bool:
         return self.root.is_file()
 
