@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.data.formats import format_of, read_split
-from mmkd.data.prompts import render
+from mmkd.data.prompts import PromptStyle, render
 from mmkd.data.samples import Question, Sample
 from mmkd.data.source import Source
 from mmkd.data.stream import Stream
@@ -28,7 +28,7 @@ class DataCard(BaseModel):
     imports: tuple[str, ...] = Field((), description="modules that register a format of one's own; imported first")
     format: str
     root: str
-    prompt: Literal["letter", "short", "plain"] = "plain"
+    prompt: PromptStyle = "plain"
     ocr: bool = False
     files: dict[str, str] | None = None
     target: Literal["first", "majority", "sampled"] = "first"

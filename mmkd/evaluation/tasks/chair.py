@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmkd.data.coco import NO_OBJECT, mentions
+from mmkd.data.samples import Question
 from mmkd.errors import DataError
+from mmkd.evaluation.metric import Metric
+from mmkd.registry import register
+
+
+@register("metrics", "chair")
+class CHAIR(Metric):
+    """1.0 for a description without a made-up object; CHAIR_s, CHAIR_i and recall stand beside it."""
+
+    def score(self, answer: str, question: Question) -> float:
+        return unhallucinated(answer, question.references)
+
+    def aggregate(self, rows: Sequence[Mapping]) -> dict[str, Any]:
+        return {"chair": chair([row["prediction"] for row in rows], [row["references"] for row in rows])}
 
 
 def unhallucinated(text: str, references: Sequence[str]) -> float:

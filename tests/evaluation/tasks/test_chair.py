@@ -13,7 +13,7 @@ from mmkd.data.coco import NO_OBJECT, coco_object, mentions
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.chair import chair, unhallucinated
+from mmkd.evaluation.tasks.chair import chair, unhallucinated
 
 
 @pytest.mark.parametrize(
