@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from mmkd.base.files import write_whole
-        from mmkd.data.preference import read_preferences
+        from mmkd.data.formats import read_split
         from mmkd.evaluation.preferences import preference_accuracy
         from mmkd.towers.tower import Tower
 
     files = {"annotations": str(Path(arguments.pairs).absolute()), "images": "."}
-    samples = read_preferences(Path(arguments.data_root), "pairs", files=files)
+    samples = read_split("preference", Path(arguments.data_root), "pairs", files=files)
     towers = [Tower.load(model, dtype="float32").freeze() for model in (arguments.model, arguments.reference)]
     found = preference_accuracy(*towers, samples, Path(arguments.cache))
     if arguments.output:

@@ -24,8 +24,9 @@ from mmkd.evaluation.answer import PREDICTIONS, RESULTS, library_versions, write
 from mmkd.evaluation.benchmarks import RETRIEVAL, ReferenceScore
 
 if TYPE_CHECKING:
-    from mmkd.retrieval.dual import DualEncoder
     from torch import Tensor
+
+    from mmkd.retrieval.dual_encoders import DualEncoder
 
 CUTOFFS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")

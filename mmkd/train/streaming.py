@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmkd.data.sources import stream_of
+from mmkd.data.entries import stream_of
 from mmkd.data.stream import Stream
 from mmkd.errors import DataError
 from mmkd.train.batch import Pair

@@ -10,7 +10,7 @@ import torch
 from tiny import WORDS, the_teacher, tiny_picture, tiny_tower
 from torch.utils.data import DataLoader
 
-from mmkd.data.sources import read_samples, stream_of
+from mmkd.data.entries import read_samples, stream_of
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError, ImageError
 from mmkd.recipes.reading import validate

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mmkd.data import scenes
-from mmkd.data.formats import check_images, read_questions
+from mmkd.data.formats import read_questions
+from mmkd.data.samples import check_images
 from mmkd.errors import DataError
 from mmkd.sample import annotators, sample_set
 from mmkd.sample.sample_set import write_sample_set

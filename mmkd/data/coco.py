@@ -1,8 +1,8 @@
-"""CHAIR: which of the objects that a description names are not in the picture (Rohrbach et al. 2018, arXiv 1809.02156).
+"""COCO: how its pictures are called, and which of its 80 objects a text names.
 
-Objects are COCO's 80, by the authors' table of synonyms (`coco_objects.yaml`). The authors take words to their singular with
-a library of English; here a word counts as a plural of whatever word of the table it is formed from, which is the same for
-the table's words.
+Objects go by the table of synonyms of CHAIR's authors (`coco_objects.yaml`; Rohrbach et al. 2018, arXiv 1809.02156). The authors
+take words to their singular with a library of English; here a word counts as a plural of whatever word of the table it is
+formed from, which is the same for the table's words.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmkd.base.cards import read_yaml
+from mmkd.data.annotations import Row
+from mmkd.data.samples import ImageRef
+from mmkd.data.source import Source
 from mmkd.errors import DataError
 
 NO_OBJECT = "(no COCO object)"  # the reference of a picture without any
+COCO_IMAGES = {"images": "{split}"}
+COCO_NAMES = {"image_name": "COCO_{split}_{id}.jpg"}
 
 _TABLE = Path(__file__).parent / "coco_objects.yaml"
 # What is joined by a hyphen is one word, as for the authors' tokenizer.
@@ -43,6 +48,12 @@ def _names() -> _Names:
         pairs |= {words.format(name): rule["as"].format(name) for words in rule["words"] for name in rule["names"]}
     words = frozenset(word for name in (*objects, *pairs) for word in name.split())
     return _Names(objects, pairs, table["plurals"], words)
+
+
+def coco_image(source: Source, row: Row) -> ImageRef:
+    """COCO's picture of the row's `image_id`; the format's value `image_name` has `{id}` for its number of twelve digits."""
+    number = row.integer("image_id")
+    return source.image(source.value("image_name").replace("{id}", f"{number:012d}"), where=row.where)
 
 
 def coco_object(name: str) -> str:
@@ -77,36 +88,3 @@ def _joined(words: Sequence[str]) -> Iterator[str]:
         pair = " ".join(words[place : place + 2])
         yield pairs.get(pair, words[place])
         place += 2 if pair in pairs else 1
-
-
-def unhallucinated(text: str, references: Sequence[str]) -> float:
-    """1.0 when every object that the text names is among the references, also when it names none; else 0.0."""
-    return float(set(mentions(text)) <= set(references))
-
-
-def chair(predictions: Sequence[str], objects: Sequence[Sequence[str]]) -> dict[str, float]:
-    """CHAIR of descriptions; `objects` are those of each one's picture (NO_OBJECT counts as none).
-
-    chair_s   share of the descriptions that name an object which is not there
-    chair_s_named   the same among those that name any object: Object HalBench's rate by response
-    chair_i   share of all mentions that are of such objects: its rate by mention
-    recall    share of the pictures' objects that are named
-    mentions, named   how many mentions, and descriptions with any, there are
-    Rates are 0.0 where nothing was named. Raises DataError for lengths that differ and for nothing to score.
-    """
-    if not predictions or len(predictions) != len(objects):
-        raise DataError(f"chair: {len(predictions)} descriptions of {len(objects)} pictures; give one of each, at least one")
-    said = [mentions(text) for text in predictions]
-    there = [set(names) - {NO_OBJECT} for names in objects]
-    wrong = [sum(name not in known for name in named) for named, known in zip(said, there, strict=True)]
-    count, named = sum(map(len, said)), sum(map(bool, said))
-    all_there, bad = sum(map(len, there)), sum(map(bool, wrong))
-    found = sum(len(known & set(names)) for names, known in zip(said, there, strict=True))
-    return {
-        "chair_s": bad / len(said),
-        "chair_s_named": bad / named if named else 0.0,
-        "chair_i": sum(wrong) / count if count else 0.0,
-        "recall": found / all_there if all_there else 0.0,
-        "mentions": count,
-        "named": named,
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmkd.evaluation.mathematics import math_answer, math_equal
+from mmkd.evaluation.tasks.math_vision import math_answer, math_equal
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,20 @@
-"""From a recipe's `data:` entry to training samples: the card, the reader, the prompt."""
+"""From a recipe's `data:` entry to training samples: the card, the format, the prompt."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
-from mmkd.base.startup import uncollected
-from mmkd.data.formats import read_conversations, read_questions
-from mmkd.data.preference import read_preferences
-from mmkd.data.prompts import render
-from mmkd.data.samples import Sample
-from mmkd.data.stream import STREAMS, Stream, open_stream
+from mmkd.data.formats import format_of, read_split
+from mmkd.data.prompts import PromptStyle, render
+from mmkd.data.samples import Question, Sample
+from mmkd.data.source import Source
+from mmkd.data.stream import Stream
 from mmkd.errors import DataError
 
 
@@ -25,9 +25,10 @@ class DataCard(BaseModel):
 
     name: str
     title: str
-    format: Literal["scienceqa", "textvqa", "jsonl", "easy_vqa", "llava", "preference", "shards", "datasets"]
+    imports: tuple[str, ...] = Field((), description="modules that register a format of one's own; imported first")
+    format: str
     root: str
-    prompt: Literal["letter", "short", "plain"] = "plain"
+    prompt: PromptStyle = "plain"
     ocr: bool = False
     files: dict[str, str] | None = None
     target: Literal["first", "majority", "sampled"] = "first"
@@ -35,10 +36,16 @@ class DataCard(BaseModel):
     source: str = ""
     notes: str = ""
 
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        format_of(value)
+        return value
+
 
 def resolve(spec: Any) -> dict[str, Any]:
     """The fields of a recipe's data entry, its card's first and its own over them. Raises DataError."""
-    about = {"name", "title", "licence", "source", "notes"}
+    about = {"name", "title", "imports", "licence", "source", "notes"}
     card = load_card("data", spec.card, DataCard).model_dump(exclude=about) if spec.card else {}
     given = {k: v for k, v in spec.model_dump(exclude={"card"}).items() if v is not None}
     fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", **card, **given}
@@ -62,34 +69,57 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
     return found
 
 
-@uncollected()
 def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
     """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
     stream = stream_of(spec, seed, data_root)
     if stream is not None:
         return stream.head()
     fields = resolve(spec)
-    root = folder_of(fields, data_root)
-    subset = {"limit": fields.get("limit"), "image_limit": fields.get("image_limit"), "seed": seed}
-    if fields["format"] == "llava":
-        samples = read_conversations(root, fields["split"], files=fields["files"], **subset)
-    elif fields["format"] == "preference":
-        samples = read_preferences(root, fields["split"], files=fields["files"], **subset)
-    else:
-        questions = read_questions(
-            fields["format"], root, fields["split"], files=fields["files"], target=fields["target"], **subset
-        )
-        samples = [render(q, fields["prompt"], with_answer=True, ocr=fields["ocr"]) for q in questions]
+    items = read_split(
+        fields["format"],
+        folder_of(fields, data_root),
+        fields["split"],
+        files=fields["files"],
+        target=fields["target"],
+        limit=fields.get("limit"),
+        image_limit=fields.get("image_limit"),
+        seed=seed,
+    )
+    samples = [_sample(item, fields) for item in items]
     return _weighted(samples, fields["weight"], seed)
 
 
 def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | None:
-    """The stream of a data entry, None for one whose samples are all read. Raises DataError."""
+    """The stream of a data entry, None for one whose samples are all read. Raises DataError for what a stream cannot do."""
     fields = resolve(spec)
-    if fields["format"] not in STREAMS:
+    format = format_of(fields["format"])
+    if format.gives != "stream":
         return None
-    root = folder_of(fields, data_root) if fields["format"] == "shards" else fields["root"]
-    return open_stream(fields, root, seed)
+    wrong = [name for name in ("limit", "image_limit") if fields.get(name) is not None]
+    wrong += ["weight"] if fields.get("weight", 1.0) != 1.0 else []
+    if wrong:
+        raise DataError(f"format {fields['format']!r} takes no {' or '.join(wrong)}: nobody knows how many samples there are")
+    source = source_of(fields, data_root)
+    if not format.hub:
+        format.paths(source)  # whether there are any, before training
+
+    def samples(number: int) -> Iterator[Sample]:
+        return (_sample(item, fields) for item in format.stream(source, seed, number))
+
+    return Stream(samples, seed)
+
+
+def source_of(fields: dict[str, Any], data_root: str | None) -> Source:
+    """What the format of a data entry's fields is given to read. Raises DataError."""
+    format = format_of(fields["format"])
+    root = fields["root"] if format.hub else folder_of(fields, data_root)
+    return format.source(root, fields["split"], fields["files"], target=fields["target"])
+
+
+def _sample(item: Question | Sample, fields: dict[str, Any]) -> Sample:
+    if isinstance(item, Sample):
+        return item
+    return render(item, fields["prompt"], with_answer=True, ocr=fields["ocr"])
 
 
 def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
@@ -113,7 +143,7 @@ can be given in the recipe instead, for data of your own: `{format: jsonl, root:
 | card | what | format | prompt | licence |
 |---|---|---|---|---|
 """
-README_FOOT = "\nThis table is written by `python -m mmkd.data.sources`; edit the cards, not the table.\n"
+README_FOOT = "\nThis table is written by `python -m mmkd.data.entries`; edit the cards, not the table.\n"
 
 
 def readme() -> str:

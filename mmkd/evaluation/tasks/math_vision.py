@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from mmkd.registry import register
+
 _LETTERS = "ABCDE"
 _STATED = tuple(
     form for text in ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
@@ -23,7 +25,8 @@ _ROOT = re.compile(r"\\sqrt\{([^{}]+)\}")
 _PRODUCT = re.compile(r"[-+]?[\d.]*(?:√[\d.]+|π)?")
 
 
-def math_answer(text: str, choices: Sequence[str] = ()) -> str:
+@register("parsers", "math")
+def math_answer(text: str) -> str:
     """The answer in a solution: a letter that it ends or begins with, what is boxed, or what "the answer is". In lower case."""
     answer = text.strip()
     for letter in _LETTERS:
@@ -64,6 +67,7 @@ def _inside_braces(text: str) -> str:
     return text
 
 
+@register("metrics", "math")
 def math_equal(answer: str, references: Sequence[str]) -> float:
     """1.0 when an answer is one of the references as text, or has its value to two places; an empty answer is never right."""
     return float(any(_equal(answer.lower().strip(), reference.lower().strip()) for reference in references))

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from layouts import write_chair_coco
 
-import mmkd.evaluation.chair
+from mmkd.data import coco
+from mmkd.data.coco import NO_OBJECT, coco_object, mentions
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.chair import NO_OBJECT, chair, coco_object, mentions, unhallucinated
+from mmkd.evaluation.tasks.chair import chair, unhallucinated
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_mentions(text: str, expected: list[str]) -> None:
 
 
 def test_the_table() -> None:
-    table = yaml.safe_load(Path(mmkd.evaluation.chair.__file__).with_name("coco_objects.yaml").read_text(encoding="utf-8"))
+    table = yaml.safe_load(Path(coco.__file__).with_name("coco_objects.yaml").read_text(encoding="utf-8"))
     objects = table["objects"]
     names = [name for kind, others in objects.items() for name in (kind, *others)]
     assert len(objects) == 80 and len(names) == len(set(names)) == 401

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmkd.base.cards import list_cards, load_card
-from mmkd.data.sources import DataCard, read_samples, readme
+from mmkd.data.entries import DataCard, read_samples, readme
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
 from mmkd.sample.sample_set import write_sample_set
