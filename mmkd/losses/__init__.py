@@ -24,7 +24,7 @@ from mmkd.losses.relation import head_gram, relation, relation_from_hidden
 from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
 from mmkd.losses.sinkhorn import SinKD, union_of_top
 from mmkd.losses.skew import SkewKL, SkewReverseKL
-from mmkd.losses.span_consistency import span_consistency, span_pairs
+from mmkd.losses.span_consistency import SpanConsistency, span_pairs
 from mmkd.losses.spans import sorted_distance, span_events, spans
 from mmkd.losses.swing import Swing
 from mmkd.losses.taid import TAID, TAIDSchedule
@@ -47,6 +47,7 @@ __all__ = [
     "SinKD",
     "SkewKL",
     "SkewReverseKL",
+    "SpanConsistency",
     "Swing",
     "TAIDSchedule",
     "TopKForwardKL",
@@ -73,7 +74,6 @@ __all__ = [
     "relation_from_hidden",
     "reverse_kl",
     "sorted_distance",
-    "span_consistency",
     "span_events",
     "span_pairs",
     "spans",
