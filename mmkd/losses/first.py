@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmkd.losses.distributions import distribution, wide
+from mmkd.losses.distributions import ABSENT, distribution, wide
 from mmkd.losses.numerics import exact, result_dtype
 
 NORMALISE = ("softmax", "linear")
-_ABSENT = -1e30  # stands for -inf, which would give NaN where nothing else is left
 _LEAST = 1e-30  # probability below which a logarithm is not taken
 
 
@@ -53,7 +52,7 @@ class FIRST:
 
     def __call__(self, student: Tensor, teacher: None, targets: Tensor | None, ids: Tensor, log_probs: Tensor) -> Tensor:
         logits, ids, t = exact(student), ids[:, : self.k], self.target(log_probs)
-        rest = logits.scatter(-1, ids, _ABSENT).logsumexp(-1, keepdim=True)  # [R, 1]
+        rest = logits.scatter(-1, ids, ABSENT).logsumexp(-1, keepdim=True)  # [R, 1]
         entries = torch.cat([logits.gather(-1, ids), rest], -1)[:, : t.shape[-1]]  # [R, k (+ 1)]
         log_s = _log_shares((entries - logits.logsumexp(-1, keepdim=True)).exp(), self, self.student_temperature)
         return (torch.xlogy(t, t) - t * log_s).sum(-1).to(result_dtype(student))
