@@ -12,15 +12,18 @@ import os
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from mmkd.data.tables import picture_of_cell
 from mmkd.errors import DataError, ImageError
+from mmkd.towers.samples import Sample, Turn
+
+__all__ = ["IMAGE_MARKER", "MAX_PIXELS", "TABLES", "ImageRef", "Question", "Sample", "Turn"]
 
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000
@@ -37,6 +40,21 @@ TABLES = (".tsv", ".parquet")
 def _open_zip(path: str, process: int) -> zipfile.ZipFile:
     """One handle for each process: forked workers that share one would move each other's file position."""
     return zipfile.ZipFile(path)
+
+
+def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
+    """{name: (size, CRC)} of a zip archive's members. Raises DataError for what is no archive."""
+    return _members(archive, archive.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _members(archive: Path, changed: int) -> dict[str, tuple[int, int]]:
+    """`changed`, the archive's time of change, keeps the cache from outliving the file."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return {member.filename: (member.file_size, member.CRC) for member in opened.infolist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{archive} is no readable zip archive: {error}; is the download complete?") from error
 
 
 @lru_cache(maxsize=256)
@@ -103,7 +121,7 @@ class ImageRef:
         Raises DataError for a name that leaves its root, by `..`, as an absolute path or through a link,
         and for one that no file can have.
         """
-        root = Path(root)
+        root = root if isinstance(root, Path) else Path(root)  # making a path anew is most of this function's time
         if root.suffix == ".zip":
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
                 raise DataError(f"image {name!r} leaves its archive {root}; use a name inside the archive")
@@ -119,6 +137,19 @@ class ImageRef:
     @property
     def key(self) -> str:
         return f"{self.root}/{self.name}"
+
+    @property
+    def file(self) -> Path | None:
+        """The file that holds the picture's bytes; None for one that is in memory."""
+        return self.root if self.root.suffix == ".zip" or self.root.suffix in TABLES else self.root / self.name
+
+    def exists(self) -> bool:
+        """Whether the file, or the archive's member, is there; nothing is decoded. Raises DataError for a damaged archive."""
+        if self.root.suffix == ".zip":
+            return self.root.is_file() and self.name in archive_members(self.root)
+        if self.root.suffix in TABLES:
+            return self.root.is_file()
+        return (self.root / self.name).is_file()
 
     def read_bytes(self) -> bytes:
         """The encoded picture. Raises ImageError when it is not there or its archive is damaged."""
@@ -177,32 +208,17 @@ class Question:
     categories: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Turn:
-    role: str  # "system", "user" or "assistant"
-    text: str
-    images: int = 0  # how many of the sample's images stand at the head of this turn, in order
+def check_images(items: Iterable[Question | Sample], *, allowed_missing: int = 0) -> int:
+    """The number of pictures that are not there; more than `allowed_missing` raise DataError.
 
-
-@dataclass(frozen=True)
-class Sample:
-    """What a tower prepares. Training samples end with an assistant turn; each assistant turn is a target."""
-
-    id: str
-    images: tuple[ImageRef, ...]
-    turns: tuple[Turn, ...]
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def prompt_turns(self) -> tuple[Turn, ...]:
-        """The turns up to and without a final assistant turn."""
-        return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
-
-    @property
-    def answer(self) -> str:
-        return self.turns[-1].text if self.turns and self.turns[-1].role == "assistant" else ""
-
-    def without_images(self) -> Sample:
-        """The blind form of the sample: the same words, no picture."""
-        turns = tuple(Turn(t.role, t.text) for t in self.turns)
-        return Sample(self.id, (), turns, self.meta)
+    A picture counts once however many questions it has. Looks only for the file or the archive's member; nothing is decoded.
+    """
+    refs = {ref.key: ref for item in items for ref in item.images}
+    missing = [key for key, ref in refs.items() if not ref.exists()]
+    if len(missing) > allowed_missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            f"{len(missing)} of {len(refs)} images are missing (allowed: {allowed_missing}): {names}; "
+            "complete the download or correct the pattern of the images"
+        )
+    return len(missing)
