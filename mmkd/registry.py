@@ -32,6 +32,7 @@ PACKAGES = {
     "teachers": "mmkd.teachers",
     "formats": "mmkd.data.formats",
     "samplers": "mmkd.data.samplers",
+    "answers": "mmkd.answers",
     "encoders": "mmkd.towers.encoders",
     "projectors": "mmkd.towers.projectors",
     "metrics": "mmkd.evaluation.tasks",

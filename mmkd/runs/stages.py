@@ -14,7 +14,8 @@ from mmkd.base.distributed import is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.data import stage_samples
+from mmkd.answers import answer_source
+from mmkd.runs.data import stage_parts, stage_samples
 from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch
 from mmkd.teachers.live import as_teachers
@@ -85,7 +86,11 @@ def prepare_stage(
         arguments.ignore_data_skip = True
         arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
     ahead = not stage.of_pairs and any(recipe.teacher_specs[teacher].ahead for teacher in stage.teachers)
-    trainer = DistillTrainer(stage.distiller, dataset, spec, arguments, run / "log" / f"{role}.jsonl", ahead=ahead)
+    sizes = [len(part) for part in stage_parts(recipe, spec)]
+    log = run / "log" / f"{role}.jsonl"
+    trainer = DistillTrainer(
+        stage.distiller, dataset, spec, arguments, log, ahead=ahead, sizes=sizes, answers=answer_source(spec.answers)
+    )
     if recipe.evaluation.every is not None:
         if spreads_weights(trainer):
             raise DataError("evaluation.every: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")

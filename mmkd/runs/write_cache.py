@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mmkd.base.distributed import is_main_process, rank, world_size
-from mmkd.data.sampler import lengths_of
+from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs

@@ -7,7 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.base.schema import Strict, is_default, is_number, one_of
+from mmkd.data.samplers.spec import SamplerSpec
 from mmkd.data.spec import DataSpec
+from mmkd.errors import did_you_mean
+from mmkd.registry import registry
 from mmkd.terms.spec import TermSpec
 from mmkd.towers.spec import PARTS
 
@@ -76,7 +79,10 @@ class StageSpec(LoopSpec):
     control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
     optimiser: OptimiserSpec = OptimiserSpec()
     gradient_checkpointing: bool = False
-    group_by_length: bool = False  # batches of samples of similar length: less padding
+    group_by_length: bool = False  # short for `sampler: {kind: length}`
+    sampler: SamplerSpec | None = Field(None, exclude_if=is_default(None))  # the order of the samples; default: shuffle
+    # Shares of where a step's answers come from; "data": the answers of the data.
+    answers: dict[str, float] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
 
     @field_validator("terms", "control_terms", mode="before")
     @classmethod
@@ -90,8 +96,31 @@ class StageSpec(LoopSpec):
             long[name] = {"kind": name, **spec} if isinstance(spec, dict) else spec
         return {name: spec for name, spec in long.items() if not (isinstance(spec, dict) and spec.get("weight") == 0)}
 
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def by_name(cls, given: Any) -> Any:
+        """`sampler: length` means {kind: length}."""
+        return {"kind": given} if isinstance(given, str) else given
+
+    @field_validator("answers")
+    @classmethod
+    def shares(cls, given: dict[str, float]) -> dict[str, float]:
+        unknown = [name for name in given if name not in registry("answers")]
+        if unknown:
+            raise ValueError(f"there is no answer source {unknown[0]!r}; {did_you_mean(unknown[0], registry('answers'))}")
+        if min(given.values(), default=0.0) < 0 or abs(sum(given.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares {given} must not be negative and add up to 1")
+        return given
+
+    @property
+    def order(self) -> SamplerSpec:
+        """The order of the samples."""
+        return self.sampler or SamplerSpec(kind="length" if self.group_by_length else "shuffle")
+
     @model_validator(mode="after")
     def consistent(self) -> StageSpec:
+        if self.group_by_length and self.sampler is not None:
+            raise ValueError("give either `group_by_length` or `sampler`")
         if self.lora is not None and ("mlp" in self.train or self.upcycle is not None):
             raise ValueError("LoRA's adapters do not reach experts; take `lora` out of a stage with `upcycle` or `train: [mlp]`")
         if any(t.path == "switch" for t in self.terms.values()) and "vision" not in self.train:

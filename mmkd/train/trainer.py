@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from mmkd.data.sampler import LengthGroupedSampler, lengths_of
+from mmkd.answers import AnswerSource
+from mmkd.answers.data import DataAnswers
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
 from mmkd.train.batch import Batch
@@ -49,9 +50,14 @@ class DistillTrainer(Trainer):
         log: Path,
         collator: Any = None,
         ahead: bool = False,
+        sizes: Sequence[int] = (),
+        answers: AnswerSource | None = None,
     ):
-        """ahead: whether the teacher's pass over the next micro-batch begins before the student works on this one."""
-        self.stage = stage
+        """ahead: whether the teacher's pass over the next micro-batch begins before the student works on this one.
+        sizes: samples of each data entry.  answers: where a step's answers come from; None for the data.
+        """
+        self.stage, self.sizes = stage, sizes
+        self._answers = answers or DataAnswers()
         self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
         self._following: dict[int, Batch] = {}  # by the id of the batch before it
         self._sums: dict[str, Tensor] = {}
@@ -83,7 +89,8 @@ class DistillTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
-            samples, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+            samples = self._answers.take(epoch_iterator, num_batches)
+            counts = self._get_num_items_in_batch(samples, device)
             self._sum_over_step(samples)
             return samples, counts
         peeked = self._peeked[1] if self._peeked[0] is epoch_iterator else []
@@ -193,9 +200,9 @@ class DistillTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sampler | None:
-        if not self.stage.group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(lengths_of(self.train_dataset.samples), self.stage.optimiser.batch_size, self.args.seed)
+        dataset, stage = self.train_dataset, self.stage
+        order = stage.order.build(dataset.samples, self.sizes or [len(dataset)], stage.optimiser.batch_size, self.args.seed)
+        return super()._get_train_sampler(train_dataset) if order is None else order
 
     # ---- optimiser ----
 

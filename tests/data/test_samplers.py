@@ -2,7 +2,7 @@ from collections import Counter
 
 import torch
 
-from mmkd.data.sampler import LengthGroupedSampler
+from mmkd.data.samplers.length import LengthGroupedSampler
 
 
 def lengths(n, seed=0):

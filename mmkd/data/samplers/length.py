@@ -1,15 +1,29 @@
-"""The order of training samples."""
+"""Batches of samples of similar length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
+from mmkd.data.samplers import SampleOrder
 from mmkd.data.samples import Sample
+from mmkd.registry import register
 
 WINDOW = 50  # batches that are sorted together: long enough for even batches, short enough to stay a random order
+
+
+@register("samplers", "length")
+@dataclass(frozen=True)
+class ByLength(SampleOrder):
+    """Every sample once an epoch, in random batches of similar length: less padding."""
+
+    def build(
+        self, samples: Sequence[Sample], sizes: Sequence[int], batch_size: int, seed: int
+    ) -> LengthGroupedSampler:
+        return LengthGroupedSampler(lengths_of(samples), batch_size, seed)
 
 
 class LengthGroupedSampler(Sampler[int]):
