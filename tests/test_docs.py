@@ -13,9 +13,9 @@ import yaml
 from tiny import tiny_samples
 
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.stages import build_student
+from mmkd.registry import registry
+from mmkd.runs.towers import build_student
 from mmkd.testing import check_tower
-from mmkd.towers import encoders
 
 PAGE = Path(__file__).parents[1] / "docs" / "encoders.md"
 
@@ -33,7 +33,7 @@ def my_encoders(tmp_path, monkeypatch):
     importlib.invalidate_caches()
     yield tmp_path
     sys.modules.pop("my_encoders", None)
-    encoders._REGISTERED.pop("small_conv", None)
+    registry("encoders").remove("small_conv")
 
 
 def test_the_example_is_short():

@@ -16,12 +16,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from mmkd.data.tables import picture_of_cell
 from mmkd.errors import DataError, ImageError
+from mmkd.towers.samples import Sample, Turn
+
+__all__ = ["IMAGE_MARKER", "MAX_PIXELS", "TABLES", "ImageRef", "Question", "Sample", "Turn"]
 
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000
@@ -204,37 +206,6 @@ class Question:
     shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample, easy-VQA)
     claims: dict[str, str] = field(default_factory=dict)  # answer -> what it says is in the picture ("is there a circle?")
     categories: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Turn:
-    role: str  # "system", "user" or "assistant"
-    text: str
-    images: int = 0  # how many of the sample's images stand at the head of this turn, in order
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a tower prepares. Training samples end with an assistant turn; each assistant turn is a target."""
-
-    id: str
-    images: tuple[ImageRef, ...]
-    turns: tuple[Turn, ...]
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def prompt_turns(self) -> tuple[Turn, ...]:
-        """The turns up to and without a final assistant turn."""
-        return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
-
-    @property
-    def answer(self) -> str:
-        return self.turns[-1].text if self.turns and self.turns[-1].role == "assistant" else ""
-
-    def without_images(self) -> Sample:
-        """The blind form of the sample: the same words, no picture."""
-        turns = tuple(Turn(t.role, t.text) for t in self.turns)
-        return Sample(self.id, (), turns, self.meta)
 
 
 def check_images(items: Iterable[Question | Sample], *, allowed_missing: int = 0) -> int:

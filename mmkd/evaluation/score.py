@@ -10,10 +10,11 @@ from typing import Any
 
 from mmkd.errors import DataError
 from mmkd.evaluation.benchmarks import Benchmark
-from mmkd.evaluation.compare import group_of, interval
 from mmkd.evaluation.hallucination import NAME as HALLUCINATED
 from mmkd.evaluation.items import Item
 from mmkd.evaluation.metric import further_numbers, metric_of, parser_of
+from mmkd.evaluation.results import group_of
+from mmkd.evaluation.statistics import interval
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from mmkd.base.files import write_whole
 from mmkd.base.jsonl import JsonLines
 from mmkd.data.annotations import one_line, shown
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import read_object, read_predictions
 from mmkd.evaluation.processes import Processes
+from mmkd.evaluation.results import read_object, read_predictions
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"

@@ -1,7 +1,7 @@
 """`mmkd check --families`: the tower contract for every image-text family of the installed transformers.
 
-Each family is built tiny (`towers.tiny_families`) and checked (`testing.check_tower`) in a process of its own, within a time
-limit, so that one that hangs or crashes is a line of the table and no more.
+Each family is built tiny (`tiny_families.py`) and checked (`check_tower`) in a process of its own, within a time limit, so that
+one that hangs or crashes is a line of the table and no more.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _check_one(family: str, pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from mmkd.testing import NO_SWITCH, check_tower
+    from mmkd.testing.contracts import NO_SWITCH, check_tower
     from mmkd.testing.tiny_families import tiny_family, why_no_tower
 
     if reason := why_no_tower(family):

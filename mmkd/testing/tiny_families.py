@@ -1,8 +1,8 @@
 """Every image-text family of the installed transformers as a tower of a few thousand random weights, without a network.
 
-A configuration class's own defaults are shrunk by rules on the names of their keys; what a family needs besides is data
-(`tiny_data.py`). Image processor and processor are the family's own classes, the tokenizer is trained on the spot and
-given the family's special tokens.
+A configuration class's own defaults are shrunk by rules on the names of their keys (`tiny_rules.py`); what single families need
+besides is data, too (`tiny_data.py`). Image processor and processor are the family's own classes, the tokenizer is trained on the
+spot and given the family's special tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from mmkd.errors import TowerError
-from mmkd.testing.tiny_data import DERIVED, FAMILIES, IMAGE_PROCESSORS, NO_TOWER, PROCESSORS, RULES, TEXT_PARTS, Tiny
+from mmkd.testing.tiny_data import NO_TOWER, TINY, Tiny
+from mmkd.testing.tiny_rules import DERIVED, IMAGE_PROCESSORS, PROCESSORS, RULES, TEXT_PARTS
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.tower import Tower
 
@@ -66,7 +67,7 @@ def tiny_family(family: str, seed: int = 0) -> Tower:
     """
     if reason := why_no_tower(family):
         raise TowerError(reason)
-    data = FAMILIES.get(family, Tiny())
+    data = TINY.get(family, Tiny())
     tokenizer = _tokenizer(data)
     config = tiny_config(family, data, tokenizer)
     with torch.random.fork_rng(devices=[]):

@@ -6,23 +6,23 @@ both, the next question on a picture costs neither its decoding nor its resizing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from mmkd.data.samples import Sample
+from mmkd.errors import TowerError
 from mmkd.towers.families import GRIDS
 from mmkd.towers.greedy import Prompt, greedy
+from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
+from mmkd.towers.modes import evaluating
+from mmkd.towers.protocol import TowerLike
+from mmkd.towers.samples import Sample
 from mmkd.towers.vision_cache import Key
-
-if TYPE_CHECKING:
-    from mmkd.towers.tower import Encoded, Tower
 
 _SMALL = 4096  # elements; whatever is larger and of floating point is pixels
 
@@ -44,12 +44,12 @@ class SeenOnce:
 
 @torch.no_grad()  # not inference mode: what a module keeps from here must do for training, too
 def generate(
-    tower: Tower, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
+    tower: TowerLike, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
 ) -> list[str]:
     """Greedy answers of one batch."""
-    with evaluating(tower):
+    with evaluating(tower.model):
         encoded, tokens = _encode(tower, samples, cache)
-        by_sample = _by_sample(tower, encoded, tokens)
+        by_sample = tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
         keys = [tuple(ref.key for ref in sample.images) for sample in samples]
         prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
         out = greedy(tower, prompts, max_new_tokens)  # [B, new]
@@ -59,7 +59,7 @@ def generate(
 
 @torch.no_grad()
 def choose(
-    tower: Tower,
+    tower: TowerLike,
     samples: Sequence[Sample],
     options: Sequence[Sequence[str]],
     cache: MutableMapping[Key, SeenOnce] | None,
@@ -70,7 +70,7 @@ def choose(
     some tokenizers) is read as part of the prompt; the logits of the token after it are compared.
     Raises TowerError where two options have the same token there.
     """
-    with evaluating(tower):
+    with evaluating(tower.model):
         encoded, tokens = _encode(tower, samples, cache)
         shared, ids = zip(*(_first_tokens(tower, s, o) for s, o in zip(samples, options, strict=True)), strict=True)
         inputs = tower.collate([_extended(e, s) for e, s in zip(encoded, shared, strict=True)]).to(tower.device)
@@ -81,7 +81,7 @@ def choose(
     return [int(row[torch.tensor(allowed, device=row.device)].argmax()) for row, allowed in zip(logits, ids, strict=True)]
 
 
-def _first_tokens(tower: Tower, sample: Sample, options: Sequence[str]) -> tuple[list[int], list[int]]:
+def _first_tokens(tower: TowerLike, sample: Sample, options: Sequence[str]) -> tuple[list[int], list[int]]:
     """The tokens that all options begin with, and the next one of each."""
     pieces = [tower.answer_tokens(sample, option) for option in options]
     shared = 0
@@ -89,8 +89,6 @@ def _first_tokens(tower: Tower, sample: Sample, options: Sequence[str]) -> tuple
         shared += 1
     after = [piece[shared] for piece in pieces]
     if len(set(after)) < len(after):
-        from mmkd.errors import TowerError
-
         raise TowerError(
             f"the options {list(options)} begin with the tokens {after}, not all different, so one pass cannot tell them "
             "apart; answer by generation"
@@ -105,27 +103,15 @@ def _extended(encoded: Encoded, ids: Sequence[int]) -> Encoded:
     return replace(
         encoded,
         input_ids=torch.cat([encoded.input_ids, more]),
-        targets=torch.cat([encoded.targets, torch.full_like(more, -100)]),
+        targets=torch.cat([encoded.targets, torch.full_like(more, IGNORE)]),
     )
-
-
-@contextmanager
-def evaluating(tower: Tower) -> Iterator[None]:
-    """Evaluation mode; every module's own mode afterwards, since a tower in training may have parts that are not."""
-    modes = [(module, module.training) for module in tower.model.modules()]
-    tower.model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------
 
 
 def _encode(
-    tower: Tower, samples: Sequence[Sample], cache: MutableMapping[Key, SeenOnce] | None
+    tower: TowerLike, samples: Sequence[Sample], cache: MutableMapping[Key, SeenOnce] | None
 ) -> tuple[list[Encoded], list[Tensor]]:
     """Prompts without pixels, and the visual tokens of all pictures in order; the encoder runs for new pictures only."""
     keys = [tuple(ref.key for ref in sample.images) for sample in samples]
@@ -145,23 +131,12 @@ def _encode(
     return [_without_pixels(one) for one in encoded], [token for key in keys if key for token in known[key].tokens]
 
 
-def _see(tower: Tower, encoded: list[Encoded]) -> list[list[Tensor]]:
+def _see(tower: TowerLike, encoded: list[Encoded]) -> list[list[Tensor]]:
     """Visual tokens of each sample's pictures."""
     if not encoded:
         return []
-    return _by_sample(tower, encoded, tower.see(tower.collate(encoded).to(tower.device)).tokens)
-
-
-def _by_sample(tower: Tower, encoded: Sequence[Encoded], tokens: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Each sample's share of the visual tokens of all of them."""
-    entries, found = iter(tokens), []
-    for one in encoded:  # a picture is one entry, or several where a family cuts it up
-        own, missing = [], tower.visual_count(one)
-        while missing > 0:
-            own.append(next(entries))
-            missing -= len(own[-1])
-        found.append(own)
-    return found
+    tokens = tower.see(tower.collate(encoded).to(tower.device)).tokens
+    return tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
 
 
 def _without_pixels(encoded: Encoded) -> Encoded:
@@ -170,7 +145,7 @@ def _without_pixels(encoded: Encoded) -> Encoded:
 
 
 def _encode_one(
-    tower: Tower, sample: Sample, processed: dict[str, Any] | None
+    tower: TowerLike, sample: Sample, processed: dict[str, Any] | None
 ) -> tuple[Encoded, dict[str, Any] | None]:
     """One prompt, and the processor's output for its pictures if it will do in their place.
 
@@ -180,11 +155,11 @@ def _encode_one(
         return tower.encode(sample, with_answer=False), None
     if processed is not None:
         return _replayed(tower, sample, processed), processed
-    with _recording(tower.processor) as outputs:
-        encoded = tower.encode(sample, with_answer=False)
-    if len(outputs) != 1:
+    recorder = _StandIn(tower.preparer.processor.image_processor)
+    encoded = tower.preparer.with_image_processor(recorder).encode(sample, with_answer=False)
+    if len(recorder.outputs) != 1:
         return encoded, None
-    processed = {name: _hollow(value) for name, value in outputs[0].items()}
+    processed = {name: _hollow(value) for name, value in recorder.outputs[0].items()}
     again = _replayed(tower, sample, processed)
     return encoded, processed if torch.equal(again.input_ids, encoded.input_ids) else None
 
@@ -198,36 +173,28 @@ def _hollow(value: Any) -> Any:
     return value
 
 
-class _Stage:
-    """Stands in for a processor's image processor: what is not replaced is asked of the real one."""
+class _StandIn:
+    """In an image processor's place: keeps what the real one gives, or, with `processed`, gives that and runs none.
 
-    def __init__(self, real: Any, processed: Mapping[str, Any] | None, outputs: list) -> None:
-        self._real, self._processed, self._outputs = real, processed, outputs
+    What else is asked of it comes from the real one.
+    """
+
+    def __init__(self, real: Any, processed: Mapping[str, Any] | None = None) -> None:
+        self._real, self._processed = real, processed
+        self.outputs: list[BatchFeature] = []
 
     def __call__(self, *arguments: Any, **options: Any) -> BatchFeature:
         if self._processed is not None:
             return BatchFeature(dict(self._processed))
         output = self._real(*arguments, **options)
-        self._outputs.append(BatchFeature(dict(output)))
+        self.outputs.append(BatchFeature(dict(output)))
         return output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
 
-@contextmanager
-def _recording(processor: Any, processed: Mapping[str, Any] | None = None) -> Iterator[list[BatchFeature]]:
-    """Collects what the image processor gives; with `processed` it is not run, and gives that."""
-    outputs: list[BatchFeature] = []
-    real = processor.image_processor
-    processor.image_processor = _Stage(real, processed, outputs)
-    try:
-        yield outputs
-    finally:
-        processor.image_processor = real
-
-
-def _replayed(tower: Tower, sample: Sample, processed: dict[str, Any]) -> Encoded:
-    blank = Image.new("RGB", (1, 1))
-    with _recording(tower.processor, processed):
-        return tower.encode(sample, with_answer=False, pictures=[blank] * len(sample.images))
+def _replayed(tower: TowerLike, sample: Sample, processed: dict[str, Any]) -> Encoded:
+    replayer = _StandIn(tower.preparer.processor.image_processor, processed)
+    blank = [Image.new("RGB", (1, 1))] * len(sample.images)
+    return tower.preparer.with_image_processor(replayer).encode(sample, with_answer=False, pictures=blank)

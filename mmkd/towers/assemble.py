@@ -34,15 +34,16 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmkd.errors import TowerError
-from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, build_backbone
-from mmkd.towers.reducers import REDUCERS, ReducedEncoder, ReducedEncoderConfig
+from mmkd.registry import options_of
+from mmkd.towers.encoders import EncoderConfig, ReducedEncoder, WrappedEncoder, build_backbone, reduced_config
+from mmkd.towers.plugins import find
+from mmkd.towers.projectors import Matrices, Projector
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 
 IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-ACTIVATIONS = {"mlp": "gelu", "linear": "linear"} | dict.fromkeys(REDUCERS, "gelu")
 
 _CONTENT = (
     "{% macro content(m) %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
@@ -102,7 +103,7 @@ def assemble(
     language: LanguageSpec,
     *,
     projector: str = "mlp",
-    projector_options: Mapping[str, int] | None = None,
+    projector_options: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     max_length: int = 2048,
     seed: int = 0,
@@ -110,12 +111,12 @@ def assemble(
 ) -> Tower:
     """A LLaVA-shaped tower from its parts; parts without pretrained weights are drawn from `seed`.
 
-    `projector`: "linear" or "mlp"; or a name of REDUCERS, an MLP behind fewer tokens, with `projector_options` (factor, queries).
+    `projector`: a registered one: "mlp", "linear", or one that gives fewer tokens, with its `projector_options`.
     `tokenizer` is needed for a language model made from a configuration (the teacher's, or `train_tokenizer`).
     Raises TowerError when a part cannot be found or does not fit, with both numbers.
     """
-    if projector not in ACTIVATIONS:
-        raise TowerError(f"projector {projector!r} is not one of {', '.join(ACTIVATIONS)}")
+    kind: type[Projector] = find("projectors", projector)
+    options = _checked_options(projector, kind, projector_options or {})
     tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(language)
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
@@ -125,15 +126,15 @@ def assemble(
         language_model = _build_language_model(language, tokenizer)
         _plain_head(language_model)
         features, prefix, strategy = _feature_layout(encoder, vision)
-        if projector in REDUCERS:
-            encoder = _reduced(encoder, vision, projector, prefix, projector_options or {})
+        if not issubclass(kind, Matrices):
+            encoder = _reduced(encoder, vision, projector, prefix, options)
             features, prefix, strategy = _feature_layout(encoder, vision)
         config = LlavaConfig(
             vision_config=encoder.config,
             text_config=language_model.config,
             image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
             image_seq_length=features,
-            projector_hidden_act=ACTIVATIONS[projector],
+            projector_hidden_act=kind.activation,
             vision_feature_select_strategy=strategy,
             vision_feature_layer=_feature_layer(vision, encoder),
             tie_word_embeddings=bool(language_model.config.tie_word_embeddings),
@@ -251,14 +252,19 @@ def _probe(encoder: nn.Module, size: tuple[int, int]) -> Any:
         ) from error
 
 
-def _reduced(encoder: nn.Module, spec: VisionSpec, kind: str, prefix: int, options: Mapping[str, int]) -> ReducedEncoder:
-    """The encoder with a reducer behind its feature layer."""
-    unknown = sorted({*options} - {"factor", "queries"})
+def _checked_options(name: str, kind: type[Projector], options: Mapping[str, Any]) -> dict[str, Any]:
+    known = options_of(kind)
+    unknown = [option for option in options if option not in known]
     if unknown:
-        raise TowerError(f"projector_options has no {unknown[0]!r}; it has factor (of squares), queries (of the resampler)")
+        raise TowerError(f"projector_options has no {unknown[0]!r} for {name!r}, which has {', '.join(known) or 'none'}")
+    return dict(options)
+
+
+def _reduced(encoder: nn.Module, spec: VisionSpec, name: str, prefix: int, options: Mapping[str, Any]) -> ReducedEncoder:
+    """The encoder with a projector of fewer tokens behind its feature layer."""
     layer = _feature_layer(spec, encoder)
     size = image_size(spec, encoder)
-    config = ReducedEncoderConfig(encoder.config, kind, feature_layer=layer, prefix=prefix, image_size=size, **options)
+    config = reduced_config(encoder.config, name, options, feature_layer=layer, prefix=prefix, image_size=size)
     return ReducedEncoder(config, encoder)
 
 

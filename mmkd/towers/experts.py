@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from mmkd.towers.tower import Tower
+from mmkd.towers.protocol import TowerLike
 
 # Text models whose sparse layers hold a router `mlp.gate`, which gives (logits, weights, choices), and experts in
 # `mlp.experts`. Data, not code: a further family of transformers with these names needs its model_type here.
@@ -32,7 +30,7 @@ class Routing:
         return counts.scatter_add_(0, self.chosen.flatten(), places.flatten())
 
 
-def sparse_blocks(tower: Tower) -> dict[int, nn.Module]:
+def sparse_blocks(tower: TowerLike) -> dict[int, nn.Module]:
     """The blocks of router and experts by layer; empty for a dense tower."""
     if tower.model.config.get_text_config().model_type not in ROUTED:
         return {}
@@ -41,7 +39,7 @@ def sparse_blocks(tower: Tower) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def recorded_routing(tower: Tower) -> Iterator[dict[int, Routing]]:
+def recorded_routing(tower: TowerLike) -> Iterator[dict[int, Routing]]:
     """Records how `tower.read` routes tokens, by layer; a second read replaces the first. Nothing for a dense tower.
 
     Hooks, since the image-text models around a sparse language model hand on neither its router logits nor a balance loss
@@ -64,7 +62,7 @@ def recorded_routing(tower: Tower) -> Iterator[dict[int, Routing]]:
             handle.remove()
 
 
-def idle_parameters(tower: Tower) -> int:
+def idle_parameters(tower: TowerLike) -> int:
     """Parameters that one token does not meet: those of the experts that it is not sent to."""
     idle = 0
     for block in sparse_blocks(tower).values():

@@ -1,4 +1,4 @@
-"""Where the projector sits in each family of image-text models. Data, not code.
+"""What is particular to each family of image-text models. Data, not code.
 
 Everything else about a family is asked of transformers: `get_image_features` gives the visual tokens,
 `mm_encoder_outputs` takes them. Only the border between vision encoder and projector has no common name, and the
@@ -7,119 +7,120 @@ visual switch and vision-feature matching need it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 from torch import nn
 
-# model_type -> path of the projector below the base model (`LlavaModel`, `PaliGemmaModel`, ...), or the paths of modules that
-# follow each other. Its first input is the vision feature, its output the visual token.
-PROJECTORS: dict[str, str | tuple[str, ...]] = {
-    "aria": "multi_modal_projector",
-    "aya_vision": "multi_modal_projector",
-    "cohere2_vision": "multi_modal_projector",
-    "cohere_compass": "visual.merger",
-    "cosmos3_edge": "projector",
-    "cosmos3_omni": "visual.merger",
-    "deepseek_ocr2": "multi_modal_projector",
-    "deepseek_vl": "aligner",
-    "deepseek_vl_hybrid": "aligner",
-    "dots3_note": "vision_tower.merger",
-    "ernie4_5_vl_moe": "resampler_model",
-    "exaone4_5": "visual.merger",
-    "fast_vlm": "multi_modal_projector",
-    "gemma3": "multi_modal_projector",
-    "gemma3n": "embed_vision",
-    "gemma4": "embed_vision",
-    "gemma4_unified": "embed_vision.multimodal_embedder",
-    "glm46v": "visual.merger",
-    "glm4v": "visual.merger",
-    "glm4v_moe": "visual.merger",
-    "glm5_next": "visual.merger",
-    "glm_ocr": "visual.merger",
-    "glmga": "visual.merger",
-    "got_ocr2": "multi_modal_projector",
-    "granite_docling": "vision_model.connector",
-    "hunyuan_vl": "vision_tower.patch_merger",
-    "hyperclovax_vision_v2": "projector",
-    "idefics2": "connector",
-    "idefics3": "connector",
-    "inkling2": "vision_tower.merger",
-    "internvl": "multi_modal_projector",
-    "janus": "aligner",
-    "kimi_k25": "mm_projector",
-    "lfm2_vl": "multi_modal_projector",
-    "lfm3_vl": "multi_modal_projector",
-    "lighton_ocr": "vision_projection",
-    "llava": "multi_modal_projector",
-    "llava_next": "multi_modal_projector",
-    "llava_next_video": "multi_modal_projector",
-    "llava_onevision": "multi_modal_projector",
-    "minicpm_ocr": "merger",
-    "minicpmv4_6": "merger",
-    "minicpmv4_7": "merger",
-    "minimax_m3_vl": "multi_modal_projector",
-    "mistral3": "multi_modal_projector",
-    "mistral_large4": "multi_modal_projector",
-    "molmo2": "multi_modal_projector",
-    "muse_glimmer": ("vision_adapter", "vision_projection", "perception_emb_norm"),
-    "muse_spark": ("vision_adapter", "vision_projection", "perception_emb_norm"),
-    "nemotron_h_omni": "multi_modal_projector",
-    "ovis2": "visual_embeddings_table",
-    "paddleocr_vl": "projector",
-    "paligemma": "multi_modal_projector",
-    "perception_lm": "multi_modal_projector",
-    "pp_chart2table": "multi_modal_projector",
-    "qianfan_ocr": "multi_modal_projector",
-    "qwen2_5_omni_thinker": "visual.merger",
-    "qwen2_5_vl": "visual.merger",
-    "qwen2_vl": "visual.merger",
-    "qwen3_5": "visual.merger",
-    "qwen3_5_moe": "visual.merger",
-    "qwen3_omni_moe_thinker": "visual.merger",
-    "qwen3_vl": "visual.merger",
-    "qwen3_vl_moe": "visual.merger",
-    "qwen4_exp": "visual.merger",
-    "smolvlm": "connector",
-    "step3p7": "multi_modal_projector",
-    "unlimited_ocr": "multi_modal_projector",
-    "video_llama_3": "projector",
-    "video_llava": "multi_modal_projector",
-    "vipllava": "multi_modal_projector",
+
+@dataclass(frozen=True)
+class Family:
+    """One family, by its `model_type`. The defaults describe most of them."""
+
+    # Path of the projector below the base model (`LlavaModel`, `PaliGemmaModel`, ...), or the paths of modules that follow each
+    # other. Its first input is the vision feature, its output the visual token. None: not known.
+    projector: str | tuple[str, ...] | None = None
+
+    # Visual tokens.
+    stacked: bool = False  # takes them as one tensor; the others take a list
+    deepstack: bool = False  # adds features of the picture to the hidden states of its first layers besides
+    indicators: bool = False  # tokens between pictures are embeddings of the last entries of the projector's vocabulary
+
+    # Pixels.
+    nested: bool = False  # its processor puts the pictures of one sample on an axis of their own, [1, k, C, H, W]
+    wide: bool = False  # lays the patches of all pictures side by side, [1, C, patch, W]
+    grouped: bool = False  # treats a picture by how many others its sample has, and so wants to know which belong together
+    # Inputs that point into another: indices of patches, counted over all pictures of one call of the processor.
+    indexed: Mapping[str, str] = field(default_factory=dict)
+
+    # Positions.
+    absolute: bool = False  # attention depends on where a token stands, not only on how far from others: padding must not count
+    # The positions (of TowerInputs) that are of type 1 in `token_type_ids`: Gemma 3 lets the tokens of one picture see each
+    # other, PaliGemma everything before the answer. None: it has no such input.
+    token_types: str | None = None
+    # Further marks: argument -> the tokens (names in the configuration) that are of type 1.
+    token_marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "aria": Family("multi_modal_projector", stacked=True),
+    "aya_vision": Family("multi_modal_projector", stacked=True),
+    "cohere2_vision": Family("multi_modal_projector", stacked=True),
+    "cohere_compass": Family("visual.merger", deepstack=True),
+    "cosmos3_edge": Family("projector"),
+    "cosmos3_omni": Family("visual.merger", deepstack=True),
+    "deepseek_ocr2": Family("multi_modal_projector"),
+    "deepseek_vl": Family("aligner", stacked=True),
+    "deepseek_vl_hybrid": Family("aligner", stacked=True),
+    "dots3_note": Family("vision_tower.merger"),
+    "ernie4_5_vl_moe": Family(
+        "resampler_model",
+        token_marks={"moe_mm_token_type_ids": ("image_token_id", "image_start_token_id", "image_end_token_id")},
+    ),
+    "exaone4_5": Family("visual.merger"),
+    "fast_vlm": Family("multi_modal_projector", stacked=True),
+    "gemma3": Family("multi_modal_projector", stacked=True, token_types="visual"),
+    "gemma3n": Family("embed_vision", stacked=True),
+    "gemma4": Family("embed_vision"),
+    "gemma4_unified": Family("embed_vision.multimodal_embedder"),
+    "glm46v": Family("visual.merger"),
+    "glm4v": Family("visual.merger"),
+    "glm4v_moe": Family("visual.merger"),
+    "glm5_next": Family("visual.merger"),
+    "glm_ocr": Family("visual.merger"),
+    "glmga": Family("visual.merger"),
+    "got_ocr2": Family("multi_modal_projector", stacked=True),
+    "granite_docling": Family("vision_model.connector", deepstack=True),
+    "hunyuan_vl": Family("vision_tower.patch_merger"),
+    "hyperclovax_vision_v2": Family("projector"),
+    "idefics2": Family("connector", nested=True),
+    "idefics3": Family("connector", nested=True),
+    "inkling2": Family("vision_tower.merger"),
+    "internvl": Family("multi_modal_projector", stacked=True),
+    "janus": Family("aligner", stacked=True),
+    "kimi_k25": Family("mm_projector"),
+    "lfm2_vl": Family("multi_modal_projector"),
+    "lfm3_vl": Family("multi_modal_projector"),
+    "lighton_ocr": Family("vision_projection"),
+    "llava": Family("multi_modal_projector"),
+    "llava_next": Family("multi_modal_projector"),
+    "llava_next_video": Family("multi_modal_projector"),
+    "llava_onevision": Family("multi_modal_projector", grouped=True),
+    "minicpm_ocr": Family("merger", wide=True),
+    "minicpmv4_6": Family("merger", wide=True),
+    "minicpmv4_7": Family("merger", wide=True),
+    "minimax_m3_vl": Family("multi_modal_projector"),
+    "mistral3": Family("multi_modal_projector"),
+    "mistral_large4": Family("multi_modal_projector", absolute=True),
+    "molmo2": Family("multi_modal_projector", indexed={"image_token_pooling": "pixel_values"}),
+    "muse_glimmer": Family(("vision_adapter", "vision_projection", "perception_emb_norm")),
+    "muse_spark": Family(("vision_adapter", "vision_projection", "perception_emb_norm")),
+    "nemotron_h_omni": Family("multi_modal_projector"),
+    "ovis2": Family("visual_embeddings_table", stacked=True, indicators=True),
+    "paddleocr_vl": Family("projector"),
+    "paligemma": Family("multi_modal_projector", stacked=True, token_types="answer"),
+    "perception_lm": Family("multi_modal_projector", stacked=True),
+    "pp_chart2table": Family("multi_modal_projector", stacked=True),
+    "qianfan_ocr": Family("multi_modal_projector", stacked=True),
+    "qwen2_5_omni_thinker": Family("visual.merger"),
+    "qwen2_5_vl": Family("visual.merger"),
+    "qwen2_vl": Family("visual.merger"),
+    "qwen3_5": Family("visual.merger"),
+    "qwen3_5_moe": Family("visual.merger"),
+    "qwen3_omni_moe_thinker": Family("visual.merger", deepstack=True),
+    "qwen3_vl": Family("visual.merger", deepstack=True),
+    "qwen3_vl_moe": Family("visual.merger", deepstack=True),
+    "qwen4_exp": Family("visual.merger"),
+    "smolvlm": Family("connector", nested=True),
+    "step3p7": Family("multi_modal_projector"),
+    "unlimited_ocr": Family("multi_modal_projector"),
+    "video_llama_3": Family("projector"),
+    "video_llava": Family("multi_modal_projector", stacked=True),
+    "vipllava": Family("multi_modal_projector", stacked=True),
 }
-
-# Families that take their visual tokens as one tensor; the others take a list.
-STACKED = frozenset(
-    "aria aya_vision cohere2_vision deepseek_vl deepseek_vl_hybrid fast_vlm gemma3 gemma3n got_ocr2 internvl "
-    "janus ovis2 paligemma perception_lm pp_chart2table qianfan_ocr video_llava vipllava".split()
-)
-
-# Families that besides add features of the picture to the hidden states of their first layers.
-DEEPSTACK = frozenset({"cohere_compass", "cosmos3_omni", "granite_docling", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"})
-
-# Families whose processors put the pictures of one sample on an axis of their own, [1, k, C, H, W].
-NESTED = frozenset({"idefics2", "idefics3", "smolvlm"})
-
-# Families that lay the patches of all pictures side by side, [1, C, patch, W].
-WIDE = frozenset({"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"})
-
-# Families whose processors treat a picture by how many others its sample has, and so want to know which belong together.
-GROUPED = frozenset({"llava_onevision"})
-
-# Families whose attention depends on where a token stands, not only on how far from others: padding must not count.
-ABSOLUTE = frozenset({"mistral_large4"})
-
-# Inputs that point into another: indices of patches, counted over all pictures of one call of the processor.
-INDEXED = {"molmo2": {"image_token_pooling": "pixel_values"}}
-
-# Families that ask for `token_type_ids`, and the positions (of TowerInputs) that are of type 1: Gemma 3 lets the tokens of
-# one picture see each other, PaliGemma everything before the answer.
-TOKEN_TYPES = {"gemma3": "visual", "paligemma": "answer"}
 
 # Inputs that say how a picture lies in patches: tokens are placed by them, beside ids and masks.
 GRIDS = frozenset({"image_grid_thw", "video_grid_thw", "target_sizes"})
-
-# Families that ask for further marks: argument -> the tokens (names in the configuration) that are of type 1.
-TOKEN_MARKS: dict[str, dict[str, tuple[str, ...]]] = {
-    "ernie4_5_vl_moe": {"moe_mm_token_type_ids": ("image_token_id", "image_start_token_id", "image_end_token_id")}
-}
 
 # Names that projectors give to the side of the square of patches that they put into one token.
 SHUFFLE_NAMES = ("scale_factor", "downsample_factor", "factor", "spatial_merge_size", "spatial_conv_size")
@@ -127,6 +128,11 @@ SHUFFLE_NAMES = ("scale_factor", "downsample_factor", "factor", "spatial_merge_s
 # Names under which families keep their vision encoder and language model below the base model.
 VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "embed_vision")
 LANGUAGE_NAMES = ("language_model", "text_model")
+
+
+def family_of(model_type: str) -> Family:
+    """What is known of a family; of one that is not in the table, the defaults and no projector."""
+    return FAMILIES.get(model_type, Family())
 
 
 def child(module: nn.Module, names: tuple[str, ...]) -> str | None:

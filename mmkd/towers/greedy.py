@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-if TYPE_CHECKING:
-    from mmkd.towers.tower import Encoded, Tower
+from mmkd.towers.inputs import Encoded
+from mmkd.towers.protocol import TowerLike
 
 FAMILY = "llava"  # others place visual tokens by grids, types or absolute positions
 SHARING = 2  # questions a picture, on average, from which on sharing pays for its second forward pass
@@ -41,13 +41,13 @@ class Prompt:
     key: Hashable
 
 
-def greedy(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int) -> Tensor:
+def greedy(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int) -> Tensor:
     """New tokens of every prompt, padded behind their end. [B, new]"""
     way = _shared if _shares(tower, prompts) else _apart
     return way(tower, prompts, max_new_tokens)
 
 
-def _apart(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
+def _apart(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
     """Every prompt read whole, left-padded. New tokens [B, new], or with None the logits of the first [B, V]."""
     inputs = tower.collate([prompt.encoded for prompt in prompts], padding_side="left").to(tower.device)
     tokens = [token for prompt in prompts for token in prompt.tokens]
@@ -55,7 +55,7 @@ def _apart(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int | None) 
     return _generate(tower, inputs.input_ids, inputs.attention_mask, max_new_tokens, **visual)
 
 
-def _shared(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
+def _shared(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
     """The same, with what stands before the questions read once a picture."""
     length = _prefix_length(tower, prompts[0])
     first: dict[Hashable, Prompt] = {}
@@ -79,7 +79,7 @@ def _shared(tower: Tower, prompts: Sequence[Prompt], max_new_tokens: int | None)
     return _generate(tower, ids, mask, max_new_tokens, past_key_values=cache)
 
 
-def _generate(tower: Tower, ids: Tensor, mask: Tensor, max_new_tokens: int | None, **inputs: Any) -> Tensor:
+def _generate(tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int | None, **inputs: Any) -> Tensor:
     out = tower.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -99,12 +99,12 @@ def _cut(encoded: Encoded, part: slice) -> Encoded:
     return replace(encoded, input_ids=encoded.input_ids[part], targets=encoded.targets[part])
 
 
-def _prefix_length(tower: Tower, prompt: Prompt) -> int:
+def _prefix_length(tower: TowerLike, prompt: Prompt) -> int:
     """Positions up to and with the last visual token."""
     return int((prompt.encoded.input_ids == tower.image_token_id).nonzero()[-1]) + 1
 
 
-def _shares(tower: Tower, prompts: Sequence[Prompt]) -> bool:
+def _shares(tower: TowerLike, prompts: Sequence[Prompt]) -> bool:
     """Whether several questions stand behind each picture, all at the same place, and the model reads them alike that way."""
     keys = {prompt.key for prompt in prompts}
     if not all(prompt.tokens for prompt in prompts) or len(prompts) < SHARING * len(keys):
@@ -123,7 +123,7 @@ def _shares(tower: Tower, prompts: Sequence[Prompt]) -> bool:
     return _fits[tower.model]
 
 
-def _reads_alike(tower: Tower, prompts: Sequence[Prompt]) -> bool:
+def _reads_alike(tower: TowerLike, prompts: Sequence[Prompt]) -> bool:
     """Compares the first logits of a few prompts both ways; the cache must be one whose rows can be chosen."""
     cache = DynamicCache(config=tower.model.config.get_text_config())
     if any(type(layer) is not DynamicLayer for layer in cache.layers):

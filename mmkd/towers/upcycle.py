@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmkd.errors import TowerError
 from mmkd.towers.experts import recorded_routing, sparse_blocks
+from mmkd.towers.modes import evaluating
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -245,8 +246,6 @@ def _probe(tower: Tower) -> Tensor:
     """Last hidden states of a random text, the same for both towers. [2, 32, D] in float64"""
     known = torch.tensor(sorted(set(tower.tokenizer.get_vocab().values()) - {tower.image_token_id}))
     ids = known[torch.randint(len(known), PROBE, generator=torch.Generator().manual_seed(0))].to(tower.device)
-    was_training = tower.model.training
-    tower.model.eval()
-    hidden = tower.base(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
-    tower.model.train(was_training)
+    with evaluating(tower.model):
+        hidden = tower.base(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
     return hidden.double().cpu()

@@ -23,12 +23,12 @@ ZERO_OF_WEIGHTS = 3  # the stage of DeepSpeed's ZeRO that spreads weights, not o
 BLANK = 64  # pixels a side of the picture that nobody looks at
 
 
-def held(model: nn.Module) -> Tensor:
+def zero_of_parameters(model: nn.Module) -> Tensor:
     """0, attached to every trained parameter."""
     return sum((p.flatten()[:1].sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(()))
 
 
-def look_at_nothing(tower: Tower) -> Seen:
+def dummy_forward(tower: Tower) -> Seen:
     """The encoder's and the projector's pass over a black picture.
 
     A micro-batch without pictures begins with it where processes keep step: the others gather the encoder's weights and

@@ -6,8 +6,8 @@ import pytest
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.data.entries import DataCard, read_samples, readme
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
-from mmkd.recipes.recipe import DataSpec
 from mmkd.sample.sample_set import write_sample_set
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from mmkd.data.entries import read_samples
 from mmkd.data.formats import read_split
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample, Turn
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
-from mmkd.recipes.recipe import DataSpec
 
 ROW = {"prompt": "What is it?", "images": ["a.png"], "chosen": "a valve", "rejected": "a pump"}
 

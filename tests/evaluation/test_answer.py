@@ -7,7 +7,7 @@ import pytest
 
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
-from mmkd.evaluation.compare import read_predictions
+from mmkd.evaluation.results import read_predictions
 from mmkd.evaluation.store import PARTIAL
 
 

@@ -13,10 +13,10 @@ from layouts import CARDS, Oracle
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.compare import compare_runs
 from mmkd.evaluation.report import build_report
+from mmkd.evaluation.statistics import compare_runs
 from mmkd.evaluation.store import PARTIAL, PREDICTIONS, RESULTS
-from mmkd.retrieval.evaluate import load_retrieval
+from mmkd.retrieval.benchmark import load_retrieval
 
 ANNOTATIONS, ANSWERS, CAPTIONS = 380, 120, 80
 PICTURES = {".jpg", ".png"}

@@ -15,7 +15,7 @@ from mmkd.data.formats import format_of, read_questions
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.compare import read_predictions
+from mmkd.evaluation.results import read_predictions
 from mmkd.registry import registry
 
 

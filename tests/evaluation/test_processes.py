@@ -12,8 +12,8 @@ import pytest
 
 from mmkd.cli import main
 from mmkd.evaluation.answer import evaluate
-from mmkd.evaluation.compare import read_predictions
 from mmkd.evaluation.processes import Processes
+from mmkd.evaluation.results import read_predictions
 from mmkd.evaluation.store import PARTIAL
 from tests.tiny import tiny_tower
 

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_picture, tiny_tower
 
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.stages import control_key, control_recipe
+from mmkd.runs.control import control_key, control_recipe
 
 
 def control_of(**stage):

@@ -104,7 +104,7 @@ def test_a_whole_clip_gives_its_vision_half(tmp_path):
         ({"language": language_config(vocab_size=10)}, "has 10 embeddings, its tokenizer"),
         ({"language": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}}, "LLaVA cannot hold a GPT2LMHeadModel"),
         ({"language": language_config("cohere")}, "logit_scale 0.0625"),
-        ({"projector": "mlp3"}, "projector 'mlp3' is not one of mlp, linear"),
+        ({"projector": "mlp3"}, "no projector is registered as 'mlp3'; did you mean 'mlp'"),
     ],
 )
 def test_a_wrong_part_is_answered_with_a_way_out(changes, message):

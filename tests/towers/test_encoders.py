@@ -9,10 +9,11 @@ import torch
 from tiny import VISIONS, tiny_samples, tiny_tower
 from torch import nn
 
-from mmkd.errors import TowerError
+from mmkd.errors import RegistryError, TowerError
+from mmkd.registry import register, registry
 from mmkd.testing import check_encoder, check_tower
 from mmkd.towers.assemble import VisionSpec, build_encoder
-from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, find_encoder, register_encoder
+from mmkd.towers.encoders import EncoderConfig, WrappedEncoder, register_encoder
 
 
 @register_encoder("tiny_conv")
@@ -174,8 +175,9 @@ def test_mistakes_are_answered_with_a_way_out(config, message):
 
 
 def test_a_taken_name_is_refused_and_the_same_class_is_not():
-    assert register_encoder("tiny_conv")(TinyConv) is find_encoder("tiny_conv")
-    with pytest.raises(TowerError, match=r"the encoder name 'tiny_conv' is taken by .*TinyConv"):
+    assert register_encoder("tiny_conv")(TinyConv) is register("encoders", "tiny_conv")(TinyConv) is TinyConv
+    assert registry("encoders").get("tiny_conv") is TinyConv and "conv" in registry("encoders")
+    with pytest.raises(RegistryError, match=r"encoder 'tiny_conv' of .*Noisy is registered already, by .*TinyConv"):
         register_encoder("tiny_conv")(Noisy)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VISIONS, language_config, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, language_config, make_term, tiny_samples, tiny_tokenizer, tiny_tower
 
 from mmkd.errors import GuardError
-from mmkd.terms.term import Schedule, Term
+from mmkd.registry import registry
+from mmkd.terms.term import Schedule
 from mmkd.testing.tiny_families import TEMPLATE, TEXTS, VOCABULARY, tiny_family
-from mmkd.towers import encoders
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.tower import Seen
 from mmkd.train.collate import Collator, PairDataset
@@ -60,7 +60,7 @@ def encoders_of_others(tmp_path_factory):
     yield
     sys.path.remove(str(folder))
     sys.modules.pop("my_encoders", None)
-    encoders._REGISTERED.pop("small_conv", None)
+    registry("encoders").remove("small_conv")
 
 
 def pair(name):
@@ -80,7 +80,7 @@ def pair(name):
 
 def terms_of(name):
     kind = "spans" if PAIRS[name][3] == "tokenizer" else "forward_kl"
-    return [Term("distil", kind, Schedule(1.0, 1.0)), Term("sft", "cross_entropy", Schedule(0.2, 0.2))]
+    return [make_term("distil", kind, Schedule(1.0, 1.0)), make_term("sft", "cross_entropy", Schedule(0.2, 0.2))]
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmkd.evaluation.compare import group_of, interval
 from mmkd.evaluation.metric import Parser
+from mmkd.evaluation.results import group_of
+from mmkd.evaluation.statistics import interval
 from mmkd.registry import register
 
 LETTERS = "ABCDE"  # ScienceQA has two to five choices
