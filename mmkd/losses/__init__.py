@@ -22,8 +22,9 @@ from mmkd.losses.pwce import PWCE, log_mean_perplexity
 from mmkd.losses.ranking import contrastive, contrastive_partial_ranking, hard_negatives, valid_negatives
 from mmkd.losses.relation import head_gram, relation, relation_from_hidden
 from mmkd.losses.routing import balance_of_layers, choose_experts, load_balance
+from mmkd.losses.sinkhorn import SinKD, union_of_top
 from mmkd.losses.skew import SkewKL, SkewReverseKL
-from mmkd.losses.span_consistency import span_consistency, span_pairs
+from mmkd.losses.span_consistency import SpanConsistency, span_pairs
 from mmkd.losses.spans import sorted_distance, span_events, spans
 from mmkd.losses.swing import Swing
 from mmkd.losses.taid import TAID, TAIDSchedule
@@ -43,8 +44,10 @@ __all__ = [
     "DenseBand",
     "ForwardKL",
     "ReverseKL",
+    "SinKD",
     "SkewKL",
     "SkewReverseKL",
+    "SpanConsistency",
     "Swing",
     "TAIDSchedule",
     "TopKForwardKL",
@@ -71,11 +74,11 @@ __all__ = [
     "relation_from_hidden",
     "reverse_kl",
     "sorted_distance",
-    "span_consistency",
     "span_events",
     "span_pairs",
     "spans",
     "tags",
     "top_k_forward_kl",
+    "union_of_top",
     "valid_negatives",
 ]

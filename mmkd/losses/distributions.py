@@ -15,6 +15,8 @@ from mmkd.losses.numerics import exact, exact_dtype
 
 # Log-ratios of an impossible token are replaced by +-this: exp(-200) is 0 in float32, 1e-87 in float64.
 FAR = 200.0
+# A logit that stands for -inf where, with nothing else left, -inf would give NaN.
+ABSENT = -1e30
 
 
 def check_temperature(temperature: float) -> None:

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmkd.losses.distributions import distribution, wide
+from mmkd.losses.distributions import ABSENT, distribution, wide
 from mmkd.losses.numerics import exact, result_dtype
 
 NORMALISE = ("softmax", "linear")
-_ABSENT = -1e30  # stands for -inf, which would give NaN where nothing else is left
 _LEAST = 1e-30  # probability below which a logarithm is not taken
 
 
@@ -39,15 +38,7 @@ class FIRST:
     epsilon: float = 1e-6
 
     def __post_init__(self):
-        if not (self.c > 0.0 and self.student_temperature > 0.0):
-            raise ValueError(f"c is {self.c} and student_temperature {self.student_temperature}; both must be above 0")
-        if self.k < 2:
-            raise ValueError(f"k is {self.k}; it must be at least 2, because one token's share is always 1")
-        if self.normalise not in NORMALISE:
-            raise ValueError(f"normalise is {self.normalise!r}; it must be one of {', '.join(NORMALISE)}")
-        if not 0.0 <= self.label_smoothing < 1.0 or self.epsilon < 0.0:
-            found = f"label_smoothing is {self.label_smoothing} and epsilon {self.epsilon}"
-            raise ValueError(f"{found}; label_smoothing must lie in [0, 1) and epsilon be at least 0")
+        _check(self)
 
     def target(self, log_probs: Tensor) -> Tensor:
         """t of the teacher's log-probabilities `[R, K]`: `[R, k]`, or `[R, k + 1]` with the other entry last."""
@@ -55,43 +46,49 @@ class FIRST:
             raise ValueError(f"k is {self.k}, but of the teacher {log_probs.shape[-1]} tokens are known; store more, or lower k")
         p = exact(log_probs[:, : self.k]).exp()  # [R, k]
         p = torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)], -1) if self.other else p
-        t = self._log_shares(p, self.c).exp()  # [R, k (+ 1)]
+        t = _log_shares(p, self, self.c).exp()  # [R, k (+ 1)]
         taken = t[:, :1].clamp(max=self.label_smoothing)  # [R, 1]
         return torch.cat([t[:, :1] - taken, t[:, 1:] + taken / (t.shape[-1] - 1)], -1)
 
     def __call__(self, student: Tensor, teacher: None, targets: Tensor | None, ids: Tensor, log_probs: Tensor) -> Tensor:
         logits, ids, t = exact(student), ids[:, : self.k], self.target(log_probs)
-        chosen = logits.gather(-1, ids)  # [R, k]
-        if self.other:
-            chosen = torch.cat([chosen, logits.scatter(-1, ids, _ABSENT).logsumexp(-1, keepdim=True)], -1)
-        x = (chosen - logits.logsumexp(-1, keepdim=True)).exp()  # [R, k (+ 1)]
-        values = torch.xlogy(t, t) - t * self._log_shares(x, self.student_temperature)
-        return values.sum(-1).to(result_dtype(student))
+        rest = logits.scatter(-1, ids, ABSENT).logsumexp(-1, keepdim=True)  # [R, 1]
+        entries = torch.cat([logits.gather(-1, ids), rest], -1)[:, : t.shape[-1]]  # [R, k (+ 1)]
+        log_s = _log_shares((entries - logits.logsumexp(-1, keepdim=True)).exp(), self, self.student_temperature)
+        return (torch.xlogy(t, t) - t * log_s).sum(-1).to(result_dtype(student))
 
     def value_and_grad(self, student, teacher, targets, shared, ids, log_probs) -> tuple[Tensor, Tensor]:
-        student = wide(student)
-        q, _ = distribution(student, 1.0, "student", shared)  # [R, V]
+        q, _ = distribution(wide(student), 1.0, "student", shared)  # [R, V]
         ids, t = ids[:, : self.k], self.target(log_probs)
-        x = _chosen_and_rest(student, q, ids)  # [R, k + 1]
-        x = x if self.other else x[:, :-1]
-        log_s = self._log_shares(x, self.student_temperature)  # [R, k (+ 1)]
-        if self.normalise == "softmax":
-            to_x = (log_s.exp() - t) / self.student_temperature
-        else:
-            raised = (x + self.epsilon).clamp(min=_LEAST)
-            to_x = 1 / raised.sum(-1, keepdim=True) - t / raised
+        x = _chosen_and_rest(wide(student), q, ids)[:, : t.shape[-1]]  # [R, k (+ 1)]
+        log_s = _log_shares(x, self, self.student_temperature)  # [R, k (+ 1)]
+        raised = (x + self.epsilon).clamp(min=_LEAST)
+        linear = 1 / raised.sum(-1, keepdim=True) - t / raised  # the gradient to x, [R, k (+ 1)]
+        to_x = linear if self.normalise == "linear" else (log_s.exp() - t) / self.student_temperature
         mean = (to_x * x).sum(-1, keepdim=True)  # [R, 1]
-        to_rest = to_x[:, -1:] if self.other else torch.zeros_like(mean)
-        grad = q * (to_rest - mean).to(q.dtype)  # [R, V]
+        grad = q * ((to_x[:, -1:] if self.other else 0.0) - mean).to(q.dtype)  # [R, V]
         grad.scatter_(-1, ids, (x * (to_x - mean))[:, : self.k].to(q.dtype))
         return (torch.xlogy(t, t) - t * log_s).sum(-1).to(q.dtype), grad
 
-    def _log_shares(self, x: Tensor, temperature: float) -> Tensor:
-        """Logarithms of the normalised probabilities, `[R, k (+ 1)]` as x."""
-        if self.normalise == "softmax":
-            return (x / temperature).log_softmax(-1)
-        raised = (x + self.epsilon).clamp(min=_LEAST)
-        return (raised / raised.sum(-1, keepdim=True)).log()
+
+def _check(loss: FIRST) -> None:
+    if not (loss.c > 0.0 and loss.student_temperature > 0.0):
+        raise ValueError(f"c is {loss.c} and student_temperature {loss.student_temperature}; both must be above 0")
+    if loss.k < 2:
+        raise ValueError(f"k is {loss.k}; it must be at least 2, because one token's share is always 1")
+    if loss.normalise not in NORMALISE:
+        raise ValueError(f"normalise is {loss.normalise!r}; it must be one of {', '.join(NORMALISE)}")
+    if not 0.0 <= loss.label_smoothing < 1.0 or loss.epsilon < 0.0:
+        found = f"label_smoothing is {loss.label_smoothing} and epsilon {loss.epsilon}"
+        raise ValueError(f"{found}; label_smoothing must lie in [0, 1) and epsilon be at least 0")
+
+
+def _log_shares(x: Tensor, loss: FIRST, temperature: float) -> Tensor:
+    """Logarithms of the normalised probabilities, `[R, k (+ 1)]` as x."""
+    if loss.normalise == "softmax":
+        return (x / temperature).log_softmax(-1)
+    raised = (x + loss.epsilon).clamp(min=_LEAST)
+    return (raised / raised.sum(-1, keepdim=True)).log()
 
 
 def _chosen_and_rest(logits: Tensor, q: Tensor, ids: Tensor) -> Tensor:

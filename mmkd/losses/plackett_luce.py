@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmkd.losses.distributions import check_same_shape, check_temperature, distribution, wide
+from mmkd.losses.distributions import ABSENT, check_same_shape, check_temperature, distribution, wide
 from mmkd.losses.numerics import exact, result_dtype
-
-_ABSENT = -1e30  # stands for -inf, which would give NaN where nothing else is left
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class PLD:
         student, teacher = exact(student), exact(teacher)
         ids = _ranks(teacher, targets, self.k)  # [R, k + 1]
         z, alpha = student.gather(-1, ids), (teacher / self.temperature).softmax(-1).gather(-1, ids)  # [R, k + 1] each
-        rest = student.scatter(-1, ids, _ABSENT).logsumexp(-1, keepdim=True)  # [R, 1]
-        z, alpha = z.masked_fill(z == -math.inf, _ABSENT), alpha * (z != -math.inf)
+        rest = student.scatter(-1, ids, ABSENT).logsumexp(-1, keepdim=True)  # [R, 1]
+        z, alpha = z.masked_fill(z == -math.inf, ABSENT), alpha * (z != -math.inf)
         return (alpha * (_from_rank_on(z, rest) - z)).sum(-1).to(dtype)
 
     def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
@@ -53,8 +51,8 @@ class PLD:
         p, _ = distribution(teacher, self.temperature, "teacher", shared)  # [R, V]
         ids = _ranks(teacher, targets, self.k)  # [R, k + 1]
         z, alpha = exact(student.gather(-1, ids)), exact(p.gather(-1, ids))  # [R, k + 1] each
-        z, alpha = z.masked_fill(z == -math.inf, _ABSENT), alpha * (z != -math.inf)
-        left = student.scatter(-1, ids, _ABSENT)  # [R, V]
+        z, alpha = z.masked_fill(z == -math.inf, ABSENT), alpha * (z != -math.inf)
+        left = student.scatter(-1, ids, ABSENT)  # [R, V]
         top = left.amax(-1, keepdim=True)  # [R, 1]
         left = left.sub_(top).exp_()  # [R, V]
         log_all = _from_rank_on(z, exact(top) + exact(left.sum(-1, keepdim=True)).log())  # [R, k + 1]
@@ -68,7 +66,7 @@ class PLD:
 def _ranks(teacher: Tensor, targets: Tensor, k: int) -> Tensor:
     """Ids `[R, k + 1]`: the label, then the teacher's k likeliest other tokens, likeliest first."""
     label = targets.unsqueeze(-1)  # [R, 1]
-    others = teacher.clamp(min=_ABSENT).scatter(-1, label, -math.inf)  # [R, V] the label below all, even below -inf
+    others = teacher.clamp(min=ABSENT).scatter(-1, label, -math.inf)  # [R, V] the label below all, even below -inf
     ids = others.topk(min(k, teacher.shape[-1] - 1), dim=-1, sorted=False).indices.sort(dim=-1).values
     order = others.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
     return torch.cat([label, ids.gather(-1, order)], -1)

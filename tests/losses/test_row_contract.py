@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from mmkd import losses
 from mmkd.engine.rows import Head, RowTerm, row_losses
 from mmkd.losses import BDKD, DACKL, FIRST, PLD, PWCE, TAID, AdaptiveKL, SkewKL, SkewReverseKL, Swing, TopKLD
 
@@ -46,7 +47,14 @@ CASES = [
     PWCE(),
     PWCE(0.3, 2.0),
 ]
+# Tested in test_divergence.py, test_difference.py and test_topk.py.
+ELSEWHERE = {"CrossEntropy", "ForwardKL", "ReverseKL", "JSD", "DBiLD", "TopKForwardKL"}
 every_case = pytest.mark.parametrize("loss", CASES, ids=str)
+
+
+def test_every_row_loss_of_the_package_is_here():
+    row_losses_of = {name for name in losses.__all__ if hasattr(getattr(losses, name), "value_and_grad")}
+    assert row_losses_of == {type(loss).__name__ for loss in CASES} | ELSEWHERE
 
 
 def needs_teacher(loss):
