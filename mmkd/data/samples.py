@@ -23,7 +23,9 @@ from mmkd.data.tables import picture_of_cell
 from mmkd.errors import DataError, ImageError
 from mmkd.towers.samples import Sample, Turn
 
-__all__ = ["IMAGE_MARKER", "MAX_PIXELS", "TABLES", "ImageRef", "Question", "Sample", "Turn"]
+__all__ = [
+    "IMAGE_MARKER", "MAX_PIXELS", "TABLES", "ImageRef", "Question", "Sample", "Turn", "archive_members", "check_images",
+]  # fmt: skip
 
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from mmkd.base.schema import Strict
+from mmkd.data.prompts import PromptStyle
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
 
@@ -18,7 +19,7 @@ class DataSpec(Strict):
     format: str | None = None  # a name of `mmkd list formats`
     root: str | None = None
     split: str = "train"
-    prompt: Literal["letter", "short", "plain"] | None = None
+    prompt: PromptStyle | None = None
     ocr: bool | None = None
     files: dict[str, str] | None = None
     target: Literal["first", "majority", "sampled"] | None = None

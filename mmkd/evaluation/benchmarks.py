@@ -38,6 +38,7 @@ class Benchmark(BaseModel):
 
     name: str
     title: str = Field(description="one line for lists and tables")
+    imports: tuple[str, ...] = Field((), description="modules that register a format, parser or metric of one's own")
     format: str = Field(description="how the files are laid out: a format of questions, see `mmkd list formats`")
     root: Path = Field(description="the data's folder, absolute or below the data root")
     split: str

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+from layouts import CARDS
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.data.entries import DataCard, read_samples, readme
+from mmkd.data.formats import read_questions
+from mmkd.data.selection import TARGETS
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
+from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.sample.sample_set import write_sample_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +46,29 @@ def test_weight_repeats_a_set(sample):
     one = read_samples(DataSpec(card="sample_captions"), 0, str(sample))
     more = read_samples(DataSpec(card="sample_captions", weight=2.5), 0, str(sample))
     assert len(more) == 2 * len(one) + round(0.5 * len(one))
+
+
+UNANSWERED = ("vqav2", "vizwiz", "docvqa_test", "stvqa_test")  # test splits
+
+
+@pytest.mark.parametrize("card", [card for card in CARDS if card not in UNANSWERED])
+def test_the_layout_of_every_benchmark_can_be_trained_on(tmp_path, card):
+    CARDS[card][0](tmp_path)
+    asked = load_benchmark(card)
+    spec = DataSpec(
+        format=asked.format, root=str(tmp_path), split=asked.split, files=asked.files, prompt=asked.prompt_style
+    )
+    samples = read_samples(spec, seed=0)
+    questions = read_questions(asked.format, tmp_path, asked.split, files=asked.files)
+    assert [s.id for s in samples] == [q.id for q in questions] and len(samples) == CARDS[card][1]
+    assert [s.answer for s in samples] == [asked.references(q)[0] for q in questions]
+
+
+def test_targets_go_for_all_formats(tmp_path):
+    CARDS["docvqa"][0](tmp_path)
+    entry = {"format": "docvqa", "root": str(tmp_path), "split": "val", "prompt": "plain"}
+    answers = {t: {s.answer for seed in range(9) for s in read_samples(DataSpec(**entry, target=t), seed)} for t in TARGETS}
+    assert answers == {"first": {"A. Smith"}, "majority": {"A. Smith"}, "sampled": {"A. Smith", "Smith"}}
 
 
 def test_a_missing_folder_and_a_missing_field_say_what_to_do(tmp_path):

@@ -25,8 +25,7 @@ def _relaxed_match(prediction: str, target: str) -> bool:
 
 @register("metrics", "relaxed_accuracy")
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """ChartQA's relaxed accuracy (pix2struct, `metrics.py`): numbers within 5 % of any reference, words
-    equal.
+    """ChartQA's relaxed accuracy (pix2struct, `metrics.py`): numbers within 5 % of a reference, words equal.
 
     Quirks kept: "5%" is 0.05; "1,000" is no number; a target of 0 needs the same string; case does not
     matter.

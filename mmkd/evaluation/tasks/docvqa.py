@@ -34,10 +34,9 @@ def _similarity(a: str, b: str) -> float:
 
 @register("metrics", "anls")
 def anls(prediction: str, references: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer, as the DocVQA / MP-DocVQA evaluator computes
-    it.
+    """The average normalised Levenshtein similarity of DocVQA, of one answer; 0 below a half.
 
-    Lower case and stripped, inner spaces as they are; the best similarity over the references, 0 below
+    As the DocVQA / MP-DocVQA evaluator computes it. Lower case and stripped, inner spaces as they are; the best similarity over the references, 0 below
     0.5 (which itself counts); an empty prediction scores 0, even against an empty reference.
     Raises DataError when there is no reference.
     """

@@ -35,8 +35,7 @@ def _vqa_references(references: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]
 
 @register("metrics", "vqa_accuracy")
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """VQA v2's soft accuracy (GT-Vision-Lab/VQA, `vqaEval.py`): the mean over the references left out in
-    turn.
+    """VQA v2's soft accuracy (GT-Vision-Lab/VQA, `vqaEval.py`): the mean over references left out in turn.
 
     Quirk kept: when all references are the same string nothing is normalised, so "Yes" is wrong where ten
     people said "yes".  Raises DataError for fewer than four references, with which full marks cannot be had.
