@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
-from mmkd.data.preference import rejected_of
-from mmkd.data.samples import Sample
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
+from mmkd.data.preference import rejected_of
+from mmkd.data.samples import Sample
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe

@@ -36,8 +36,8 @@ def _similarity(a: str, b: str) -> float:
 def anls(prediction: str, references: Sequence[str]) -> float:
     """The average normalised Levenshtein similarity of DocVQA, of one answer; 0 below a half.
 
-    As the DocVQA / MP-DocVQA evaluator computes it. Lower case and stripped, inner spaces as they are; the best similarity over the references, 0 below
-    0.5 (which itself counts); an empty prediction scores 0, even against an empty reference.
+    As the DocVQA / MP-DocVQA evaluator computes it. Lower case and stripped, inner spaces as they are; the best similarity over
+    the references, 0 below 0.5 (which itself counts); an empty prediction scores 0, even against an empty reference.
     Raises DataError when there is no reference.
     """
     if not references:
