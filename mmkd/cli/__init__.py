@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmkd.base.distributed import end_process
-from mmkd.base.startup import list_models_once, quick_imports
+from mmkd.base.startup import quick_imports
 from mmkd.errors import MmkdError
 
 # Of each command the argument that takes any number of values; they may stand between options and after them.
@@ -202,7 +202,6 @@ def _distill(arguments: argparse.Namespace) -> int:
         return _ablate(arguments)
     with quick_imports():  # a recipe imports what it names, and is refused before the rest is imported
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        list_models_once()
         from mmkd.runs.run import distill, table
     if arguments.dry_run:
         from mmkd.runs.plan import plan

@@ -33,7 +33,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmkd.base.startup import uncollected
 from mmkd.data.annotations import Row as _Row
 from mmkd.data.annotations import as_list as _list
 from mmkd.data.annotations import kind as _kind
@@ -53,7 +52,6 @@ T = TypeVar("T")
 _Choose = Callable[[str, Any, Sequence[Any]], Any]
 
 
-@uncollected()
 def read_questions(
     format: str,
     root: Path,
@@ -92,7 +90,6 @@ def read_questions(
     return subset(questions, limit, image_limit, seed)
 
 
-@uncollected()
 def read_conversations(
     root: Path,
     split: str,

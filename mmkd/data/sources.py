@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mmkd.base.cards import list_cards, load_card
-from mmkd.base.startup import uncollected
 from mmkd.data.formats import read_conversations, read_questions
 from mmkd.data.preference import read_preferences
 from mmkd.data.prompts import render
@@ -62,7 +61,6 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
     return found
 
 
-@uncollected()
 def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
     """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
     stream = stream_of(spec, seed, data_root)

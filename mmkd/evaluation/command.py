@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mmkd.base.startup import list_models_once, quick_imports
+from mmkd.base.startup import quick_imports
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, Answerer, evaluate, refuse_unscored, write_object
 from mmkd.evaluation.benchmarks import RETRIEVAL, Benchmark, load_benchmark
@@ -102,9 +102,6 @@ def _check_data(benchmarks: list[Benchmark], arguments: argparse.Namespace) -> N
 
 def _tower(arguments: argparse.Namespace) -> Answerer:
     with quick_imports():
-        list_models_once()
-        from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401  which `Tower.load` imports
-
         from mmkd.towers.loading import dtype_of, to_device
         from mmkd.towers.tower import Tower
 
