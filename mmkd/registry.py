@@ -32,6 +32,7 @@ PACKAGES = {
     "teachers": "mmkd.teachers",
     "formats": "mmkd.data.formats",
     "samplers": "mmkd.data.samplers",
+    "answers": "mmkd.answers",
     "encoders": "mmkd.towers.encoders",
     "projectors": "mmkd.towers.projectors",
     "metrics": "mmkd.evaluation.tasks",
@@ -148,7 +149,8 @@ def options_of(found: Any) -> tuple[str, ...]:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
         return ()
-    return tuple(p.name for p in parameters if p.default is not inspect.Parameter.empty)
+    hidden = getattr(found, "not_options", ())
+    return tuple(p.name for p in parameters if p.default is not inspect.Parameter.empty and p.name not in hidden)
 
 
 def import_modules(names: Iterable[str], folders: Sequence[Path] = ()) -> None:

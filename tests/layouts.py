@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmkd.evaluation.official import MME_TASKS
+from mmkd.data.formats.mme import TASKS as MME_TASKS
 
 TEN = [{"answer": "red", "answer_id": n, "answer_confidence": "yes"} for n in range(1, 11)]
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from mmkd.base.cards import list_cards
-from mmkd.evaluation.benchmarks import load_benchmark, readme
-from mmkd.recipes.recipe import load_recipe, read_raw
+from mmkd.evaluation.benchmarks import load_benchmark
+from mmkd.recipes.reading import load_recipe, read_raw
 from mmkd.retrieval.recipe import load_ranking_recipe
 from mmkd.runs.ablation import load_grid
+from mmkd.testing.benchmark_tables import readme
 from mmkd.towers.tower import Tower
 
 ROOT = Path(__file__).resolve().parents[1]

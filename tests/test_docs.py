@@ -14,7 +14,7 @@ from tiny import tiny_samples
 
 from mmkd.recipes.recipe import Recipe
 from mmkd.registry import registry
-from mmkd.runs.stages import build_student
+from mmkd.runs.towers import build_student
 from mmkd.testing import check_tower
 
 PAGE = Path(__file__).parents[1] / "docs" / "encoders.md"

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from mmkd.data.samples import ImageRef, Sample, Turn
+from mmkd.registry import registry
+from mmkd.terms.term import Place, Schedule, Term
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer
 from mmkd.towers.tower import Tower
 
@@ -108,6 +110,23 @@ def tiny_samples(
         answer = " ".join(rng.choice(WORDS, size=1 + number % 3))
         samples.append(Sample(f"s{number}", refs, (Turn("user", question, pictures), Turn("assistant", answer))))
     return samples
+
+
+def make_term(
+    name: str, kind: str, weight: Schedule, positions: str = "response", path: str = "student", bridge: bool = False,
+    options: Sequence[tuple[str, Any]] = (), reduction: str = "mean", teacher: str | None = None,
+) -> Term:  # fmt: skip
+    """A term as a recipe makes it."""
+    place = Place(name, kind, weight, positions, path, bridge, reduction, teacher)
+    return registry("terms").get(kind)(**dict(options), place=place)
+
+
+def the_teacher(recipe: Any) -> Any:
+    """The only teacher of a recipe, opened as a run opens it."""
+    from mmkd.runs.towers import load_teachers
+
+    (teacher,) = load_teachers(recipe).values()
+    return teacher
 
 
 # ---- families of transformers, built without a network ---------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Cards: the YAML files of the catalogue folders `models/`, `data/` and `evaluation/`, and of folders that
 users add.
 
-A card holds values, no logic, and no code is ever loaded from a card folder.  A card's name is its path
+A card holds values, no logic, and no code is ever loaded from a card folder: `imports` names modules that are
+installed, on Python's path or in the current folder.  A card's name is its path
 below the folder of its kind, without the suffix: `models/encoders/x.yaml` is "x" of kind "models/encoders",
 and "encoders/x" of kind "models".
 
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmkd.errors import DataError, did_you_mean
+from mmkd.registry import import_modules
 
 if TYPE_CHECKING:  # pydantic is only needed once a card is loaded
     from pydantic import BaseModel, ValidationError
@@ -111,8 +113,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def load_card(kind: str, name: str, schema: type[Card]) -> Card:
     """One card as an instance of the pydantic model `schema`.
 
-    A schema with a field `name` gets the card's own name; a card that states another one is refused.
-    Raises DataError that lists every wrong key at once.
+    A schema with a field `name` gets the card's own name; a card that states another one is refused. Of a schema with a
+    field `imports` the modules that the card names are imported first, which register what other keys name.
+    Raises DataError that lists every wrong key at once, RegistryError for modules that cannot be imported.
     """
     from pydantic import ValidationError
 
@@ -124,10 +127,18 @@ def load_card(kind: str, name: str, schema: type[Card]) -> Card:
             raise DataError(
                 f"{path} states the name {stated!r}, its file says {path.stem!r}; leave `name` out"
             )
+    if "imports" in schema.model_fields:
+        import_modules(named_modules(content))
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         raise DataError(f"{path} is no valid card:\n{explain(error, schema)}") from error
+
+
+def named_modules(content: dict[str, Any]) -> list[str]:
+    """The modules under the key `imports` of a mapping; what is no list of names is left to the schema."""
+    names = content.get("imports")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:

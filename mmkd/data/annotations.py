@@ -107,10 +107,13 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
+
+
 def parse(text: str, where: str) -> Any:
     """The value of a JSON text; `where` it stands is named in the DataError for what is none."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         end = " (the end: is the file complete?)" if error.pos >= len(text.rstrip()) else ""
         place = f"line {error.lineno} column {error.colno}"

@@ -2,19 +2,23 @@
 
 - `letter`: context, question, the choices by letter, "Answer with the option's letter from the given choices
   directly."; the answer is the letter. LLaVA-1.5's prompt for ScienceQA.
-- `short`: question, OCR tokens if wanted, "Answer the question using a single word or phrase."; the answer is
+- `short`: context, question, OCR tokens if wanted, "Answer the question using a single word or phrase."; the answer is
   text. LLaVA-1.5's prompt for TextVQA, VQAv2 and the like.
 - `plain`: the question alone; the answer is text.
+- `mmmu`: MMMU's words for LLaVA-1.5: letters in brackets, blank lines between the parts; `short` in the same layout for a
+  question without choices.
 """
 
 from __future__ import annotations
 
 from string import ascii_uppercase
+from typing import Literal, get_args
 
 from mmkd.data.samples import IMAGE_MARKER, Question, Sample, Turn
 from mmkd.errors import DataError
 
-STYLES = ("letter", "short", "plain")
+PromptStyle = Literal["letter", "short", "plain", "mmmu"]
+STYLES = get_args(PromptStyle)
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
 
@@ -27,7 +31,7 @@ def render(
     `with_answer`: append the answer as the assistant's turn (training). `ocr`: name the reference OCR
     tokens, style "short" only; without tokens the line stands there empty, as in LLaVA's evaluation files.
     A hint leads the prompt as context in the styles "letter" and "short". `instruction` takes the place of the style's
-    last line, for prompts in another language.
+    last line, for prompts in another language; "plain" and "mmmu" have none that it could replace.
 
     Raises DataError, with the question's id, for an empty question or (where wanted) an empty answer, for
     "letter" without choices, and for an image marker within the text.
@@ -44,6 +48,11 @@ def render(
     return Sample(question.id, question.images, tuple(turns), {"question": question})
 
 
+def by_letter(question: Question, style: str) -> bool:
+    """Whether the answer to a question asked in this style is the letter of a choice."""
+    return style == "letter" or (style == "mmmu" and bool(question.choices))
+
+
 def letter_of(index: int) -> str:
     """The letter of a choice, counted from 0. Raises DataError beyond Z."""
     if not 0 <= index < len(ascii_uppercase):
@@ -52,19 +61,12 @@ def letter_of(index: int) -> str:
 
 
 def _prompt(question: Question, style: str, ocr: bool, instruction: str | None) -> str:
-    lines = [question.question]
-    if question.hint and style != "plain":
-        lines.insert(0, f"Context: {question.hint}")
-    if style == "letter":
-        if not question.choices:
-            raise DataError(f"question {question.id!r} has no choices; the prompt style 'letter' needs them")
-        lines += [f"{letter_of(i)}. {choice}" for i, choice in enumerate(question.choices)]
-        lines.append(instruction or LETTER_INSTRUCTION)
-    if ocr:
-        lines.append(f"Reference OCR token: {', '.join(question.ocr_tokens)}")
-    if style == "short":
-        lines.append(instruction or SHORT_INSTRUCTION)
-    text = "\n".join(lines)
+    if style == "mmmu":
+        text = _mmmu(question)
+    elif style == "plain":
+        text = question.question
+    else:
+        text = "\n".join(_lines(question, style, ocr, instruction))
     if IMAGE_MARKER in text:
         raise DataError(
             f"question {question.id!r} holds the marker {IMAGE_MARKER} in its text; delete it, "
@@ -73,8 +75,27 @@ def _prompt(question: Question, style: str, ocr: bool, instruction: str | None) 
     return text
 
 
-def _answer(question: Question, style: str) -> str:
+def _lines(question: Question, style: str, ocr: bool, instruction: str | None) -> list[str]:
+    lines = [f"Context: {question.hint}"] if question.hint else []
+    lines.append(question.question)
     if style == "letter":
+        if not question.choices:
+            raise DataError(f"question {question.id!r} has no choices; the prompt style 'letter' needs them")
+        lines += [f"{letter_of(i)}. {choice}" for i, choice in enumerate(question.choices)]
+    if ocr:
+        lines.append(f"Reference OCR token: {', '.join(question.ocr_tokens)}")
+    lines.append(instruction or (LETTER_INSTRUCTION if style == "letter" else SHORT_INSTRUCTION))
+    return lines
+
+
+def _mmmu(question: Question) -> str:
+    options = "".join(f"({letter_of(i)}) {choice}\n" for i, choice in enumerate(question.choices))
+    parts = [question.question, options, LETTER_INSTRUCTION] if options else [question.question, SHORT_INSTRUCTION]
+    return "\n\n".join(parts)
+
+
+def _answer(question: Question, style: str) -> str:
+    if by_letter(question, style):
         index, count = question.answer_index, len(question.choices)
         if index is None or not 0 <= index < count:
             raise DataError(f"question {question.id!r} has the answer index {index} among {count} choices")

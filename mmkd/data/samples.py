@@ -12,6 +12,7 @@ import os
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,9 @@ from mmkd.data.tables import picture_of_cell
 from mmkd.errors import DataError, ImageError
 from mmkd.towers.samples import Sample, Turn
 
-__all__ = ["IMAGE_MARKER", "MAX_PIXELS", "TABLES", "ImageRef", "Question", "Sample", "Turn"]
+__all__ = [
+    "IMAGE_MARKER", "MAX_PIXELS", "TABLES", "ImageRef", "Question", "Sample", "Turn", "archive_members", "check_images",
+]  # fmt: skip
 
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000
@@ -39,6 +42,21 @@ TABLES = (".tsv", ".parquet")
 def _open_zip(path: str, process: int) -> zipfile.ZipFile:
     """One handle for each process: forked workers that share one would move each other's file position."""
     return zipfile.ZipFile(path)
+
+
+def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
+    """{name: (size, CRC)} of a zip archive's members. Raises DataError for what is no archive."""
+    return _members(archive, archive.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _members(archive: Path, changed: int) -> dict[str, tuple[int, int]]:
+    """`changed`, the archive's time of change, keeps the cache from outliving the file."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return {member.filename: (member.file_size, member.CRC) for member in opened.infolist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{archive} is no readable zip archive: {error}; is the download complete?") from error
 
 
 @lru_cache(maxsize=256)
@@ -105,7 +123,7 @@ class ImageRef:
         Raises DataError for a name that leaves its root, by `..`, as an absolute path or through a link,
         and for one that no file can have.
         """
-        root = Path(root)
+        root = root if isinstance(root, Path) else Path(root)  # making a path anew is most of this function's time
         if root.suffix == ".zip":
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
                 raise DataError(f"image {name!r} leaves its archive {root}; use a name inside the archive")
@@ -121,6 +139,19 @@ class ImageRef:
     @property
     def key(self) -> str:
         return f"{self.root}/{self.name}"
+
+    @property
+    def file(self) -> Path | None:
+        """The file that holds the picture's bytes; None for one that is in memory."""
+        return self.root if self.root.suffix == ".zip" or self.root.suffix in TABLES else self.root / self.name
+
+    def exists(self) -> bool:
+        """Whether the file, or the archive's member, is there; nothing is decoded. Raises DataError for a damaged archive."""
+        if self.root.suffix == ".zip":
+            return self.root.is_file() and self.name in archive_members(self.root)
+        if self.root.suffix in TABLES:
+            return self.root.is_file()
+        return (self.root / self.name).is_file()
 
     def read_bytes(self) -> bytes:
         """The encoded picture. Raises ImageError when it is not there or its archive is damaged."""
@@ -177,3 +208,19 @@ class Question:
     shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample, easy-VQA)
     claims: dict[str, str] = field(default_factory=dict)  # answer -> what it says is in the picture ("is there a circle?")
     categories: dict[str, str] = field(default_factory=dict)
+
+
+def check_images(items: Iterable[Question | Sample], *, allowed_missing: int = 0) -> int:
+    """The number of pictures that are not there; more than `allowed_missing` raise DataError.
+
+    A picture counts once however many questions it has. Looks only for the file or the archive's member; nothing is decoded.
+    """
+    refs = {ref.key: ref for item in items for ref in item.images}
+    missing = [key for key, ref in refs.items() if not ref.exists()]
+    if len(missing) > allowed_missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            f"{len(missing)} of {len(refs)} images are missing (allowed: {allowed_missing}): {names}; "
+            "complete the download or correct the pattern of the images"
+        )
+    return len(missing)

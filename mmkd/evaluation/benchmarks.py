@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
-from mmkd.data.formats import read_questions, subset
-from mmkd.data.prompts import LETTER_INSTRUCTION, SHORT_INSTRUCTION, letter_of, render
+from mmkd.data.formats import read_questions, refuse_other_than_questions
+from mmkd.data.prompts import PromptStyle, by_letter, letter_of, render
 from mmkd.data.samples import Question, Sample
 from mmkd.errors import DataError, did_you_mean
-from mmkd.evaluation.official import FORMATS, read_official
-from mmkd.evaluation.parsers import PARSERS
-from mmkd.evaluation.scorers import METRICS
+from mmkd.evaluation.metric import metric_of, parser_of
 from mmkd.evaluation.submission import SUBMISSIONS
 
 KIND = "evaluation"
 SUITES = "suites/"  # cards below are suites, see mmkd.evaluation.suites
-RETRIEVAL = "retrieval/"  # cards below are for dual encoders, see mmkd.retrieval.evaluate
-OWN_FORMATS = ("scienceqa", "textvqa", "easy_vqa", "jsonl")
+RETRIEVAL = "retrieval/"  # cards below are for dual encoders, see mmkd.retrieval.benchmark
 
 
 class ReferenceScore(BaseModel):
@@ -42,7 +38,8 @@ class Benchmark(BaseModel):
 
     name: str
     title: str = Field(description="one line for lists and tables")
-    format: str = Field(description="how the files are laid out: see mmkd.data.formats, mmkd.evaluation.official")
+    imports: tuple[str, ...] = Field((), description="modules that register a format, parser or metric of one's own")
+    format: str = Field(description="how the files are laid out: a format of questions, see `mmkd list formats`")
     root: Path = Field(description="the data's folder, absolute or below the data root")
     split: str
     files: dict[str, str] = Field(
@@ -51,7 +48,7 @@ class Benchmark(BaseModel):
     expected_rows: int | None = Field(
         None, gt=0, description="rows of the official split; a difference is reported"
     )
-    prompt_style: Literal["letter", "short", "plain", "mmmu"]
+    prompt_style: PromptStyle
     remark: str = Field("", description="a line between question and instruction")
     instruction: str | None = Field(None, description="in place of the style's last line")
     ocr: bool = Field(False, description="add the data set's OCR tokens to the prompt")
@@ -67,9 +64,7 @@ class Benchmark(BaseModel):
     @field_validator("format")
     @classmethod
     def _known_format(cls, value: str) -> str:
-        known = (*OWN_FORMATS, *FORMATS)
-        if value not in known:
-            raise ValueError(f"there is no format {value!r}; {did_you_mean(value, known)}")
+        refuse_other_than_questions(value)
         return value
 
     @field_validator("submission")
@@ -82,16 +77,14 @@ class Benchmark(BaseModel):
     @field_validator("parser")
     @classmethod
     def _known_parser(cls, value: str) -> str:
-        if value not in PARSERS:
-            raise ValueError(f"there is no parser {value!r}; {did_you_mean(value, PARSERS)}")
+        parser_of(value)
         return value
 
     @field_validator("metric", "also")
     @classmethod
     def _known_metric(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for name in [value] if isinstance(value, str) else value:
-            if name not in METRICS:
-                raise ValueError(f"there is no metric {name!r}; {did_you_mean(name, METRICS)}")
+            metric_of(name)
         return value
 
     def data_folder(self, data_root: Path | str | None = None) -> Path:
@@ -111,16 +104,23 @@ class Benchmark(BaseModel):
     def read(self, data_root: Path | str | None = None, limit: int | None = None) -> list[Question]:
         """The questions in the data set's order; `limit` keeps a random subset, the same one every time.
 
-        Raises DataError on anything wrong with the data (see `mmkd.data.formats`, `mmkd.evaluation.official`).
+        Raises DataError on anything wrong with the data (see `mmkd.data.formats`).
         """
         folder = self.data_folder(data_root)
-        if self.format in OWN_FORMATS:
-            return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
-        return subset(read_official(self.format, folder, self.split, self.files), limit)
+        return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
 
     def by_letter(self, question: Question) -> bool:
         """Whether the answer is the letter of a choice."""
-        return self.prompt_style == "letter" or (self.prompt_style == "mmmu" and bool(question.choices))
+        return by_letter(question, self.prompt_style)
+
+    def references(self, question: Question) -> tuple[str, ...]:
+        """What an answer is compared with: the right choice's letter, or the references (else the one answer).
+
+        () for a question without an answer, as in splits that a test server scores.
+        """
+        if self.by_letter(question):
+            return () if question.answer_index is None else (letter_of(question.answer_index),)
+        return question.references or tuple(filter(None, [question.answer]))
 
     def on_split(self, split: str) -> Benchmark:
         """The same questions' other split, under a name of its own: no published score is for it."""
@@ -129,20 +129,9 @@ class Benchmark(BaseModel):
 
     def render(self, question: Question) -> Sample:
         """The question as the model is asked it."""
-        style, asked, instruction = self.prompt_style, question, self.instruction
-        if self.remark:
-            asked = replace(asked, question=f"{asked.question}\n{self.remark}")
-        if style == "mmmu":
-            style, asked, instruction = "plain", _mmmu_words(asked), None
-        sample = render(asked, style, with_answer=False, ocr=self.ocr, instruction=instruction)
+        asked = replace(question, question=f"{question.question}\n{self.remark}") if self.remark else question
+        sample = render(asked, self.prompt_style, with_answer=False, ocr=self.ocr, instruction=self.instruction)
         return replace(sample, meta=sample.meta | {"question": question})
-
-
-def _mmmu_words(question: Question) -> Question:
-    """The words of MMMU's configuration for LLaVA-1.5: letters in brackets, blank lines between the parts."""
-    options = "".join(f"({letter_of(i)}) {choice}\n" for i, choice in enumerate(question.choices))
-    parts = [question.question, options, LETTER_INSTRUCTION] if options else [question.question, SHORT_INSTRUCTION]
-    return replace(question, question="\n\n".join(parts))
 
 
 def load_benchmark(name_or_path: str | Path) -> Benchmark:
@@ -160,97 +149,3 @@ def load_benchmark(name_or_path: str | Path) -> Benchmark:
 def benchmark_names() -> list[str]:
     """The cards that ask questions: not suites of them, not retrieval."""
     return [name for name in list_cards(KIND) if not name.startswith((SUITES, RETRIEVAL))]
-
-
-README_HEAD = """\
-The code is in `mmkd/evaluation`; this folder holds cards only.
-
-# Benchmarks
-
-A card says where a benchmark's questions come from, how they are asked, and how the answers are scored. Try
-`mmkd evaluate MODEL --benchmarks scienceqa --data-root DIR`: the data is looked for in `DIR/<root>`, then
-in `DIR`. Cards of your own go into `<folder>/evaluation/`, with `MMKD_CARDS=<folder>`, or are given by path.
-
-A result names its split, rows, prompt, OCR switch, parser and data fingerprint. Compare a number with a
-published one only where all of these agree: ScienceQA alone goes by two numbers (all questions, image
-questions), TextVQA by two prompts. Reference scores stand as their source states them; none was measured again here.
-
-"""
-README_FOOT = (
-    "\nThese tables are written by `python -m mmkd.evaluation.benchmarks`; edit the cards, not the tables.\n"
-)
-
-
-def readme_table() -> str:
-    """The cards of this project as a Markdown table, one row a benchmark."""
-    lines = [
-        "| benchmark | what | split (rows) | prompt | parser → metric | reference scores |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in benchmark_names():
-        card = load_benchmark(name)
-        rows = f"{card.expected_rows:,}" if card.expected_rows else "any"
-        prompt = card.prompt_style + (" + OCR tokens" if card.ocr else "")
-        metrics = ", ".join((card.metric, *card.also))
-        published = "; ".join(f"{r.model} {r.score:g} ({r.subset})" for r in card.reference_scores)
-        lines.append(
-            f"| `{name}` | {card.title} | {card.split} ({rows}) | {prompt} | {card.parser} → {metrics} "
-            f"| {published or '–'} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-SUITES_HEAD = """
-# Suites
-
-`mmkd evaluate MODEL --suite NAME --data-root DIR` asks all of them and writes `suite.json` with the average. Values that
-only a test server knows are given by `--server-scores vqav2=77.7,vizwiz=41.5`.
-
-| suite | what | benchmarks | average of published models |
-|---|---|---|---|
-"""
-
-
-def suites_table() -> str:
-    """The suites of this project as a Markdown table, one row a suite."""
-    from mmkd.evaluation.suites import load_suite
-
-    lines = []
-    for name in (n.removeprefix(SUITES) for n in list_cards(KIND) if n.startswith(SUITES)):
-        suite = load_suite(name)
-        parts = ", ".join(part.benchmark for part in suite.parts)
-        published = "; ".join(f"{r.model} {r.score:g}" for r in suite.reference_scores)
-        lines.append(f"| `{name}` | {suite.title} | {parts} | {published or '–'} |\n")
-    return SUITES_HEAD + "".join(lines)
-
-
-RETRIEVAL_HEAD = """
-# Retrieval
-
-For dual encoders (CLIP, SigLIP, those of `mmkd rank`): `mmkd evaluate MODEL --benchmarks flickr30k --data-root DIR` gives
-recall at 1, 5 and 10 both ways.
-
-| benchmark | what | split (pictures) |
-|---|---|---|
-"""
-
-
-def retrieval_table() -> str:
-    """The retrieval cards of this project as a Markdown table."""
-    from mmkd.retrieval.evaluate import load_retrieval, retrieval_names
-
-    cards = [load_retrieval(name) for name in retrieval_names()]
-    return RETRIEVAL_HEAD + "".join(
-        f"| `{card.name}` | {card.title} | {card.split} ({card.expected_pictures:,}) |\n" for card in cards
-    )
-
-
-def readme() -> str:
-    """The whole of `evaluation/README.md`."""
-    return README_HEAD + readme_table() + suites_table() + retrieval_table() + README_FOOT
-
-
-if __name__ == "__main__":
-    target = Path(__file__).resolve().parents[2] / KIND / "README.md"
-    target.write_text(readme(), encoding="utf-8")
-    print(f"wrote {target}")

@@ -1,286 +1,93 @@
-"""How sure a score is, and whether one model is better than another: intervals and paired differences."""
+"""Several models on the same questions: scores, paired differences and agreement, in one file and one report."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mmkd.data.annotations import Row, kind, one_line, shown
 from mmkd.errors import DataError
-
-LEVEL = 0.95
-_CHUNK_BYTES = 32 * 2**20  # of one array of drawn clusters; about three such arrays live at once
-
-Interval = tuple[float, float, float]
+from mmkd.evaluation.answer import write_object
+from mmkd.evaluation.report import ROLES, ModelFiles, build_comparison
+from mmkd.evaluation.results import read_results
 
 
-def _cluster_sums(scores: np.ndarray, groups: Sequence[Hashable] | None) -> np.ndarray:
-    """Sum and count of the scores of every cluster. [C, 2]"""
-    if groups is None:
-        return np.stack([scores, np.ones_like(scores)], axis=1)
-    if len(groups) != len(scores):
-        raise DataError(f"{len(scores)} scores but {len(groups)} groups; give one group a score")
-    places: dict[Hashable, int] = {}
-    index = np.array([places.setdefault(group, len(places)) for group in groups])
-    return np.stack([np.bincount(index, weights=scores), np.bincount(index)], axis=1)
+def compare(
+    models: Sequence[str | Path] | Mapping[str, str | Path], output: str | Path = "runs/compared", *, title: str = "Comparison"
+) -> dict[str, Any]:
+    """Compares models on the same questions and writes OUTPUT/comparison.json and OUTPUT/report.html.
 
-
-def _resampled_means(clusters: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of `n_boot` draws of C clusters with replacement. clusters [C, 2] -> [n_boot]"""
-    count = len(clusters)
-    kinds, multiplicity = np.unique(clusters, axis=0, return_counts=True)
-    # Clusters of equal sum and count are interchangeable: drawing how often each kind comes is the same
-    # draw, and with the few kinds that right/wrong scores make it is far less work.
-    if len(kinds) * 8 <= count:
-        totals = rng.multinomial(count, multiplicity / count, size=n_boot) @ kinds  # [n_boot, 2]
-        return totals[:, 0] / totals[:, 1]
-    step = max(1, _CHUNK_BYTES // (8 * count))
-    means = np.empty(n_boot)
-    for start in range(0, n_boot, step):
-        drawn = rng.integers(0, count, size=(min(step, n_boot - start), count))  # [chunk, C]
-        sums = clusters[:, 0][drawn].sum(axis=1)
-        means[start : start + len(drawn)] = sums / clusters[:, 1][drawn].sum(axis=1)
-    return means
-
-
-def interval(
-    scores: Sequence[float], groups: Sequence[Hashable] | None = None, n_boot: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean of the scores with its 95 % interval: (mean, low, high), by the percentile bootstrap.
-
-    With `groups`, whole groups are drawn (a cluster bootstrap): questions on one picture are not
-    independent, since a model that misreads the picture misses several of them.  Drawing questions one by
-    one would make the interval too narrow.  Give the picture as the group, a question without a picture its
-    own.
-
-    The interval says how the score would vary with other questions of the same kind, not with another
-    training seed. With few groups (below about 30), or with all scores equal (a width of zero), it is too
-    optimistic. Raises DataError when there is nothing to score, on a score that is not finite, on groups of
-    another length.
+    `models`: folders of `mmkd evaluate` or runs of `mmkd distill`, as {name: folder} or as "FOLDER" and "NAME=FOLDER" (see
+    `named_models`); "teacher", "control" and "student" have the meaning that they have in a run.
+    Returns {"models": {name: folder}, "benchmarks": {benchmark: what `compare_runs` gives}}. Raises DataError.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise DataError(f"an interval needs a list of scores, got shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise DataError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite numbers")
-    means = _resampled_means(_cluster_sums(values, groups), n_boot, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(values.mean()), float(low), float(high)
-
-
-def paired_difference(
-    a: Sequence[float],
-    b: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    n_boot: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of a - b over the same questions, with its interval; much narrower than two intervals side by
-    side.
-
-    See `interval`.  Raises DataError when the two are not equally long.
-    """
-    if len(a) != len(b):
-        raise DataError(f"a paired difference needs the same questions: {len(a)} scores against {len(b)}")
-    return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), groups, n_boot, seed)
-
-
-def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str | None]) -> float:
-    """Share of questions with the same answer, right or wrong, but for case and white space around it."""
-    if len(a_predictions) != len(b_predictions) or not len(a_predictions):
-        raise DataError(
-            f"agreement needs the same questions, at least one: {len(a_predictions)} against "
-            f"{len(b_predictions)}"
-        )
-    plain = [[(text or "").strip().casefold() for text in side] for side in (a_predictions, b_predictions)]
-    return sum(x == y for x, y in zip(*plain, strict=True)) / len(a_predictions)
-
-
-# ---- runs
-# ------------------------------------------------------------------------------------------------------
-
-
-def read_object(path: Path | str) -> dict[str, Any]:
-    """The object in a JSON file such as results.json. Raises DataError naming the file."""
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {one_line(error)}; write it again or delete it") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {kind(content)}, an object is expected; write it again or delete it")
-    return content
-
-
-def read_predictions(path: Path | str) -> dict[str, dict]:
-    """The rows of a predictions.jsonl by id, in order. Raises DataError naming file, line and key."""
-    path = Path(path)
-    found: dict[str, dict] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"predictions {path} cannot be read: {one_line(error)}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _checked_row(line, f"{path}, line {number}")
-        if row["id"] in found:
-            raise DataError(f"{path}, line {number}: id {shown(row['id'])} is there twice; evaluate again")
-        found[row["id"]] = row
+    files = named_models(list(models.items()) if isinstance(models, Mapping) else [_name_and_folder(str(m)) for m in models])
+    folder = Path(output)
+    benchmarks = build_comparison(files, folder / "report.html", title)
+    found = {"models": {name: str(one.answers) for name, one in files.items()}, "benchmarks": benchmarks}
+    write_object(folder / "comparison.json", found)
     return found
 
 
-_TEXTS = ("question", "prompt", "prediction", "parsed", "group", "skipped")
-_TEXT_LISTS = ("references", "images", "choices")
+def _name_and_folder(argument: str) -> tuple[str, str]:
+    """Of "NAME=FOLDER" or "FOLDER"."""
+    name, _, folder = argument.rpartition("=")
+    return name or Path(folder).resolve().name, folder
 
 
-def _checked_row(line: str, where: str) -> dict[str, Any]:
-    """One row of predictions whose known keys hold what they should; keys may be missing."""
-    try:
-        row = Row(json.loads(line), where)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a row of predictions ({one_line(error)}); evaluate again") from error
-    row.text("id")
-    for key in filter(row.has, _TEXTS):
-        row.text(key)
-    for key in filter(row.has, _TEXT_LISTS):
-        row.texts(key)
-    if row.has("categories"):
-        groups = Row(row.get("categories"), f"{where} categories")
-        for key in groups.value:
-            groups.text(key)
-    score = row.value.get("score")
-    number = isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
-    if score is not None and not (number and 0 <= score <= 1):
-        raise row.wrong("score", "a number from 0 to 1")
-    if score is None and row.has("prediction") is False and not row.has("skipped"):
-        raise DataError(f"{where}: neither a score, a prediction nor a reason to skip; evaluate again")
-    return row.value
+def named_models(folders: Sequence[tuple[str, str | Path]]) -> dict[str, ModelFiles]:
+    """The models in folders that have a name: [(name, folder), ...].
 
-
-def group_of(row: Mapping) -> str:
-    """The cluster of a question: its picture (by content, else by name), or the question itself."""
-    return row.get("group") or "|".join(row.get("images") or ()) or f"question {row['id']}"
-
-
-def same_questions(runs: Mapping[str, Mapping[str, dict]]) -> list[str]:
-    """The ids that every run holds, in order. Raises DataError with counts and ids where runs differ."""
-    names = list(runs)
-    for name in names[1:]:
-        only_first = [i for i in runs[names[0]] if i not in runs[name]]
-        only_other = [i for i in runs[name] if i not in runs[names[0]]]
-        if only_first or only_other:
-            raise DataError(
-                f"{names[0]} and {name} did not answer the same questions: "
-                f"{len(only_first)} only in {names[0]} (first {only_first[:3]}), "
-                f"{len(only_other)} only in {name} (first {only_other[:3]}); "
-                "evaluate both on the same split and limit"
-            )
-    return list(runs[names[0]])
-
-
-def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, seed: int = 0) -> dict:
-    """Models on the same questions: {model name: path of its predictions.jsonl} -> one comparison.
-
-    Questions that any model skipped are left out for all, and counted.  Returns
-        n, n_skipped                       questions compared and left out
-        models      {name: {"score", "ci95"}}
-        differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   student first, then
-                                           in the order given; the last two count questions that one has fully right and the
-                                           other has not
-        fidelity    {name: agreement}      with the teacher, where there is one
-        beats_teacher {name: ids}          that a model has fully right and the teacher has not, where there is one
-        student_beats_teacher              the student's, if both are there
-        verdict                            in words: is the student better than its control?
-    Scores are 0..1.  Raises DataError when ids differ or nothing is left.
+    A folder of `mmkd evaluate` is one model of that name. A run of `mmkd distill` gives its models: alone by
+    their roles, among others as "NAME student" and "NAME control"; a teacher that several runs share is one "teacher".
+    Raises DataError for folders that are neither and for names given twice.
     """
-    if not predictions:
-        raise DataError("there is nothing to compare; give at least one model's predictions")
-    runs = {name: read_predictions(path) for name, path in predictions.items()}
-    ids = same_questions(runs)
-    kept = [i for i in ids if not any(run[i].get("skipped") for run in runs.values())]
-    if not kept:
-        raise DataError(f"none of {len(ids)} questions was answered by all of {', '.join(runs)}")
-    groups = [group_of(next(iter(runs.values()))[i]) for i in kept]
-    scores = {name: [run[i].get("score") for i in kept] for name, run in runs.items()}
-    unscored = [name for name, values in scores.items() if None in values]
-    if unscored:
-        raise DataError(f"{', '.join(unscored)}: questions without a score cannot be compared; use a split with answers")
-    models = {}
-    for name, values in scores.items():
-        mean, low, high = interval(values, groups, n_boot, seed)
-        models[name] = {"score": mean, "ci95": [low, high]}
-    differences = {}
-    for a, b in _pairs(list(runs)):
-        mean, low, high = paired_difference(scores[a], scores[b], groups, n_boot, seed)
-        same = agreement([runs[a][i].get("prediction") for i in kept], [runs[b][i].get("prediction") for i in kept])
-        counts = {"only_first": len(_won(scores[a], scores[b], kept)), "only_second": len(_won(scores[b], scores[a], kept))}
-        differences[f"{a} - {b}"] = {"difference": mean, "ci95": [low, high], "agreement": same, **counts}
-    result = {"n": len(kept), "n_skipped": len(ids) - len(kept), "models": models, "differences": differences}
-    result["fidelity"] = {
-        name: differences[f"{name} - teacher"]["agreement"] for name in runs if f"{name} - teacher" in differences
-    }
-    others = [name for name in runs if name != "teacher"] if "teacher" in runs else []
-    result["beats_teacher"] = {name: _won(scores[name], scores["teacher"], kept) for name in others}
-    if "student" in result["beats_teacher"]:
-        result["student_beats_teacher"] = result["beats_teacher"]["student"]
-    return result | {"verdict": verdict(differences.get("student - control"))}
+    models: dict[str, ModelFiles] = {}
+    for name, folder in folders:
+        for label, files in _models_of(name, Path(folder), alone=len(folders) == 1).items():
+            if label == "teacher" and label in models:
+                if _fingerprints(files) == _fingerprints(models[label]):
+                    continue
+                label = f"{name} teacher"
+            if label in models:
+                raise DataError(f"two models are called {label!r}; give one of them another name by NAME={folder}")
+            models[label] = files
+    return models
 
 
-RIGHT = 0.995  # a score from here on is fully right; soft accuracies are sums of thirds
+def _models_of(name: str, folder: Path, alone: bool) -> dict[str, ModelFiles]:
+    if (folder / "evaluation").is_dir():
+        roles = [role for role in ROLES if (folder / "evaluation" / role).is_dir()]
+        labels = {role: role if alone or role == "teacher" else f"{name} {role}" for role in roles}
+        return {label: ModelFiles.of_run(folder, role) for role, label in labels.items()}
+    if not any(folder.glob("*/results.json")):
+        raise DataError(
+            f"{folder} holds neither <benchmark>/results.json, as `mmkd evaluate` writes it, nor a run with an evaluation"
+        )
+    return {name: ModelFiles(folder)}
 
 
-def _won(first: Sequence[float], second: Sequence[float], ids: Sequence[str]) -> list[str]:
-    """The ids that the first has fully right and the second has not."""
-    return [i for i, a, b in zip(ids, first, second, strict=True) if a >= RIGHT > b]
+def _fingerprints(files: ModelFiles) -> set[str]:
+    """Of the weights that answered."""
+    return {read_results(path).get("model_fingerprint", "") for path in files.answers.glob("*/results.json")}
 
 
-def modality_importance(seen: Mapping[str, Mapping], blind: Mapping[str, Mapping]) -> dict[str, Any]:
-    """Which questions need their picture: rows of an evaluation and of the same with the pictures taken away.
-
-    Among the questions with a picture that both answered: "both" (right without it, too), "needs_image" (right only with
-    it), "hurt_by_image" (right only without), "neither", each a share; "blind_score" is the mean score without pictures,
-    "gain" the mean difference, "ids" those that need the picture. Only {"n": 0} where none has a picture.
-    Raises DataError when the two hold other questions.
-    """
-    ids = same_questions({"with pictures": seen, "without": blind})
-    kept = [
-        i for i in ids
-        if seen[i].get("images") and seen[i].get("score") is not None and blind[i].get("score") is not None
-    ]  # fmt: skip
-    if not kept:
-        return {"n": 0}
-    a, b = [seen[i]["score"] for i in kept], [blind[i]["score"] for i in kept]
-    needs, hurt = _won(a, b, kept), _won(b, a, kept)
-    both = sum(x >= RIGHT and y >= RIGHT for x, y in zip(a, b, strict=True))
-    count = len(kept)
-    shares = {"both": both, "needs_image": len(needs), "hurt_by_image": len(hurt)}
-    shares["neither"] = count - sum(shares.values())
-    means = {"blind_score": math.fsum(b) / count, "gain": (math.fsum(a) - math.fsum(b)) / count}
-    return {"n": count, **{name: value / count for name, value in shares.items()}, **means, "ids": needs}
-
-
-def _pairs(names: list[str]) -> list[tuple[str, str]]:
-    """Every pair once, the student always first and the teacher always last."""
-    rank = {"student": -1, "teacher": len(names)}
-    names = sorted(names, key=lambda name: rank.get(name, names.index(name)))
-    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-
-
-def verdict(difference: Mapping | None) -> str:
-    """The paired difference of student and control in words; `difference` as in `compare_runs`, or None."""
-    if difference is None:
-        return "no control was evaluated: the effect of the teacher is not known"
-    low, high = (100 * bound for bound in difference["ci95"])
-    points = 100 * difference["difference"]
-    span = f"[{low:+.1f}, {high:+.1f}]"
-    if low > 0:
-        return f"student leads its control by {points:.1f} points {span}"
-    if high < 0:
-        return f"student is behind its control by {-points:.1f} points {span}: no better than its control"
-    return f"student is no better than its control: {points:+.1f} points {span}"
+def comparison_table(benchmark: str, comparison: Mapping[str, Any]) -> str:
+    """One benchmark's scores and differences for the terminal."""
+    left = f", {comparison['n_skipped']} left out" if comparison["n_skipped"] else ""
+    width = max(map(len, [*comparison["models"], *comparison["differences"]]))
+    lines = [f"{benchmark} ({comparison['n']} questions{left})"]
+    for name, cell in comparison["models"].items():
+        low, high = cell["ci95"]
+        lines.append(f"  {name:<{width}}  {100 * cell['score']:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+        if name in comparison["fidelity"]:
+            lines[-1] += f"  answers as the teacher {100 * comparison['fidelity'][name]:.1f} %"
+        if name in comparison["beats_teacher"]:
+            lines[-1] += f", right where it is not {len(comparison['beats_teacher'][name])}"
+    for name, pair in comparison["differences"].items():
+        low, high = pair["ci95"]
+        lines.append(
+            f"  {name:<{width}}  {100 * pair['difference']:+5.1f} [{100 * low:+.1f}, {100 * high:+.1f}]  same answer "
+            f"{100 * pair['agreement']:.1f} %, only the first right {pair['only_first']}, only the second {pair['only_second']}"
+        )
+    return "\n".join(lines)

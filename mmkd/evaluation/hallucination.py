@@ -26,8 +26,9 @@ from typing import Any
 from mmkd.data.samples import Question
 from mmkd.data.scenes import singular_of, things
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import group_of, interval, paired_difference, read_predictions, same_questions
-from mmkd.evaluation.scorers import normalise_evalai
+from mmkd.evaluation.normalise import normalise_evalai
+from mmkd.evaluation.results import group_of, read_predictions, same_questions
+from mmkd.evaluation.statistics import interval, paired_difference
 
 NAME = "hallucinated"  # in a row's and a result's `also`
 PREDICTIONS = "predictions.jsonl"
@@ -35,13 +36,11 @@ NO_THING = "count"  # category of questions whose answer names none
 _YES_NO = (("yes",), ("no",))  # references of questions whose answer names none either
 
 
-def hallucinated(metric: str, answer: str | None, question: Question) -> float | None:
+def hallucinated(answer: str | None, question: Question) -> float | None:
     """1.0 for an answer that names what is not in the picture, else 0.0; None for a question that cannot tell.
 
-    metric: the benchmark's. answer: as parsed, None where nothing could be.
+    answer: as parsed, None where nothing could be. A metric may know better (see `Metric.hallucinated`).
     """
-    if metric == "pope":
-        return float(answer == "yes") if question.references == ("no",) else None
     if question.claims:
         false = {said for said, thing in question.claims.items() if thing not in question.shown}
         return float(normalise_evalai(answer or "") in false) if false else None

@@ -17,8 +17,8 @@ from pathlib import Path
 from mmkd.base.files import write_whole
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS
-from mmkd.evaluation.compare import read_predictions, same_questions
-from mmkd.evaluation.scorers import normalise_evalai
+from mmkd.evaluation.normalise import normalise_evalai
+from mmkd.evaluation.results import read_predictions, same_questions
 
 RIGHT, WRONG = 1.0, 0.0  # scores that count as such; what lies between (TextVQA's accuracy) is neither
 

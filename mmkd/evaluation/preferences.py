@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmkd.data.samples import Sample
-from mmkd.evaluation.compare import interval
+from mmkd.evaluation.statistics import interval
 from mmkd.towers.tower import Tower
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.reference import fill_reference
@@ -20,7 +20,7 @@ CHUNK_BYTES = 64 * 2**20
 def preference_accuracy(
     student: Tower, teacher: Tower, samples: Sequence[Sample], folder: Path, *, batch_size: int = 32
 ) -> dict[str, Any]:
-    """How often the student prefers the chosen answers, over pairs as `read_preferences` gives them.
+    """How often the student prefers the chosen answers, over pairs as the format `preference` gives them.
 
     accuracy: share of pairs in which the chosen answer's reward log p_student(y) - log p_teacher(y) is the higher, which is what
     the preference losses train.  likelier: share in which the chosen answer itself is the likelier, log p_student(y)

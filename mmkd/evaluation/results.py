@@ -1,15 +1,17 @@
-"""What results.json holds, checked when it is read: the file may have been cut short, edited, or written by something else."""
+"""The files of an evaluation, checked when they are read: they may have been cut short, edited, or written by something else."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmkd.data.annotations import shown
+from mmkd.data.annotations import Row, kind, one_line, shown
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import read_object
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Bytes = Annotated[int, Field(ge=0)]
@@ -77,3 +79,82 @@ def read_results(path: Path | str) -> dict[str, Any]:
         key = shown(".".join(map(str, first["loc"])))
         raise DataError(f"{path}: key {key} is {shown(first['input'])}: {first['msg']}; evaluate again") from error
     return content
+
+
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file such as results.json. Raises DataError naming the file."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}; write it again or delete it") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {kind(content)}, an object is expected; write it again or delete it")
+    return content
+
+
+def read_predictions(path: Path | str) -> dict[str, dict]:
+    """The rows of a predictions.jsonl by id, in order. Raises DataError naming file, line and key."""
+    path = Path(path)
+    found: dict[str, dict] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"predictions {path} cannot be read: {one_line(error)}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = _checked_row(line, f"{path}, line {number}")
+        if row["id"] in found:
+            raise DataError(f"{path}, line {number}: id {shown(row['id'])} is there twice; evaluate again")
+        found[row["id"]] = row
+    return found
+
+
+_TEXTS = ("question", "prompt", "prediction", "parsed", "group", "skipped")
+_TEXT_LISTS = ("references", "images", "choices")
+
+
+def _checked_row(line: str, where: str) -> dict[str, Any]:
+    """One row of predictions whose known keys hold what they should; keys may be missing."""
+    try:
+        row = Row(json.loads(line), where)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a row of predictions ({one_line(error)}); evaluate again") from error
+    row.text("id")
+    for key in filter(row.has, _TEXTS):
+        row.text(key)
+    for key in filter(row.has, _TEXT_LISTS):
+        row.texts(key)
+    if row.has("categories"):
+        groups = Row(row.get("categories"), f"{where} categories")
+        for key in groups.value:
+            groups.text(key)
+    score = row.value.get("score")
+    number = isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
+    if score is not None and not (number and 0 <= score <= 1):
+        raise row.wrong("score", "a number from 0 to 1")
+    if score is None and row.has("prediction") is False and not row.has("skipped"):
+        raise DataError(f"{where}: neither a score, a prediction nor a reason to skip; evaluate again")
+    return row.value
+
+
+def group_of(row: Mapping) -> str:
+    """The cluster of a question: its picture (by content, else by name), or the question itself."""
+    return row.get("group") or "|".join(row.get("images") or ()) or f"question {row['id']}"
+
+
+def same_questions(runs: Mapping[str, Mapping[str, dict]]) -> list[str]:
+    """The ids that every run holds, in order. Raises DataError with counts and ids where runs differ."""
+    names = list(runs)
+    for name in names[1:]:
+        only_first = [i for i in runs[names[0]] if i not in runs[name]]
+        only_other = [i for i in runs[name] if i not in runs[names[0]]]
+        if only_first or only_other:
+            raise DataError(
+                f"{names[0]} and {name} did not answer the same questions: "
+                f"{len(only_first)} only in {names[0]} (first {only_first[:3]}), "
+                f"{len(only_other)} only in {name} (first {only_other[:3]}); "
+                "evaluate both on the same split and limit"
+            )
+    return list(runs[names[0]])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmkd.losses.distributions import check_same_shape
 from mmkd.losses.numerics import exact, result_dtype
 
 DIRECTIONS = ("reverse", "forward")
@@ -94,7 +95,7 @@ class DBiLD:
             raise ValueError(f"direction is {self.direction!r}; it must be one of {', '.join(DIRECTIONS)}")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-        _check_shapes(student, teacher)
+        check_same_shape(student, teacher)
         teacher = teacher.detach()
         lead_t, ids_t = self._top(teacher)  # [R, W]
         _, ids_s = self._top(student.detach())  # [R, W]
@@ -114,7 +115,7 @@ class DBiLD:
 
     def value_and_entries(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor, Tensor]:
         """Values `[R]`, columns `[R, k]` and the gradient there `[R, k]`; a column may stand twice, its entries then add up."""
-        _check_shapes(student, teacher)
+        check_same_shape(student, teacher)
         lead_t, ids_t = self._top(teacher)  # [R, W]
         lead_s, ids_s = self._top(student)  # [R, W]
         follow_t = teacher.gather(-1, ids_s)  # [R, W]
@@ -154,14 +155,6 @@ class DBiLD:
         kl = ((over - under) * (rows - columns)).sum(-1) - log_total + log_total_under  # [R]
         kl = kl.where(used.sum(-1) > 2, torch.zeros_like(kl))
         return kl * self.temperature**2 if self.tau_squared else kl
-
-
-def _check_shapes(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ; "
-            "gather the same rows and cut both vocabularies to the same length"
-        )
 
 
 def _window(logits: Tensor, used: Tensor, temperature: float) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmkd.losses.distributions import ABSENT
 from mmkd.losses.numerics import exact, result_dtype
 
 
@@ -40,7 +41,6 @@ class TopKForwardKL:
 
 
 _FAR = 80.0  # exp(80) is finite in float32
-_ABSENT = -1e30
 
 
 def _values(log_q: Tensor, log_rest: Tensor, log_p: Tensor, log_tail: Tensor) -> Tensor:
@@ -51,6 +51,6 @@ def _values(log_q: Tensor, log_rest: Tensor, log_p: Tensor, log_tail: Tensor) ->
 def _coarse(student: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The student's log-probabilities of the k tokens `[R, k]`, and of all others together `[R]`."""
     normaliser = student.logsumexp(-1)  # [R]
-    # Not -inf: with every token among the k, nothing would be left, and its gradient be NaN.
-    rest = student.scatter(-1, ids, _ABSENT).logsumexp(-1)  # [R]
+    # With every token among the k, nothing is left.
+    rest = student.scatter(-1, ids, ABSENT).logsumexp(-1)  # [R]
     return student.gather(-1, ids) - normaliser.unsqueeze(-1), rest - normaliser

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmkd.retrieval.recipe import AugmentSpec
 
-def augmented(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Pictures as a model in training sees them: by its `augment` (mmkd.retrieval.recipe.AugmentSpec), or as they are."""
-    if model.augment is None or not model.training:
+
+def augmented(inputs: dict[str, Tensor], spec: AugmentSpec | None) -> dict[str, Tensor]:
+    """Prepared pictures, shifted and scaled as a recipe's `training.augment` says; unchanged without one."""
+    if spec is None:
         return inputs
-    spec = model.augment
     return {k: shift_and_scale(v, spec.shift, spec.scale) if v.dim() == 4 else v for k, v in inputs.items()}
 
 
 def shift_and_scale(pixels: Tensor, shift: float, scale: float) -> Tensor:
     """Moves each picture by up to `shift` of its sides and scales it by a factor in 1 - scale ... 1 + scale. [n, 3, H, W]
 
-    What comes into view repeats the border. Drawn from torch's generator of the CPU, whatever the device.
+    Pixels from outside the picture repeat its border. The draws come from torch's CPU generator on every device.
     """
     count = len(pixels)
     factors = 1 + scale * (2 * torch.rand(count) - 1)  # [n]

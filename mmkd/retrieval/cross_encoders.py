@@ -1,7 +1,7 @@
 """Cross-encoders: models that read a picture and a text together and say how likely they match.
 
 Three kinds. `ItmEncoder` is BLIP's image-text-matching head (transformers' `BlipForImageTextRetrieval`), `FusionEncoder` a small
-one of our own over any vision and text encoder; `load_matching` tells these two by their folder. `PromptedTower` asks any
+one of our own over any vision and text encoder; `load_matching` recognises these two by their folder. `PromptedTower` asks any
 vision-language tower whether the text fits and compares its answers "yes" and "no". All give log-odds, with gradient; the score
 of CPRD is their sigmoid, a probability.
 """
@@ -9,7 +9,6 @@ of CPRD is their sigmoid, a probability.
 from __future__ import annotations
 
 import hashlib
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +20,12 @@ from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.errors import TowerError
-from mmkd.retrieval.dual import text_length, weights_fingerprint
-from mmkd.retrieval.pairs import PairSet
+from mmkd.retrieval.dual_encoders import text_length, weights_fingerprint
 from mmkd.towers.inputs import tokens_by_sample
 from mmkd.towers.logits import scaled
 from mmkd.towers.tower import Tower
 
-logger = logging.getLogger(__name__)
-
 QUESTION = "Does the picture show: {text}? Answer yes or no."
-TABLE_ENTRIES = 64 * 2**20  # scores of all pairs are kept up to so many (256 MiB)
 
 
 class CrossEncoder(ABC):
@@ -40,7 +35,7 @@ class CrossEncoder(ABC):
 
     @abstractmethod
     def see(self, images: Sequence[ImageRef]) -> Sequence[Tensor]:
-        """What the pictures look like to this model, one entry a picture; it is computed once for all texts."""
+        """The model's states of the pictures, one entry a picture; computed once for all texts."""
 
     @abstractmethod
     def log_odds(self, images: Sequence[ImageRef], seen: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
@@ -96,7 +91,7 @@ class MatchingEncoder(CrossEncoder):
 
     @abstractmethod
     def states(self, pixels: Tensor) -> Tensor:
-        """What the vision encoder makes of pixels. [n, 3, H, W] -> [n, N, Dv]"""
+        """The vision encoder's states. [n, 3, H, W] -> [n, N, Dv]"""
 
     @abstractmethod
     def match(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
@@ -236,7 +231,7 @@ class PromptedTower(CrossEncoder):
 
     The question, with the text in it, and each of the two answers are prepared as a training sample would be: the tower's own
     template, the answer with its end token. With `log p(answer)` the sum over the answer's tokens, the log-odds are
-    `log p(yes) - log p(no)`, so the score is p(yes) among the two answers, whatever else the model might say.
+    `log p(yes) - log p(no)`, so the score is the probability of yes among these two answers alone.
     """
 
     def __init__(self, tower: Tower, question: str = QUESTION, yes: str = "yes", no: str = "no"):
@@ -277,60 +272,3 @@ class PromptedTower(CrossEncoder):
     def _logits(self, hidden: Tensor) -> Tensor:
         """The tower's logits in float32, over the tokens that its tokenizer knows. [R, V]"""
         return scaled(self.tower.head(hidden)[:, : self.tower.vocabulary].float(), self.tower.logit_rule)
-
-
-class ScoreTable:
-    """A teacher's scores over the pairs of one data set: computed when they are first asked for, then kept.
-
-    They are kept in memory and, with `folder`, in a file whose name says what they depend on: the teacher, the pictures' bytes,
-    the texts. Data sets of more than TABLE_ENTRIES pairs are scored afresh each time.
-    """
-
-    def __init__(self, teacher: CrossEncoder, pairs: PairSet, folder: Path | None = None, batch_size: int = 256):
-        self.teacher, self.pairs, self.batch_size = teacher, pairs, batch_size
-        self.computed = 0  # pairs that the teacher has scored for this table
-        shape = (len(pairs.images), len(pairs.texts))
-        self._table = torch.full(shape, torch.nan) if shape[0] * shape[1] <= TABLE_ENTRIES else None
-        self._path = folder / f"{self._key()}.safetensors" if folder is not None and self._table is not None else None
-        if self._path is not None and self._path.exists():
-            from safetensors.torch import load_file
-
-            self._table = load_file(self._path)["scores"]
-
-    def _key(self) -> str:
-        digest = hashlib.blake2b(self.teacher.fingerprint().encode(), digest_size=16)
-        for ref in self.pairs.images:
-            digest.update(hashlib.blake2b(ref.read_bytes(), digest_size=16).digest())
-        digest.update("\0".join(self.pairs.texts).encode())
-        return digest.hexdigest()
-
-    def scores(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Scores of pictures and texts by number, of one shape; on the CPU."""
-        asked = torch.stack([images.flatten().cpu(), texts.flatten().cpu()], -1)  # [P, 2]
-        if self._table is None:
-            distinct, inverse = asked.unique(dim=0, return_inverse=True)
-            return self._compute(distinct)[inverse].reshape(images.shape)
-        missing = asked[self._table[asked[:, 0], asked[:, 1]].isnan()].unique(dim=0)
-        if len(missing):
-            self._table[missing[:, 0], missing[:, 1]] = self._compute(missing)
-        return self._table[asked[:, 0], asked[:, 1]].reshape(images.shape)
-
-    def all_scores(self) -> Tensor:
-        """Every picture against every text. [images, texts]"""
-        shape = (len(self.pairs.images), len(self.pairs.texts))
-        return self.scores(*torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij"))
-
-    def _compute(self, pairs: Tensor) -> Tensor:
-        self.computed += len(pairs)
-        return self.teacher.scores(self.pairs.images, self.pairs.texts, pairs, batch_size=self.batch_size)
-
-    def save(self) -> None:
-        """Keeps what is known so far for other runs."""
-        if self._path is None or not self.computed:
-            return
-        from safetensors.torch import save_file
-
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        save_file({"scores": self._table}, partial)
-        partial.replace(self._path)

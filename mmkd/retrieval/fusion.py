@@ -29,7 +29,7 @@ class FusionConfig(PreTrainedConfig):
         self.heads = heads
         self.dropout = dropout
         super().__init__(**kwargs)
-        self.dual = dual  # last: the configuration's own start would undo what is chosen for it, such as its attention
+        self.dual = dual  # last: `super().__init__` would reset what was chosen for it, such as its attention
 
 
 class FusionModel(PreTrainedModel):
@@ -52,7 +52,7 @@ class FusionModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """torch's own rules stand but for the correction, which starts at zero."""
+        """torch's own initialisation is kept but for the correction, which starts at zero."""
         if module is self.correction[-1]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)

@@ -7,58 +7,19 @@ loss on true pairs and on hard negatives that are drawn by the contrastive simil
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef
-from mmkd.errors import TowerError
 from mmkd.losses import contrastive
 from mmkd.retrieval.augment import augmented
-from mmkd.retrieval.cross_encoders import FusionEncoder, ItmEncoder, MatchingEncoder
-from mmkd.retrieval.dual import TEMPERATURE_RANGE, Inputs, text_defaults, train_text_tokenizer
-from mmkd.retrieval.dual_models import assemble_from
+from mmkd.retrieval.batches import PairBatch, PairDataset, Sums
+from mmkd.retrieval.cross_encoders import MatchingEncoder
+from mmkd.retrieval.dual_encoders import TEMPERATURE_RANGE, Inputs
 from mmkd.retrieval.pairs import PairSet
-from mmkd.retrieval.ranking import PairBatch, PairDataset, Sums
-from mmkd.retrieval.recipe import AugmentSpec, CrossSpec, FusionSpec
-
-
-def build_cross_encoder(spec: CrossSpec, texts: Sequence[str], seed: int) -> ItmEncoder:
-    """A BLIP with random weights drawn from `seed`, its tokenizer trained on `texts`. Raises TowerError."""
-    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
-
-    tokenizer = train_text_tokenizer(texts, spec.vocab_size)
-    # BLIP's own range for vision weights, 1e-10, is meant for weights that are loaded over it.
-    vision = {"initializer_range": 0.02} | spec.vision
-    try:
-        config = BlipConfig(
-            vision_config=vision,
-            text_config=text_defaults(tokenizer) | {"sep_token_id": tokenizer.eos_token_id} | spec.text,
-            image_text_hidden_size=spec.embedding,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = BlipForImageTextRetrieval(config)
-    except (TypeError, ValueError) as error:
-        raise TowerError(f"model.config makes no BLIP: {error}") from error
-    side = config.vision_config.image_size
-    pictures = BlipImageProcessor(size={"height": side, "width": side})
-    return ItmEncoder(model, BlipProcessor(pictures, tokenizer))
-
-
-def build_fusion(spec: FusionSpec, texts: Sequence[str], seed: int) -> FusionEncoder:
-    """Cross-attention over the parts of a dual encoder, random weights drawn from `seed`. Raises TowerError."""
-    from mmkd.retrieval.fusion import FusionConfig, FusionModel
-
-    dual = assemble_from(spec, texts, seed)
-    if spec.embedding % spec.heads:
-        raise TowerError(f"embedding {spec.embedding} does not divide over {spec.heads} heads")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = FusionModel(FusionConfig(dual.model.config, heads=spec.heads, dropout=spec.dropout), dual.model)
-    return FusionEncoder(model, dual.processor)
+from mmkd.retrieval.recipe import AugmentSpec
 
 
 class MatchingDataset(PairDataset):
@@ -87,10 +48,10 @@ class MatchingModel(nn.Module):
         self.model = encoder.model
         self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
-    def forward(self, batch: PairBatch, count: Any = None, progress: float = 0.0) -> tuple[Tensor, Sums]:
+    def forward(self, batch: PairBatch) -> tuple[Tensor, Sums]:
         """Contrastive plus matching loss, means over the batch; and {term: (sum, count)} for the log."""
         size = len(batch.images)
-        states = self.encoder.states(augmented(batch.pixels, self)["pixels"])  # [B, N, Dv]
+        states = self.encoder.states(augmented(batch.pixels, self.augment if self.training else None)["pixels"])  # [B, N, Dv]
         positives = self.pairs.match(batch.images, batch.texts)  # [B, B]
         similarities = self.encoder.similarities(states, batch.tokens)  # [B, B]
         temperature = (-self.log_scale).exp().clamp(*TEMPERATURE_RANGE)

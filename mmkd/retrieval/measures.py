@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkd.errors import DataError
-from mmkd.evaluation.compare import interval, paired_difference
+from mmkd.evaluation.statistics import interval, paired_difference
 
 CUTOFFS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image", "both")
@@ -23,9 +23,9 @@ DIRECTIONS = ("image_to_text", "text_to_image", "both")
 def best_ranks(similarities: Tensor, relevant: Tensor) -> Tensor:
     """Rank of each query's best match, counted from 1. similarities, relevant (bool) `[Q, N]` -> `[Q]`.
 
-    A tie counts against the model: whatever is not relevant and just as similar stands in front, so that a model which gives
-    everything the same similarity is last, not first. Raises DataError for shapes that differ, for a query without a match
-    and for similarities that are no numbers.
+    A tie counts against the model: an entry that is not relevant and just as similar ranks before the match, so that a model
+    which gives every entry the same similarity ranks last, not first. Raises DataError for shapes that differ, for a query
+    without a match and for similarities that are not numbers.
     """
     if similarities.shape != relevant.shape or similarities.dim() != 2:
         raise DataError(

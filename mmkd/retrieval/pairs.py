@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.data.formats import read_conversations, read_questions
-from mmkd.data.samples import ImageRef, Sample
-from mmkd.data.sources import folder_of, resolve
+from mmkd.data.entries import folder_of, resolve
+from mmkd.data.formats import read_split
+from mmkd.data.samples import ImageRef, Question, Sample
 from mmkd.errors import DataError
 
 
@@ -81,16 +81,15 @@ def _entry_pairs(spec: Any, seed: int, data_root: str | None) -> list[tuple[Imag
         raise DataError(f"weight {fields['weight']} of a data entry: pairs count once; take `weight` out")
     root = folder_of(fields, data_root)
     subset = {"limit": fields.get("limit"), "image_limit": fields.get("image_limit"), "seed": seed}
-    if fields["format"] == "llava":
-        rows = [_of_sample(s) for s in read_conversations(root, fields["split"], files=fields["files"], **subset)]
-    else:
-        questions = read_questions(fields["format"], root, fields["split"], files=fields["files"], **subset)
-        rows = [(q.id, q.images, q.references or (q.answer,)) for q in questions]
+    items = read_split(fields["format"], root, fields["split"], files=fields["files"], **subset)
+    rows = [(item.id, item.images, _captions(item)) for item in items]
     return [(_only(name, images), caption.strip()) for name, images, captions in rows for caption in captions if caption.strip()]
 
 
-def _of_sample(sample: Sample) -> tuple[str, tuple[ImageRef, ...], tuple[str, ...]]:
-    return sample.id, sample.images, (sample.answer,)
+def _captions(item: Question | Sample) -> tuple[str, ...]:
+    if isinstance(item, Sample):
+        return (item.answer,)
+    return item.references or (item.answer,)
 
 
 def _only(name: str, images: tuple[ImageRef, ...]) -> ImageRef:

@@ -10,19 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from mmkd.base.schema import Strict, is_default, one_of
+from mmkd.data.spec import DataSpec
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import (
-    AdamWSpec,
-    DataSpec,
-    LoopSpec,
-    RunSpec,
-    Strict,
-    VisionConfig,
-    is_default,
-    one_of,
-    read_raw,
-    validate,
-)
+from mmkd.recipes.reading import read_raw, validate
+from mmkd.recipes.recipe import RunSpec
+from mmkd.towers.spec import VisionConfig
+from mmkd.train.spec import AdamWSpec, LoopSpec
 
 KINDS = ("ranking", "matching")
 
@@ -74,7 +68,7 @@ class CrossTeacherSpec(Strict):
 
     model: str
     kind: Literal["itm", "prompted"] = "itm"
-    question: str | None = None  # prompted: holds {text}; None: cross_teacher.QUESTION
+    question: str | None = None  # prompted: holds {text}; None: mmkd.retrieval.cross_encoders.QUESTION
     yes: str | None = None
     no: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -96,7 +90,7 @@ class CrossTeacherSpec(Strict):
 
 
 class RankingSpec(Strict):
-    """CPRD's options. The paper's text was not to be had; every default here is our choice (docs/methods/cprd.md)."""
+    """CPRD's options. The paper's text was not available; every default here is our choice (docs/methods/cprd.md)."""
 
     weight: float = Field(1.0, ge=0)  # of CPRD beside the contrastive loss
     candidates: int = Field(16, gt=1)  # K, hard negatives of a query
@@ -186,7 +180,10 @@ MODELS = {"ranking": RankingRecipe, "matching": MatchingRecipe}
 
 
 def load_ranking_recipe(path: str | Path, overrides: list[str] | None = None) -> RankingRecipe | MatchingRecipe:
-    """The recipe at `path`, of the kind that it names. Raises RecipeError with every error at once."""
+    """The recipe at `path`, of the kind that it names; its `imports` are imported first.
+
+    Raises RecipeError with every error at once, RegistryError for a module that cannot be imported.
+    """
     raw = read_raw(path, overrides)
     kind = raw.get("kind")
     if kind not in KINDS:

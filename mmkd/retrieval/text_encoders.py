@@ -66,7 +66,7 @@ class BagOfWords(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """torch's own rules stand: a mean over words drawn with the usual deviation of 0.02 would start near zero."""
+        """torch's own initialisation is kept: a mean over words drawn with the usual deviation of 0.02 would start near zero."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
@@ -101,7 +101,7 @@ class SentenceConfig(PreTrainedConfig):
             encoder = AutoConfig.for_model(**encoder)
         self.frozen = frozen
         super().__init__(**kwargs)
-        self.encoder = encoder  # last: the configuration's own start would undo what is chosen for it, such as its attention
+        self.encoder = encoder  # last: `super().__init__` would reset what was chosen for it, such as its attention
 
     @property
     def hidden_size(self) -> int:
@@ -133,7 +133,7 @@ class SentenceEncoder(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The encoder's own rules stand."""
+        """The encoder keeps its own initialisation."""
 
     def _forget(self, *_: Any) -> None:
         self._kept, self._kept_bytes = {}, 0
@@ -161,7 +161,7 @@ class SentenceEncoder(PreTrainedModel):
 
     @torch.no_grad()
     def _recall(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """States of texts that were met before, and fresh ones of the others. [n, L, D]"""
+        """Kept states of texts that were read before, new ones of the others. [n, L, D]"""
         counts = mask.bool()
         texts = [tuple(ids[row].tolist()) for ids, row in zip(input_ids, counts, strict=True)]
         new = [place for place, text in enumerate(texts) if text not in self._kept]

@@ -19,11 +19,13 @@ from pydantic import Field, model_validator
 
 from mmkd.runs.run import distill, evaluate_all
 from mmkd.runs.seeds import spread
-from mmkd.runs.stages import load_teacher
+from mmkd.runs.towers import load_teachers
 from mmkd.base.files import write_whole
 from mmkd.base.distributed import claimed, is_main_process, world_size
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import Recipe, Strict, read_raw, validate
+from mmkd.recipes.recipe import Recipe
+from mmkd.base.schema import Strict
+from mmkd.recipes.reading import read_raw, validate
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +164,10 @@ def _claimed(folder: Path) -> AbstractContextManager[bool]:
 
 def _score_teacher(folder: Path, recipe: Recipe) -> None:
     with _claimed(folder / "teacher") as mine:
-        teacher = load_teacher(recipe) if mine and recipe.evaluation.benchmarks else None
-        if teacher is not None:
-            evaluate_all(recipe, folder, {"teacher": teacher})
+        teachers = load_teachers(recipe) if mine and recipe.evaluation.benchmarks else {}
+        towers = {name: teacher.running() for name, teacher in teachers.items() if not teacher.stored}
+        if towers:
+            evaluate_all(recipe, folder, towers)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

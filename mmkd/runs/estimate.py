@@ -6,29 +6,29 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mmkd.errors import DataError
 from mmkd.data.samples import Sample
-from mmkd.teachers.stored import CachedTower
-from mmkd.runs.write_cache import forecast_of, plan_of
-from mmkd.train.collate import Batch, PairDataset
-from mmkd.train.distiller import Distiller
-from mmkd.train.preference import PreferenceDataset, PreferenceDistiller
-from mmkd.runs.run import check_answers
-from mmkd.train.experts import upcycled
-from mmkd.runs.stages import add_lora, build_student, load_teacher, set_trainable, stage_samples, terms_of
-from mmkd.terms.term import Term
-from mmkd.train.trainer import parameter_groups
+from mmkd.errors import DataError, RecipeError
+from mmkd.recipes.recipe import Recipe
+from mmkd.runs.data import all_samples, texts_of
 from mmkd.runs.plan import bytes_text, disk_line, loss_memory
-from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import Recipe, StageSpec
+from mmkd.runs.preflight import preflight
+from mmkd.runs.towers import build_student, load_teachers
+from mmkd.runs.write_cache import forecast_of, plan_of
+from mmkd.teachers.teacher import Teacher
+from mmkd.terms.term import Term
 from mmkd.towers.tower import Tower
+from mmkd.train.batch import Batch
+from mmkd.train.build_stage import Stage, build_stage
+from mmkd.train.distiller import Distiller
+from mmkd.train.spec import StageSpec
+from mmkd.train.trainer import parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -81,77 +81,69 @@ class StageEstimate:
 
 def estimate(recipe: Recipe, memory: float | None = None) -> str:
     """The estimate of a recipe as text. memory: GiB that it must fit into; by default what this machine has."""
-    samples = {name: stage_samples(recipe, stage) for name, stage in recipe.stages.items()}
-    check_answers(samples)
-    teacher = load_teacher(recipe)
-    student = build_student(recipe, teacher, [t.text for stage in samples.values() for s in stage for t in s.turns])
+    samples = all_samples(recipe)
+    teachers = load_teachers(recipe)
+    student = build_student(recipe, teachers, texts_of(samples))
+    preflight(recipe, student, teachers)
     limit = available_memory() if memory is None else int(memory * GIB)
     lines = [f"{recipe.title}: on {_device_name(student)}, {bytes_text(limit)}"]
-    for name, stage in recipe.stages.items():
-        student, _ = upcycled(stage, student, recipe.seed)
-        lines += ["", *stage_estimate(recipe, name, stage, samples[name], student, teacher).lines(limit)]
-    return "\n".join([*lines, "", *_cache_lines(recipe, teacher), disk_line(recipe, student)])
+    for name, spec in recipe.stages.items():
+        found, student = stage_estimate(recipe, name, spec, samples[name], student, teachers)
+        lines += ["", *found.lines(limit)]
+    return "\n".join([*lines, "", *_cache_lines(recipe, teachers), disk_line(recipe, student)])
 
 
 def stage_estimate(
-    recipe: Recipe, name: str, stage: StageSpec, samples: list[Sample], student: Tower, teacher: Tower | None
-) -> StageEstimate:
-    """Measures a few steps of one stage; the student's weights stay as they are."""
-    if stage.lora is not None:
-        add_lora(student, stage.lora)
-    set_trainable(student, stage)
-    terms = terms_of(stage.terms)
-    of_pairs = any(t.is_preference for t in terms)
-    needed = teacher if any(t.needs_teacher and not t.is_preference for t in terms) else None
-    batch = stage.optimiser.batch_size
-    micro = min(stage.optimiser.micro_batch_size or batch, batch)
-    dataset = (PreferenceDataset if of_pairs else PairDataset)(_longest(samples, micro), student, needed, terms)
-    if of_pairs:
-        dataset.reference.zero_()
-    distiller = (PreferenceDistiller if of_pairs else Distiller)(
-        student, needed, terms, chunk_bytes=recipe.chunk_bytes, compiled=recipe.compile
-    )
-    taken = dataset.collator([dataset[i] for i in range(len(dataset))])["batch"].to(student.device)
-    seconds, activations = _measure(distiller, taken, stage)
-    rows = _row_count(taken, terms)
-    ours, naive = loss_memory(student, needed, terms, rows, recipe.chunk_bytes)
+    recipe: Recipe, name: str, spec: StageSpec, samples: list[Sample], student: Tower, teachers: Mapping[str, Teacher]
+) -> tuple[StageEstimate, Tower]:
+    """Measures a few steps of one stage; the student's weights stay as they are. Also the student as the stage leaves it."""
+    batch = spec.optimiser.batch_size
+    micro = min(spec.optimiser.micro_batch_size or batch, batch)
+    stage = build_stage(name, spec, recipe, student, teachers, _longest(samples, micro))
+    distiller, student = stage.distiller, stage.student
+    if stage.of_pairs:
+        stage.dataset.reference.zero_()
+    taken = stage.dataset.collator([stage.dataset[i] for i in range(len(stage.dataset))])["batch"].to(student.device)
+    seconds, activations = _measure(distiller, taken, spec)
+    rows = _row_count(taken, stage.terms)
+    ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
     trained = [p for p in distiller.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     parts = {
-        "teacher weights": _weights(teacher),
+        "teacher weights": sum(_weights(teacher.tower or teacher.body) for teacher in teachers.values()),
         "student weights": _weights(student),
         "gradients": gradients,
         "optimiser": 2 * gradients,  # AdamW's two moments, in the weights' dtype
         "activations": activations,
         "losses": ours,
     }
-    steps = stage.steps or int((stage.epochs or 1) * (len(samples) // batch))
+    steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
     found = StageEstimate(name, steps, batch, micro, seconds * (batch // micro), parts, naive)
-    found.remedies = remedies(recipe, name, stage, teacher, parts, micro, student)
-    return found
+    found.remedies = remedies(stage, teachers, parts, micro)
+    stage.leave()
+    return found, student
 
 
 def remedies(
-    recipe: Recipe, name: str, stage: StageSpec, teacher: Tower | None, parts: dict[str, int], micro: int, student: Tower
+    stage: Stage, teachers: Mapping[str, Teacher], parts: dict[str, int], micro: int
 ) -> list[tuple[str, int]]:
     """Changes of the recipe that save memory, as overrides, with the bytes that each saves."""
-    found = []
+    found, spec, name = [], stage.spec, stage.name
     if micro > 1:
         fewer = max(1, micro // 4)
         found.append((f"stages.{name}.optimiser.micro_batch_size={fewer}", round(parts["activations"] * (1 - fewer / micro))))
-    elif not stage.gradient_checkpointing:
+    elif not spec.gradient_checkpointing:
         # What stays are the inputs of the layers: a tenth is on the safe side for a transformer.
         found.append((f"stages.{name}.gradient_checkpointing=true", round(parts["activations"] * 0.9)))
-    if teacher is not None and not isinstance(teacher, CachedTower):
-        head = sum(t.numel() * t.element_size() for t in teacher.head.state_dict().values())
-        switched = any(t.path == "switch" for t in terms_of(stage.terms))
-        if not switched:
+    if (tower := next((teacher.tower for teacher in teachers.values() if not teacher.stored), None)) is not None:
+        head = sum(t.numel() * t.element_size() for t in tower.head.state_dict().values())
+        if not any(t.switched for t in stage.terms):
             found.append(("mmkd cache, then teacher.cache=FOLDER", parts["teacher weights"] - head))
-        elif next(teacher.model.parameters()).dtype == torch.float32:
+        elif next(tower.model.parameters()).dtype == torch.float32:
             found.append(("teacher.dtype=bfloat16", parts["teacher weights"] // 2))
-    if stage.lora is None and "language" in stage.train and stage.upcycle is None:
-        of_language = sum(p.numel() * p.element_size() for _, p in student.part_parameters()["language"] if p.requires_grad)
-        found.append((f"stages.{name}.lora.rank=16", 3 * of_language))
+    if spec.lora is None and "language" in spec.train and spec.upcycle is None:
+        own = stage.student.part_parameters()["language"]
+        found.append((f"stages.{name}.lora.rank=16", 3 * sum(p.numel() * p.element_size() for _, p in own if p.requires_grad)))
     return [(change, saved) for change, saved in found if saved > 0]
 
 
@@ -200,27 +192,25 @@ def _synchronise(batch: Batch) -> None:
 
 def _row_count(batch: Batch, terms: Sequence[Term]) -> int:
     """Rows of logits of a micro-batch."""
-    positions = {t.positions for t in terms if t.is_row_term} | ({"response"} if any(t.is_preference for t in terms) else set())
-    twice = 1 + any(t.is_preference for t in terms)  # the rejected answers too
+    positions = {t.positions for t in terms if t.is_row_term} | ({"response"} if any(t.needs_pairs for t in terms) else set())
+    twice = 1 + any(t.needs_pairs for t in terms)  # the rejected answers too
     return twice * sum(int(getattr(batch.on_host.student, name).sum()) for name in positions)
 
 
-def _weights(tower: Tower | None) -> int:
-    if tower is None:
-        return 0
+def _weights(tower: Tower) -> int:
     return sum(p.numel() * p.element_size() for p in tower.model.parameters() if not p.is_meta)
 
 
-def _cache_lines(recipe: Recipe, teacher: Tower | None) -> list[str]:
-    if teacher is None:
-        return []
-    if isinstance(teacher, CachedTower):
-        return [f"teacher cache: {len(teacher.cache):,} samples, {teacher.cache.rows:,} rows in {teacher.cache.folder}"]
+def _cache_lines(recipe: Recipe, teachers: Mapping[str, Teacher]) -> list[str]:
+    kept = [line for teacher in teachers.values() if (line := teacher.storage()) is not None]
+    if kept or len(teachers) != 1:
+        return kept
     try:
         plan = plan_of(recipe, None)
     except RecipeError:  # no term compares with the teacher
         return []
-    return [f"a cache of the teacher: {forecast_of(plan, teacher)}"] if plan.samples else []
+    (teacher,) = teachers.values()
+    return [f"a cache of the teacher: {forecast_of(plan, teacher.running())}"] if plan.samples else []
 
 
 def available_memory() -> int:

@@ -7,30 +7,35 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mmkd.base.distributed import alone_in, is_main_process
+from mmkd.base.files import write_whole
+from mmkd.base.run_folder import claim
 from mmkd.errors import DataError
-from mmkd.data.samples import Sample
-from mmkd.teachers.stored import CachedTower
-from mmkd.train.experts import check_experts, experts_table
-from mmkd.runs.stages import build_student, load_teacher, stage_samples, train, train_control
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.command import add_importance
-from mmkd.evaluation.compare import compare_runs, verdict
+from mmkd.runs.evaluate import add_importance
+from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.evaluation.report import build_report
-from mmkd.base.files import write_whole
-from mmkd.base.distributed import alone_in, is_main_process
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.control import train_control
+from mmkd.runs.data import all_samples, texts_of
+from mmkd.runs.preflight import preflight
+from mmkd.runs.stages import train
+from mmkd.runs.towers import build_student, load_teachers
+from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
+from mmkd.train.experts import experts_table
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("teacher", "control", "student")
+BLIND = "student_blind"  # the student asked without its pictures
 
 
 def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
@@ -42,33 +47,38 @@ def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
     started = time.monotonic()
     run = Path(recipe.output)
     check_benchmarks(recipe)
-    samples = {name: stage_samples(recipe, stage) for name, stage in recipe.stages.items()}
-    check_answers(samples)
-    texts = [t.text for stage in samples.values() for s in stage for t in s.turns]
-    del samples
+    texts = texts_of(all_samples(recipe))
     with alone_in(run, "the same output"):
-        claim(run, recipe)
-        return _run(recipe, run, texts, scored, started)
+        claim(run, recipe.model_dump(mode="json", exclude={"output", "title"}), title=recipe.title, seed=recipe.seed)
+        teachers = load_teachers(recipe)
+        student = build_student(recipe, teachers, texts)
+        preflight(recipe, student, teachers)
+        towers = teachers_to_score(recipe, teachers)
+        if recipe.control and teachers:
+            towers["control"] = train_control(recipe, student, run)
+            student = build_student(recipe, teachers, texts)  # the control's training changed the first one
+        towers["student"] = train(recipe, "student", student, teachers, run)
+        if not is_main_process():
+            return {}
+        asked = {role: tower for role, tower in towers.items() if role in scored or (role in teachers and "teacher" in scored)}
+        results = evaluate_all(recipe, run, asked)
+        summary = summarise(recipe, run, results, time.monotonic() - started)
+        if results:
+            summary["report"] = str(build_report(run))
+        return summary
 
 
-def _run(recipe: Recipe, run: Path, texts: list[str], scored: Sequence[str], started: float) -> dict[str, Any]:
-    teacher = load_teacher(recipe)
-    student = build_student(recipe, teacher, texts)
-    check_experts(recipe, student)
-    towers: dict[str, Tower | None] = {"teacher": None if isinstance(teacher, CachedTower) else teacher}
-    if isinstance(teacher, CachedTower):
-        logger.info("the teacher is a cache: it is not evaluated; see `mmkd evaluate %s`", recipe.teacher.model)
-    if recipe.control and teacher is not None:
-        towers["control"] = train_control(recipe, student, run)
-        student = build_student(recipe, teacher, texts)  # the control's training changed the first one
-    towers["student"] = train(recipe, "student", student, teacher, run)
-    if not is_main_process():
-        return {}
-    results = evaluate_all(recipe, run, {role: tower for role, tower in towers.items() if tower is not None and role in scored})
-    summary = summarise(recipe, run, results, time.monotonic() - started)
-    if results:
-        summary["report"] = str(build_report(run))
-    return summary
+def teachers_to_score(recipe: Recipe, teachers: Mapping[str, Teacher]) -> dict[str, Tower]:
+    """The teachers that answer the benchmarks: those whose model is loaded for themselves."""
+    for name in (n for n, teacher in teachers.items() if teacher.stored):
+        logger.info("the %s is a cache: it is not evaluated; see `mmkd evaluate %s`", name, recipe.teacher_specs[name].model)
+    return {name: teacher.running() for name, teacher in teachers.items() if not teacher.stored}
+
+
+def ordered(roles: Iterable[str]) -> list[str]:
+    """Several teachers by their names first, then `ROLES`."""
+    roles = list(roles)
+    return [*(role for role in roles if role not in ROLES), *(role for role in ROLES if role in roles)]
 
 
 def check_benchmarks(recipe: Recipe) -> None:
@@ -78,58 +88,20 @@ def check_benchmarks(recipe: Recipe) -> None:
         refuse_unscored(benchmark, benchmark.read(recipe.data_root, recipe.evaluation.limit), submission=False)
 
 
-def check_answers(stages: dict[str, list[Sample]]) -> None:
-    for name, samples in stages.items():
-        empty = [s.id for s in samples if not s.answer.strip()]
-        if empty:
-            raise DataError(f"stage {name}: {len(empty)} samples have an empty answer, first: {', '.join(empty[:5])}")
-
-
-def claim(run: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe into the run's folder; a folder of another recipe is refused with the difference."""
-    wanted = recipe.model_dump(mode="json", exclude={"output", "title"})
-    path = run / "recipe.yaml"
-    if path.exists():
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = sorted(_differences(there, wanted))
-        if differing:
-            raise DataError(
-                f"{run} holds a run of another recipe (differs in {', '.join(differing[:5])}); set output=ANOTHER_FOLDER or "
-                "remove it"
-            )
-        return
-    if not is_main_process():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(wanted, sort_keys=False))
-    facts = {"title": recipe.title, "seed": recipe.seed, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    (run / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = []
-        for key in {*a, *b}:
-            where = f"{path}.{key}" if path else str(key)
-            found += _differences(a.get(key), b.get(key), where) if key in a and key in b else [where]
-        return found
-    return [] if a == b else [path]
-
-
 def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[str, dict[str, Any]]:
     """Every model on every benchmark: {benchmark: {role: results}}."""
     spec = recipe.evaluation
     results: dict[str, dict[str, Any]] = {}
     for name in spec.benchmarks:
         benchmark = load_benchmark(name)
-        for role in [r for r in ROLES if r in towers]:
+        for role in ordered(towers):
             logger.info("evaluating the %s on %s", role, name)
             options = {"data_root": recipe.data_root, "batch_size": spec.batch_size, "limit": spec.limit, "model_name": role}
             out = run / "evaluation" / role / benchmark.name
             results.setdefault(benchmark.name, {})[role] = evaluate(towers[role], benchmark, out, **options)
         if spec.blind:
             out = run / "evaluation_blind" / "student" / benchmark.name
-            results[benchmark.name]["student_blind"] = evaluate(towers["student"], benchmark, out, blind=True, **options)
+            results[benchmark.name][BLIND] = evaluate(towers["student"], benchmark, out, blind=True, **options)
             seen = run / "evaluation" / "student" / benchmark.name
             results[benchmark.name]["student"] = add_importance(seen, results[benchmark.name]["student"], out)
     return results
@@ -139,7 +111,7 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
     """Scores, intervals and paired differences of a run; writes OUTPUT/summary.json."""
     benchmarks: dict[str, Any] = {}
     for name, by_role in results.items():
-        roles = [r for r in ROLES if r in by_role]
+        roles = [role for role in ordered(by_role) if role != BLIND]
         paths = {role: run / "evaluation" / role / name / "predictions.jsonl" for role in roles}
         compared = compare_runs(paths)
         entry: dict[str, Any] = {"n": compared["n"]}
@@ -150,8 +122,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
             found = compared["differences"].get(f"student - {other}")
             if found:
                 entry[f"student_minus_{other}"] = {"mean": found["difference"], "ci95": found["ci95"]}
-        if "student_blind" in by_role:
-            entry["student_blind"] = by_role["student_blind"]["score"]
+        if BLIND in by_role:
+            entry[BLIND] = by_role[BLIND]["score"]
         entry["verdict"] = compared["verdict"]
         entry["parameters"] = {role: by_role[role]["parameters"]["total"] for role in roles}
         entry["parameters_active"] = {role: by_role[role]["parameters"]["active"] for role in roles}
@@ -179,7 +151,7 @@ def table(summary: dict[str, Any]) -> str:
     lines = []
     for name, entry in summary["benchmarks"].items():
         lines.append(f"{name} ({entry['n']} questions)")
-        for role in [r for r in ROLES if r in entry]:
+        for role in ordered(entry["parameters"]):
             low, high = entry[f"{role}_ci95"]
             lines.append(
                 f"  {role:<8} {100 * entry[role]:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]   "

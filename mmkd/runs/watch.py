@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.base.distributed import wait_for_all
+from mmkd.base.jsonl import JsonLines
 from mmkd.recipes.recipe import Recipe
 from mmkd.towers.tower import Tower
 
@@ -64,8 +64,7 @@ class Watch(TrainerCallback):
             row[f"score {name}"] = results["score"]
             logger.info("step %d, %s: %.1f %%", step, name, 100 * results["score"])
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        JsonLines(self.log).append([row])
 
 
 @contextmanager

@@ -22,23 +22,35 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mmkd.data.sampler import lengths_of
-from mmkd.errors import DataError, ImageError
+from mmkd.base.distributed import is_main_process, rank, world_size
+from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
-from mmkd.teachers.store import KINDS, About, Said, ShardWriter, TeacherCache, content_key, teacher_files, text_key, with_hashes
-from mmkd.teachers.stored import positions_of, row_stages, save_body, wanted
-from mmkd.train.distiller import gathered, head_of
+from mmkd.engine.positions import gathered, rows_at
+from mmkd.engine.rows import Head, row_log_probs
+from mmkd.errors import DataError, ImageError, RecipeError
+from mmkd.recipes.recipe import Recipe
+from mmkd.runs.data import stage_samples, texts_of
+from mmkd.runs.towers import build_student, load_teachers, openings
+from mmkd.teachers.live import as_teachers
+from mmkd.teachers.store import (
+    KINDS,
+    About,
+    ShardWriter,
+    StoredRows,
+    TeacherCache,
+    content_key,
+    teacher_files,
+    text_key,
+    with_hashes,
+)
+from mmkd.teachers.stored import save_body, wanted
+from mmkd.teachers.teacher import head_of
+from mmkd.terms.spec import build_terms
+from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.reference import fill_reference
-from mmkd.engine.rows import Head, row_log_probs
-from mmkd.runs.stages import build_student, load_teacher, stage_samples, terms_of
 from mmkd.train.streaming import stage_stream
-from mmkd.terms.term import rows_at
-from mmkd.base.distributed import is_main_process, rank, world_size
-from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import Recipe
-from mmkd.towers.tower import Encoded, Tower, TowerInputs
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +105,8 @@ def write_cache(
     plan = plan_of(recipe, top_k)
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
     check_folder(live, folder, plan)
-    teacher = load_teacher(live)
+    ((_, teacher),) = load_teachers(live).items()
+    teacher = teacher.running()
     facts: dict[str, Any] = {"folder": str(folder)}
     if plan.samples:
         facts["forecast"] = forecast_of(plan, teacher)
@@ -111,23 +124,26 @@ def write_cache(
 
 
 def plan_of(recipe: Recipe, top_k: int | None) -> Plan:
-    """Raises DataError for a recipe without a teacher or whose terms compare with none."""
-    if recipe.teacher is None:
-        raise RecipeError("this recipe has no teacher whose word could be kept")
-    terms = {name: terms_of(stage.terms) for name, stage in recipe.stages.items()}
-    rows = row_stages(recipe)
-    if not rows and not any(t.is_preference for own in terms.values() for t in own):
+    """Raises DataError for a recipe without a teacher, or with several, or whose terms compare with none."""
+    if len(recipe.teacher_specs) != 1:
+        count = "no teacher" if not recipe.teacher_specs else f"{len(recipe.teacher_specs)} teachers"
+        raise RecipeError(f"this recipe has {count}; a cache keeps the signals of one, so there is nothing to cache")
+    ((name, opening),) = openings(recipe).items()
+    rows = {stage: recipe.stages[stage] for stage, terms in opening.terms.items() if terms}
+    if not rows and not any(t.needs_pairs for t in recipe.all_terms().values()):
         raise RecipeError("no term of this recipe compares with the teacher, so there is nothing to keep")
-    switched = [f"{name}.{t.name}" for name, own in terms.items() for t in own if t.path == "switch"]
+    terms = [term for own in opening.terms.values() for term in own]
+    switched = [f"{stage}.{t.name}" for stage, own in opening.terms.items() for t in own if t.switched]
     if switched:
         logger.info("%s: the switched pass goes through the teacher anew in each step", ", ".join(switched))
-    streamed = [name for name in rows if stage_stream(recipe, recipe.stages[name]) is not None]
+    streamed = [stage for stage, spec in rows.items() if stage_stream(spec, recipe.seed, recipe.data_root) is not None]
     if streamed:
         raise RecipeError(f"stages {', '.join(streamed)} read streams, which have no end; write their samples down to cache them")
-    of_rows = [t for name in rows for t in terms[name] if t.needs_teacher and not t.is_preference]
-    samples = {(text_key(s), tuple(i.key for i in s.images)): s for stage in rows.values() for s in stage_samples(recipe, stage)}
-    features = any(t.kind == "feature_match" for t in of_rows)
-    return Plan(list(samples.values()), sorted(positions_of(of_rows)), features, wanted(recipe)["precision"], top_k)
+    samples = {(text_key(s), tuple(i.key for i in s.images)): s for spec in rows.values() for s in stage_samples(recipe, spec)}
+    features = any(t.asks("teacher.features") for t in terms)
+    positions = sorted(frozenset().union(*(t.teacher_positions for t in terms)))
+    precision = wanted(recipe.teacher_specs[name], opening)["precision"]
+    return Plan(list(samples.values()), positions, features, precision, top_k)
 
 
 # ---- forecast --------------------------------------------------------------------------------------------------------
@@ -143,7 +159,7 @@ def forecast_of(plan: Plan, teacher: Tower) -> Forecast:
     fit, *_ = np.linalg.lstsq(_facts(known), rows, rcond=None)
     total = max(0.0, float((_facts(plan.samples) @ fit).sum()))
     encoded = _encoded(teacher, known)
-    probe = Said.join(said_of(plan, teacher, encoded))
+    probe = StoredRows.join(stored_of(plan, teacher, encoded))
     parts = (probe.kinds, probe.tokens, probe.scores, *probe.signal.values())
     row = sum(t[0].numel() * t.element_size() for t in parts if len(t))
     images = sum(len(s.images) for s in plan.samples)
@@ -202,7 +218,8 @@ def check_space(folder: Path, forecast: Forecast) -> None:
 
 
 def about_of(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    return wanted(recipe) | {"top_k": plan.top_k, "rows": plan.positions, "features": plan.features}
+    ((name, spec),) = recipe.teacher_specs.items()
+    return wanted(spec, openings(recipe)[name]) | {"top_k": plan.top_k, "rows": plan.positions, "features": plan.features}
 
 
 def check_folder(recipe: Recipe, folder: Path, plan: Plan) -> None:
@@ -271,8 +288,8 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
             if new:
                 keys, texts, encoded = zip(*new.values(), strict=True)
                 checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
-                for key, text, said in zip(keys, texts, said_of(plan, teacher, encoded), strict=True):
-                    writer.add(key, text, said)
+                for key, text, stored in zip(keys, texts, stored_of(plan, teacher, encoded), strict=True):
+                    writer.add(key, text, stored)
             done += len(new)
             bar.update(len(items))
     writer.close()
@@ -294,7 +311,7 @@ def rows_of(plan: Plan, inputs: TowerInputs) -> Tensor:
     return kinds
 
 
-def said_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[Said]:
+def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[StoredRows]:
     """What the teacher says of some samples, one entry each."""
     inputs = teacher.collate(encoded)
     kinds = rows_of(plan, inputs)  # [B, L]
@@ -314,17 +331,17 @@ def said_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[Said
         ).float().cpu()
         signal = {"hidden": hidden} if plan.top_k is None else top_rows(hidden, head, vocabulary, plan.top_k)
     signal = {name: tensor.cpu() for name, tensor in signal.items()}
-    return _by_sample(plan, inputs, where, Said(kinds[where], tokens.int(), scores, signal, []), [f.cpu() for f in seen.features])
+    return _by_sample(plan, inputs, where, StoredRows(kinds[where], tokens.int(), scores, signal, []), [f.cpu() for f in seen.features])
 
 
-def _by_sample(plan: Plan, inputs: TowerInputs, where: Tensor, said: Said, features: list[Tensor]) -> list[Said]:
+def _by_sample(plan: Plan, inputs: TowerInputs, where: Tensor, stored: StoredRows, features: list[Tensor]) -> list[StoredRows]:
     found, row, image = [], 0, 0
     for count, visual, images in zip(where.sum(1).tolist(), inputs.visual.sum(1).tolist(), inputs.images, strict=True):
         rows = slice(row, row + count)
         per_image = [visual // images] * images if images and "visual" in plan.positions else []
         own = features[image : image + images] if plan.features else []
-        signal = {name: tensor[rows] for name, tensor in said.signal.items()}
-        found.append(Said(said.kinds[rows], said.tokens[rows], said.scores[rows], signal, per_image, own))
+        signal = {name: tensor[rows] for name, tensor in stored.signal.items()}
+        found.append(StoredRows(stored.kinds[rows], stored.tokens[rows], stored.scores[rows], signal, per_image, own))
         row, image = row + count, image + images
     return found
 
@@ -354,11 +371,11 @@ def _fill_references(recipe: Recipe, folder: Path, teacher: Tower, batch_size: i
     """Log-probabilities of the preference stages' pairs; returns how many the teacher read."""
     read = 0
     for stage in recipe.stages.values():
-        terms = terms_of(stage.terms)
-        if not any(t.is_preference for t in terms):
+        terms = build_terms(stage.terms)
+        if not any(t.needs_pairs for t in terms):
             continue
         samples = stage_samples(recipe, stage)
-        student = build_student(recipe, teacher, [t.text for s in samples for t in s.turns])
+        student = build_student(recipe, as_teachers(teacher), texts_of({"": samples}))
         pairs = PreferenceDataset(samples, student, None, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)))
         read += fill_reference(
             pairs, teacher, folder / "references", batch_size=batch_size, chunk_bytes=recipe.chunk_bytes,

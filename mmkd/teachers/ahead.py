@@ -1,47 +1,35 @@
-"""The teacher's pass over the next micro-batch, begun before the student works on this one.
+"""The teachers' passes over the next micro-batch, begun before the student works on this one.
 
-On CUDA it runs on a stream of its own: a large teacher's kernels fill the device while the host still hands out the many small
+On CUDA they run on a stream of their own: a large teacher's kernels fill the device while the host still hands out the many small
 ones of a tiny student. Elsewhere the passes come one after another, in this order. The price is memory: the teacher's
 activations stand beside the student's, and what it says of one more micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkd.towers.tower import Seen
-
-if TYPE_CHECKING:
-    from mmkd.train.collate import Batch
-    from mmkd.train.distiller import Distiller
-
-
-@dataclass
-class TeacherPass:
-    """What the teacher made of a batch."""
-
-    seen: Seen
-    hidden: Tensor | None  # [B, L, Dt]; None where terms compare vision features only
-    shared: bool  # whether the features are the student's too
-
 
 class Ahead:
-    """Gives micro-batches on the device with the teacher's pass over them."""
+    """Gives micro-batches on the device with the teachers' passes over them.
 
-    def __init__(self, distiller: Distiller, device: torch.device, half: bool):
-        """half: whether the pass is under bfloat16 autocast, as the step is."""
-        self.distiller, self.device, self.half = distiller, device, half
+    prefetch: a batch on the device -> the same with the passes in it (`Distiller.prefetch`).
+    half: whether the passes are under bfloat16 autocast, as the step is.
+    """
+
+    def __init__(self, prefetch: Callable[[Any], Any], device: torch.device, half: bool):
+        self.prefetch, self.device, self.half = prefetch, device, half
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._begun: tuple[Batch, Batch] | None = None  # as it came from the loader, and with the pass
+        self._begun: tuple[Any, Any] | None = None  # as it came from the loader, and with the pass
 
-    def take(self, batch: Batch, following: Batch | None) -> Batch:
-        """The batch with the teacher's pass over it, done or under way, after that over the `following` one has begun."""
+    def take(self, batch: Any, following: Any | None) -> Any:
+        """The batch with the pass over it, done or under way, after that over the `following` one has begun."""
         begun, self._begun = self._begun, None
         ready = begun[1] if begun is not None and begun[0] is batch else self._begin(batch)
         if self.stream is not None:
@@ -54,11 +42,11 @@ class Ahead:
             self._begun = (following, self._begin(following))
         return ready
 
-    def _begin(self, batch: Batch) -> Batch:
+    def _begin(self, batch: Any) -> Any:
         with self._aside():
             moved = batch.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
-                return replace(moved, ahead=self.distiller.teacher_pass(moved))
+                return self.prefetch(moved)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -169,7 +169,7 @@ class About:
 
 
 @dataclass
-class Said:
+class StoredRows:
     """What the teacher says on some rows of a sample or of a batch, in the order of the samples and of their tokens."""
 
     kinds: Tensor  # [N] uint8, bits of KINDS; on the CPU
@@ -180,11 +180,11 @@ class Said:
     features: list[Tensor] = field(default_factory=list)  # vision features of each image [n_i, Dv], if kept
     lengths: list[int] = field(default_factory=list)  # rows of each sample of a batch
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Said:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StoredRows:
         move = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.signal.items()}
         return replace(self, signal=move, features=[f.to(device, non_blocking=non_blocking) for f in self.features])
 
-    def pin_memory(self) -> Said:
+    def pin_memory(self) -> StoredRows:
         pinned = {name: tensor.pin_memory() for name, tensor in self.signal.items()}
         return replace(self, signal=pinned, features=[f.pin_memory() for f in self.features])
 
@@ -203,10 +203,10 @@ class Said:
         return {n: t.index_select(0, index.to(t.device, non_blocking=True)) for n, t in self.signal.items()}
 
     @staticmethod
-    def join(parts: Sequence[Said]) -> Said:
+    def join(parts: Sequence[StoredRows]) -> StoredRows:
         """The rows of several samples behind one another."""
         names = parts[0].signal
-        return Said(
+        return StoredRows(
             torch.cat([p.kinds for p in parts]),
             torch.cat([p.tokens for p in parts]),
             torch.cat([p.scores for p in parts]),
@@ -236,7 +236,7 @@ class ShardWriter:
         self.partial = self.folder / f".rank_{rank}.partial"
         self.shard_bytes = shard_bytes
         self.rows = self.bytes = 0  # written so far
-        self._entries: list[tuple[bytes, bytes, Said]] = []
+        self._entries: list[tuple[bytes, bytes, StoredRows]] = []
         self._size, self._since = 0, time.monotonic()
         self._lock = (self.folder / f".rank_{rank}.lock").open("w")
         try:
@@ -246,9 +246,9 @@ class ShardWriter:
                 f"another process writes to {self.folder} as number {rank}; give each process its RANK and all of them WORLD_SIZE"
             ) from error
 
-    def add(self, key: bytes, text: bytes, said: Said) -> None:
-        self._entries.append((key, text, said))
-        tensors = [*said.signal.values(), *said.features]
+    def add(self, key: bytes, text: bytes, stored: StoredRows) -> None:
+        self._entries.append((key, text, stored))
+        tensors = [*stored.signal.values(), *stored.features]
         self._size += sum(t.numel() * t.element_size() for t in tensors)
         if self._size >= self.shard_bytes or time.monotonic() - self._since > SHARD_SECONDS:
             self.flush()
@@ -260,7 +260,7 @@ class ShardWriter:
             with self.partial.open("rb") as file:
                 os.fsync(file.fileno())
             self.bytes += self.partial.stat().st_size
-            self.rows += sum(len(said.kinds) for _, _, said in self._entries)
+            self.rows += sum(len(stored.kinds) for _, _, stored in self._entries)
             os.replace(self.partial, self.folder / f"{uuid.uuid4().hex}.safetensors")
         self._entries, self._size, self._since = [], 0, time.monotonic()
 
@@ -269,16 +269,16 @@ class ShardWriter:
         self._lock.close()
 
 
-def _packed(entries: Sequence[tuple[bytes, bytes, Said]]) -> dict[str, Tensor]:
+def _packed(entries: Sequence[tuple[bytes, bytes, StoredRows]]) -> dict[str, Tensor]:
     """The tensors of a shard of S samples, N rows, I images."""
-    joined = Said.join([said for _, _, said in entries])
+    joined = StoredRows.join([stored for _, _, stored in entries])
     tensors = {
         "key": _bytes([key for key, _, _ in entries]),  # [S, 16]
         "text": _bytes([text for _, text, _ in entries]),  # [S, 16]
-        "rows": torch.tensor([len(said.kinds) for _, _, said in entries]),  # [S]
-        "images": torch.tensor([len(said.images) for _, _, said in entries]),  # [S]
+        "rows": torch.tensor([len(stored.kinds) for _, _, stored in entries]),  # [S]
+        "images": torch.tensor([len(stored.images) for _, _, stored in entries]),  # [S]
         "image_rows": torch.tensor(joined.images, dtype=torch.long),  # [I]
-        "features_of": torch.tensor([len(said.features) for _, _, said in entries]),  # [S]
+        "features_of": torch.tensor([len(stored.features) for _, _, stored in entries]),  # [S]
         "feature_rows": torch.tensor([len(f) for f in joined.features], dtype=torch.long),  # [F]
         "kinds": joined.kinds,
         "tokens": joined.tokens,
@@ -326,7 +326,7 @@ class TeacherCache:
         place = _found(self._keys, key)
         return None if place is None else int(self._order[place])
 
-    def entry(self, key: bytes, positions: Iterable[str], features: bool = False) -> Said | None:
+    def entry(self, key: bytes, positions: Iterable[str], features: bool = False) -> StoredRows | None:
         """The rows of these kinds of one sample, from the memory-mapped shard; None if it is not here."""
         number = self._find(key)
         if number is None:
@@ -335,24 +335,24 @@ class TeacherCache:
         shard = _open_shard(str(self.paths[place.shard]), os.getpid())
         names = ("kinds", "tokens", "scores", *self.about.signals)
         read = {name: shard.get_slice(name)[place.row : place.row + place.rows] for name in names}
-        said = Said(*(read.pop(name) for name in names[:3]), read, place.image_rows)
+        stored = StoredRows(*(read.pop(name) for name in names[:3]), read, place.image_rows)
         if features and place.feature_rows:
             whole = shard.get_slice("features")[place.feature : place.feature + sum(place.feature_rows)]
-            said.features = list(whole.split(place.feature_rows))
-        return _cut(said, positions)
+            stored.features = list(whole.split(place.feature_rows))
+        return _cut(stored, positions)
 
     def missing(self, samples: Sequence[Sample]) -> list[Sample]:
         """Samples whose texts the cache does not know; pictures are looked at when they are needed."""
         return [sample for sample in samples if not self.has_text(text_key(sample))]
 
 
-def _cut(said: Said, positions: Iterable[str]) -> Said:
-    where = said.where(positions)
+def _cut(stored: StoredRows, positions: Iterable[str]) -> StoredRows:
+    where = stored.where(positions)
     if bool(where.all()):
-        return said
-    signal = {name: tensor[where] for name, tensor in said.signal.items()}
-    images = said.images if "visual" in set(positions) else []
-    return Said(said.kinds[where], said.tokens[where], said.scores[where], signal, images, said.features)
+        return stored
+    signal = {name: tensor[where] for name, tensor in stored.signal.items()}
+    images = stored.images if "visual" in set(positions) else []
+    return StoredRows(stored.kinds[where], stored.tokens[where], stored.scores[where], signal, images, stored.features)
 
 
 @dataclass

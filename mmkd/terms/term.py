@@ -1,72 +1,33 @@
-"""Terms of the training loss: what each one needs, on which positions it counts, and how it is weighted.
+"""A term of the training loss: a declared object that says what it needs and gives a sum.
 
-A row term is a pure function of `mmkd.losses` on logit rows. The distiller takes the union of what the terms need, runs
-each pass once, and hands all row terms to the row engine together. A new method is a function and an entry here.
+A new method is one class in one file of this package, or in a module of a user's own:
+
+    @register("terms", "total_variation")
+    @dataclass(frozen=True)
+    class TotalVariation(RowTerm):
+        '''Half the L1 distance of the two distributions.'''
+
+        temperature: float = 1.0          # fields are the options of a recipe
+
+        def row_loss(self, signals=None):
+            return lambda student, teacher, targets: ...     # [r, V], [r, V], [r] -> [r]
+
+Nobody outside a term's own file knows its name: the distiller, the checks before step 1, caches, the plan and the estimate ask
+the declarations below.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmkd import losses
-from mmkd.losses.features import DISTANCES
-from mmkd.losses.preference import FORMS
-from mmkd.losses.relation import SOURCES
-
-
-@dataclass(frozen=True)
-class TermKind:
-    """What a kind of term is: its function, and what it cannot do without."""
-
-    function: Callable[..., Any]  # a row-loss class for the row engine, else a function of one image's tensors
-    teacher: bool = True  # compares with the teacher
-    rows: bool = True  # a function of logit rows, computed by the row engine
-    preference: bool = False  # a function of the log-probabilities of a chosen and a rejected answer, [B] each
-    given: tuple[str, ...] = ()  # keyword arguments that the distiller gives, no options
-    choices: dict[str, Sequence[str]] = field(default_factory=dict)  # options that are words: which
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Keyword arguments that a recipe may set."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is not inspect.Parameter.empty and p.name not in self.given)
-
-
-KINDS: dict[str, TermKind] = {
-    "cross_entropy": TermKind(losses.CrossEntropy, teacher=False),
-    "forward_kl": TermKind(losses.ForwardKL),
-    "reverse_kl": TermKind(losses.ReverseKL),
-    "jsd": TermKind(losses.JSD),
-    "dbild": TermKind(losses.DBiLD),
-    "relation": TermKind(losses.relation_from_hidden, rows=False, choices={"source": SOURCES}),
-    "feature_match": TermKind(losses.feature_match, rows=False, choices={"distance": DISTANCES}),
-    "spans": TermKind(losses.spans, rows=False),
-    "contrastive": TermKind(losses.contrastive, teacher=False, rows=False),
-    "tags": TermKind(losses.tags, teacher=False, rows=False),
-    "dpo": TermKind(losses.dpo, rows=False, preference=True, choices={"form": FORMS}),
-    "kto_pair": TermKind(losses.kto_pair, rows=False, preference=True, given=("kl",)),
-    "load_balance": TermKind(losses.balance_of_layers, teacher=False, rows=False),
-}
-
-# Rows that predict the response or the prompt's text; rows of visual tokens; rows that hold the response's tokens (the mask
-# without its shift, as LLaVA-MoD's code has it); response and prompt; everything but padding.
-POSITIONS = ("response", "prompt", "visual", "answer", "text", "all")
-PATHS = ("student", "switch")
-REDUCTIONS = ("mean", "sum")
-
-
-def rows_at(inputs: Any, positions: str) -> Tensor:
-    """The rows of a batch (TowerInputs) that a term's `positions` names. [B, L] bool"""
-    if positions == "text":
-        return inputs.response | inputs.prompt
-    if positions == "all":
-        return inputs.attention_mask.bool()
-    return getattr(inputs, positions)
+from mmkd.engine import rows as engine
+from mmkd.teachers.teacher import Gives, Teacher
+from mmkd.terms.signals import Signals
+from mmkd.towers.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -84,54 +45,278 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Term:
-    """One term of one stage.
+class Place:
+    """Where a recipe puts a term.
 
-    name: what it is called in logs and on the command line.  kind: an entry of KINDS.
+    name: what it is called in logs and on the command line.  kind: its name in the registry.
     positions: the positions whose rows count.  path: whose rows they are, the student's or those of the visual switch.
     bridge: for the switch, whether a trained linear map may stand between encoders of different width.
     reduction: of a row term, "mean" over its rows, or their "sum" in each sample and the mean over samples.
+    teacher: the name of the teacher that it compares with; None for the only one.
     """
 
-    name: str
-    kind: str
-    weight: Schedule
+    name: str = ""
+    kind: str = ""
+    weight: Schedule = Schedule(1.0, 1.0)
     positions: str = "response"
     path: str = "student"
     bridge: bool = False
-    options: tuple[tuple[str, Any], ...] = ()
     reduction: str = "mean"
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a term is checked against before step 1.
+
+    sparse: whether the student has experts in this stage.
+    """
+
+    student: Tower
+    teacher: Teacher | None
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of one stage. Subclasses are frozen dataclasses; their fields are the options that a recipe may set."""
+
+    place: Place = field(default=Place(), kw_only=True, repr=False)
+
+    not_options: ClassVar[tuple[str, ...]] = ("place",)
+    needs: ClassVar[tuple[str, ...]] = ()  # names of mmkd.terms.signals.SIGNALS
+    count: ClassVar[str] = "sample"  # which global count divides the sum, see mmkd.engine.positions
+    same_tokens: ClassVar[bool] = True  # student and teacher must predict the same answer tokens
+    memory_factor: ClassVar[int] = 6  # float32 tensors [rows, V] that a naive computation keeps beside the logits
+
+    # ---- what is asked ----
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    @property
+    def kind(self) -> str:
+        return self.place.kind
+
+    def asks(self, signal: str) -> bool:
+        """Whether it needs a signal, or any of a side ("teacher")."""
+        return any(need == signal or need.partition(".")[0] == signal for need in self.needs)
 
     @property
     def needs_teacher(self) -> bool:
-        return KINDS[self.kind].teacher
+        """Whether the SFT control, which has no teacher, must do without it."""
+        return self.asks("teacher") or self.asks("switch") or self.asks("pair")
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it compares a chosen with a rejected answer; its teacher is then a kept reference, not a live one."""
+        return self.asks("pair")
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the teacher must give something in each step."""
+        return self.asks("teacher") or self.asks("switch")
 
     @property
     def is_row_term(self) -> bool:
-        return KINDS[self.kind].rows
+        return False
 
     @property
-    def is_preference(self) -> bool:
-        """Whether it compares a chosen with a rejected answer; its teacher is a cached reference, not a live one."""
-        return KINDS[self.kind].preference
+    def switched(self) -> bool:
+        return self.asks("switch")
 
     @property
-    def count(self) -> str:
-        """Which global count divides the term's sum."""
-        if self.is_preference:
-            return "pair"
-        if self.kind == "load_balance":
-            return "token"
-        if self.kind == "spans":
-            return "response"
-        if not self.is_row_term:
-            return "pictured" if self.kind in ("contrastive", "tags") else "image"
-        if self.reduction == "sum":
-            return "pictured" if self.path == "switch" else "sample"
-        if self.path == "switch":
-            return "switch" if self.positions == "response" else f"switch_{self.positions}"
-        return self.positions
+    def compares_features(self) -> bool:
+        """Whether features of one tower stand beside, or in the place of, the other's."""
+        return self.asks("teacher.features") or self.switched
 
-    def row_loss(self) -> Callable[..., Any]:
-        """(student logits [r, V], teacher logits [r, V] or None, targets [r]) -> [r]"""
-        return KINDS[self.kind].function(**dict(self.options))
+    @property
+    def positions(self) -> str:
+        return self.place.positions
+
+    @property
+    def teacher_positions(self) -> frozenset[str]:
+        """Kinds of rows at which it reads the teacher."""
+        return frozenset({"visual"} if self.asks("teacher.visual_rows") else ())
+
+    @property
+    def visual_counts_agree(self) -> bool:
+        """Whether both towers must have as many visual tokens."""
+        return bool(self.teacher_positions & {"visual", "all"})
+
+    # ---- what a method fills in ----
+
+    def errors(self) -> list[str]:
+        """What is wrong with its options or its place, known from the recipe alone."""
+        return []
+
+    def check(self, pair: Pair) -> list[str]:
+        """What makes it impossible for this student, teacher and stage; said before step 1."""
+        return []
+
+    def check_step(self, micro_batches: int, processes: int) -> list[str]:
+        """What makes it impossible in steps of so many micro-batches and processes."""
+        return []
+
+    def refusal(self, gives: Gives) -> str | None:
+        """Why a teacher that gives no more than this cannot serve it; None if it can.
+
+        The default compares `needs` with what is given; a term overrides it to add a reason of its own.
+        """
+        return gives.lacks(self.needs, self.teacher_positions)
+
+    def extra(self, pair: Pair) -> nn.Module | None:
+        """What it trains (parameters) or carries from step to step (buffers) beside the student; saved in checkpoints."""
+        return None
+
+    def prepare(self, pair: Pair) -> Any:
+        """What it computes once from the two towers (an alignment of tokenizers); read as `signals.prepared`."""
+        return None
+
+    def loss(self, signals: Signals) -> Tensor:
+        """The sum that `count` divides. A scalar with gradient to the student and to `extra`."""
+        raise TypeError(f"{type(self).__name__} is no loss of whole samples; it is computed by the row engine")
+
+    def dummy(self, signals: Signals, features: Tensor) -> Tensor:
+        """A zero loss that still uses the parameters of `extra`, for a micro-batch without pictures among processes that
+        keep step. features: of a black picture, [n, Dv]."""
+        return sum((p.sum() * 0.0 for p in signals.extra.parameters()), signals.zero) if signals.extra else signals.zero
+
+    @property
+    def has_step_sums(self) -> bool:
+        """Whether `step_sums` is asked before a step that more than one micro-batch shares."""
+        return type(self).step_sums is not Term.step_sums
+
+    def step_sums(self, signals: Signals) -> Tensor:
+        """What the term must know of the whole step before its loss: sums over this micro-batch, without gradient. [k]
+
+        They are added up over micro-batches and processes and read as `signals.step_sums`; None there where the batch is the
+        whole step.
+        """
+        raise TypeError(f"{type(self).__name__} has no sums over a step")
+
+    @property
+    def has_state(self) -> bool:
+        """Whether `update` is called after each optimiser step."""
+        return type(self).update is not Term.update
+
+    def update(self, extra: nn.Module, mean: float, progress: float) -> None:
+        """After each optimiser step, with the term's mean over the whole step: the same number on all ranks."""
+
+
+@dataclass(frozen=True)
+class RowTerm(Term):
+    """A loss on logit rows, computed by the row engine (`mmkd/engine/rows.py`) together with the others of its group."""
+
+    teacher_logits: ClassVar[bool] = True  # compares with the teacher's logits
+
+    @property
+    def is_row_term(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        own = ("switch.rows", "student.features") if self.place.path == "switch" else ("student.rows",)
+        return (*own, "teacher.rows") if self.teacher_logits else own
+
+    @property
+    def count(self) -> str:  # type: ignore[override]
+        place = self.place
+        if place.reduction == "sum":
+            return "pictured" if place.path == "switch" else "sample"
+        if place.path == "switch":
+            return "switch" if place.positions == "response" else f"switch_{place.positions}"
+        return place.positions
+
+    @property
+    def teacher_positions(self) -> frozenset[str]:
+        return frozenset({self.positions} if self.teacher_logits else ())
+
+    def errors(self) -> list[str]:
+        """Where its rows have no target or cannot be switched, and what its loss refuses of the options."""
+        found = []
+        if self.place.path == "switch" and not self.teacher_logits:
+            found.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
+        if not self.teacher_logits and self.positions not in ("response", "prompt", "text"):
+            found.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
+        try:
+            self.row_loss()
+        except ValueError as error:
+            found.append(str(error))
+        return found
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        """`(student logits [r, V], teacher logits [r, V] or None, targets [r]) -> [r]`; see `mmkd.engine.rows.RowTerm`.
+
+        signals: for a loss that reads state; None when only the options are checked.
+        """
+        raise TypeError(f"{type(self).__name__} has no row_loss")
+
+    def top_k_loss(self) -> Callable[..., Any] | str:
+        """The row loss against a teacher of which the k likeliest tokens are known, or why there is none."""
+        return f"{self.kind} needs all of the teacher's logits"
+
+    def row_weights(self, signals: Signals, rows: Rows) -> Tensor | None:
+        """A factor of each row's value and gradient, [R]; None for 1."""
+        return None
+
+    def extras(self, signals: Signals, rows: Rows) -> tuple[Tensor, ...]:
+        """Tensors [R, ...] that the loss takes too, row by row."""
+        return ()
+
+    def refusal(self, gives: Gives) -> str | None:
+        lacking = super().refusal(gives)
+        if lacking is None and gives.top_k is not None and self.teacher_logits and isinstance(why := self.top_k_loss(), str):
+            return f"{why}, {gives.name} has {gives.mode}"
+        return lacking
+
+    def engine_term(self, rows: Rows, weight: float, signals: Signals) -> engine.RowTerm:
+        """The term for the row engine; against a top-k teacher it reads what is kept, not the teacher's logits."""
+        mask, factors = rows.mask(self.positions), self.row_weights(signals, rows)
+        if self.teacher_logits and "hidden" not in rows.teacher:
+            top = (rows.teacher["ids"].long(), rows.teacher["log_probs"], rows.teacher["tail"])
+            extra = (*top, *self.extras(signals, rows))
+            return engine.RowTerm(self.name, weight, self.top_k_loss(), False, mask, factors, extra)
+        extra = self.extras(signals, rows)
+        return engine.RowTerm(self.name, weight, self.row_loss(signals), self.teacher_logits, mask, factors, extra)
+
+    def extra(self, pair: Pair) -> nn.Module | None:
+        """For the visual switch with `bridge`: the map between encoders of different width."""
+        if not self.place.bridge or pair.teacher is None:
+            return None
+        from mmkd.terms.bridge import Bridge
+
+        return Bridge(pair.student.feature_width, pair.teacher.feature_width)
+
+    def dummy(self, signals: Signals, features: Tensor) -> Tensor:
+        return signals.zero if signals.extra is None else signals.extra(features, len(features)).sum() * 0.0
+
+
+class Rows:
+    """Hidden rows of both towers at the positions that some terms name, before any head."""
+
+    def __init__(
+        self, student: Tensor, student_head: engine.Head, teacher: dict[str, Tensor], targets: Tensor, masks: dict[str, Tensor],
+        samples: Tensor,
+    ):
+        self.student = student  # [R, Ds]
+        self.student_head = student_head
+        self.teacher = teacher  # "hidden" [R, Dt], what a top-k cache keeps (`teachers.store.TOP_K`), or nothing
+        self.targets = targets  # [R]
+        self.samples = samples  # [R] which sample of the batch a row is of, on the CPU
+        self._masks = masks  # by kind of position, each [R] bool, on the CPU; a row may be of two kinds
+
+    def mask(self, positions: str) -> Tensor | None:
+        """Rows of a kind of position; None when all rows are."""
+        return None if len(self._masks) == 1 else self._masks[positions]
+
+
+def terms_of_teacher(terms: Sequence[Term], name: str, teachers: Collection[str]) -> list[Term]:
+    """The terms that compare with the teacher of this name, in each step; a term that names none has the only one."""
+    return [term for term in terms if term.reads_teacher and teacher_name(term, teachers) == name]
+
+
+def teacher_name(term: Term, teachers: Collection[str]) -> str:
+    """The name of the teacher that a term compares with."""
+    return term.place.teacher or next(iter(teachers), "teacher")

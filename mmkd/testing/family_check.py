@@ -139,7 +139,7 @@ def _check_one(family: str, pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from mmkd.testing import NO_SWITCH, check_tower
+    from mmkd.testing.contracts import NO_SWITCH, check_tower
     from mmkd.testing.tiny_families import tiny_family, why_no_tower
 
     if reason := why_no_tower(family):

@@ -46,6 +46,12 @@ class TowerInputs:
         pixels = {k: v.to(device, non_blocking=non_blocking) for k, v in self.pixels.items()}
         return replace(self, **move, pixels=pixels)
 
+    def pin_memory(self) -> TowerInputs:
+        """The batch in page-locked memory, from which `non_blocking` copies are."""
+        names = ("input_ids", "attention_mask", "targets", "visual")
+        pixels = {name: tensor.pin_memory() for name, tensor in self.pixels.items()}
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names}, pixels=pixels)
+
     @property
     def answer(self) -> Tensor:
         """Positions that hold a supervised token: one after those of `response`. [B, L] bool"""

@@ -1,90 +1,30 @@
-"""From raw samples to one batch for both towers: each tower prepares the SAME samples by its own processor."""
+"""From raw samples to one batch: student and teachers prepare the SAME samples, each by its own processor."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmkd.data.samples import Sample
+from mmkd.engine.positions import COUNTS
 from mmkd.errors import DataError, ImageError
-from mmkd.teachers.ahead import TeacherPass
-from mmkd.teachers.store import Said
-from mmkd.teachers.stored import CachedTower, Speaker
-from mmkd.terms.term import Term
+from mmkd.teachers.live import as_teachers
+from mmkd.teachers.teacher import Teacher, same_processor
+from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
+from mmkd.train.batch import Batch, Pair, TeacherBatch, TeacherPart
 
 logger = logging.getLogger(__name__)
 
-# Order of the count vector.
-COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample",
-          "switch_prompt", "switch_visual", "switch_token")  # fmt: skip
-
-
-@dataclass
-class Pair:
-    """One sample as both towers prepare it. `switch` is the teacher's with the student's number of visual tokens.
-
-    `said` stands for `teacher` where the teacher is a cache.
-    """
-
-    student: Encoded
-    teacher: Encoded | None = None
-    switch: Encoded | None = None
-    said: Said | None = field(default=None, kw_only=True)
-
-
-@dataclass
-class Batch:
-    """What the distiller gets. `counts` [len(COUNTS)] are this micro-batch's; the global ones divide the loss.
-
-    Counts stay on the CPU, and a batch on an accelerator keeps the one that it was moved from (`on_host`): which rows a term
-    names is asked there, since an answer from the accelerator would have to be waited for.
-    """
-
-    student: TowerInputs
-    teacher: TowerInputs | None
-    switch: TowerInputs | None
-    counts: Tensor
-    said: Said | None = field(default=None, kw_only=True)  # of a cached teacher, in place of `teacher`
-    ahead: TeacherPass | None = field(default=None, kw_only=True, repr=False)  # made before the step, see `Ahead`
-    host: Batch | None = field(default=None, kw_only=True, repr=False)
-
-    @property
-    def on_host(self) -> Batch:
-        return self if self.host is None else self.host
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        def move(x):
-            return None if x is None else x.to(device, non_blocking=non_blocking)
-
-        student = move(self.student)
-        teacher = student if self.teacher is self.student else move(self.teacher)
-        return Batch(student, teacher, move(self.switch), self.counts, said=move(self.said), host=self.on_host)
-
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which `non_blocking` copies are; the data loader calls it."""
-        student = _pinned(self.student)
-        teacher = student if self.teacher is self.student else _pinned(self.teacher)
-        said = None if self.said is None else self.said.pin_memory()
-        return replace(self, student=student, teacher=teacher, switch=_pinned(self.switch), said=said)
-
-
-def _pinned(inputs: TowerInputs | None) -> TowerInputs | None:
-    if inputs is None:
-        return None
-    names = ("input_ids", "attention_mask", "targets", "visual")
-    pixels = {name: tensor.pin_memory() for name, tensor in inputs.pixels.items()}
-    return replace(inputs, **{name: getattr(inputs, name).pin_memory() for name in names}, pixels=pixels)
-
 
 class PairDataset(Dataset):
-    """Samples prepared by both towers. Prepared samples are kept up to `memory` bytes, so later epochs cost nothing.
+    """Samples prepared by student and teachers. Prepared samples are kept up to `memory` bytes, so later epochs cost nothing.
 
     A picture that does not decode gives None, is counted in `skipped` and logged; more than `max_skipped` raise.
     """
@@ -93,7 +33,7 @@ class PairDataset(Dataset):
         self,
         samples: Sequence[Sample],
         student: Tower,
-        teacher: Tower | None,
+        teachers: Mapping[str, Teacher] | Teacher | Tower | None,
         terms: Sequence[Term],
         *,
         max_skipped: int = 0,
@@ -101,12 +41,12 @@ class PairDataset(Dataset):
         workers: int = 0,
     ):
         self.samples = samples
-        self.student, self.teacher = student, teacher
-        self.same = teacher is not None and same_processor(student, teacher)
+        self.student, self.teachers = student, as_teachers(teachers)
+        self.alike = {name: same_processor(student, teacher.body) for name, teacher in self.teachers.items()}
         self.terms = terms
-        self.speaker = Speaker(teacher, student, terms) if isinstance(teacher, CachedTower) else None
-        if self.speaker is not None:
-            self.speaker.check(samples)
+        self.terms_of = {name: terms_of_teacher(terms, name, self.teachers) for name in self.teachers}
+        for teacher in self.teachers.values():
+            teacher.check(samples)
         self.max_skipped = max_skipped
         self._unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # workers tell of theirs
         self.skipped: dict[str, str] = {}
@@ -117,7 +57,7 @@ class PairDataset(Dataset):
 
     @property
     def collator(self) -> Collator:
-        return Collator(self.student, self.teacher)
+        return Collator(self.student, self.teachers)
 
     @property
     def skipped_count(self) -> int:
@@ -135,13 +75,25 @@ class PairDataset(Dataset):
                 self._keep(index, pair)
         if pair is None:
             self._skip(index)
-        if pair is None or self.speaker is None:
+        if pair is None or not any(teacher.stored for teacher in self.teachers.values()):
             return pair
-        return replace(pair, said=self.speaker(index, self.samples[index], pair.student))
+        return self._with_stored(index, pair)
+
+    def _with_stored(self, index: int, pair: Pair) -> Pair:
+        """The pair with what is on disk of it, which is read anew each time."""
+        parts = {
+            name: replace(part, inputs=self._of_teacher(name, self.samples[index], pair.student, index))
+            if self.teachers[name].stored else part
+            for name, part in pair.teachers.items()
+        }  # fmt: skip
+        return replace(pair, teachers=parts)
+
+    def _of_teacher(self, name: str, sample: Sample, encoded: Encoded, index: int | None = None) -> object:
+        return self.teachers[name].prepare(sample, encoded, student=self.student, alike=self.alike[name], index=index)
 
     def _keep(self, index: int, pair: Pair) -> None:
         """Many questions are about one picture: equal pixels are kept once."""
-        for encoded in {id(e): e for e in (pair.student, pair.teacher, pair.switch) if e is not None}.values():
+        for encoded in _encoded_of(pair):
             for name, tensor in encoded.pixels.items():
                 digest = hashlib.blake2b(tensor.numpy().tobytes(), digest_size=16).digest()
                 if digest not in self._pixels:
@@ -163,16 +115,22 @@ class PairDataset(Dataset):
             student = self.student.encode(sample)
             if student.truncated:
                 self.truncated[sample.id] = student.truncated
-            switched = bool(student.images) and any(t.path == "switch" for t in self.terms)
-            if self.teacher is None or (self.speaker is not None and not switched):
-                return Pair(student)
-            teacher = student if self.same else self.teacher.encode(sample)
+            return Pair(student, {name: self._part(name, sample, student) for name in self.teachers})
         except ImageError as error:
             self.skipped[sample.id] = str(error)
             return None
-        self._check(student, teacher)
-        switch = self.teacher.with_visual_count(teacher, self.student.visual_count(student)) if switched else None
-        return Pair(student, teacher if self.speaker is None else None, switch)
+
+    def _part(self, name: str, sample: Sample, student: Encoded) -> TeacherPart:
+        """A sample as one teacher reads it; of a stored one, only what the visual switch needs."""
+        teacher, terms = self.teachers[name], self.terms_of[name]
+        switched = bool(student.images) and any(t.switched for t in terms)
+        if teacher.stored and not switched:
+            return TeacherPart()
+        own = student if self.alike[name] else teacher.body.encode(sample)
+        self._check(student, own, teacher, terms)
+        count = self.student.visual_count(student)
+        switch = teacher.body.with_visual_count(own, count) if switched else None
+        return TeacherPart(None if teacher.stored else own, switch)
 
     def _skip(self, index: int) -> None:
         error, seen = self.skipped[self.samples[index].id], bool(self._unreadable[index])
@@ -185,35 +143,43 @@ class PairDataset(Dataset):
                 f"{self.max_skipped} that guards.max_skipped_images allows; the last: {error}"
             )
 
-    def _check(self, student: Encoded, teacher: Encoded) -> None:
-        """The compared rows of both towers must be the same tokens, one for one; `spans` compares other tokens, too."""
-        if not any(t.kind == "spans" for t in self.terms):
-            self._check_answers(student, teacher)
-        if any(t.positions in ("prompt", "text", "all") and t.needs_teacher and t.path == "student" for t in self.terms):
-            self._check_prompts(student, teacher)
-        if any(t.positions in ("visual", "all") or t.kind == "relation" for t in self.terms):
-            n_s, n_t = self.student.visual_count(student), self.teacher.visual_count(teacher)
+    def _check(self, student: Encoded, own: Encoded, teacher: Teacher, terms: Sequence[Term]) -> None:
+        """The compared rows of both towers must be the same tokens, one for one, unless every term compares pieces of text."""
+        if all(t.same_tokens for t in terms):
+            _check_answers(student, own)
+        if any(t.teacher_positions & {"prompt", "text", "all"} and not t.switched for t in terms):
+            _check_prompts(student, own, self.student, teacher.body)
+        if any(t.visual_counts_agree for t in terms):
+            n_s, n_t = self.student.visual_count(student), teacher.body.visual_count(own)
             if n_s != n_t:
                 raise DataError(
                     f"sample {student.id!r} has {n_s} visual tokens in the student and {n_t} in the teacher; terms on visual "
                     "positions (and relation) need equal counts"
                 )
 
-    def _check_answers(self, student: Encoded, teacher: Encoded) -> None:
-        rows_s, rows_t = student.targets[student.targets >= 0], teacher.targets[teacher.targets >= 0]
-        if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
-            raise DataError(
-                f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
-                "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
-            )
 
-    def _check_prompts(self, student: Encoded, teacher: Encoded) -> None:
-        own, other = self.student.text_ids(student), self.teacher.text_ids(teacher)
-        if not torch.equal(own, other):
-            raise DataError(
-                f"sample {student.id!r} has {len(own)} text tokens in the student and {len(other)} in the teacher, or other "
-                "ones; terms on prompt positions that compare with the teacher need the same chat template"
-            )
+def _encoded_of(pair: Pair) -> list[Encoded]:
+    """What a pair holds of prepared samples, each once."""
+    parts = [encoded for part in pair.teachers.values() for encoded in (part.inputs, part.switch) if encoded is not None]
+    return list({id(encoded): encoded for encoded in (pair.student, *parts)}.values())
+
+
+def _check_answers(student: Encoded, teacher: Encoded) -> None:
+    rows_s, rows_t = student.targets[student.targets >= 0], teacher.targets[teacher.targets >= 0]
+    if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
+        raise DataError(
+            f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
+            "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
+        )
+
+
+def _check_prompts(student: Encoded, teacher: Encoded, own_tower: Tower, body: Tower) -> None:
+    own, other = own_tower.text_ids(student), body.text_ids(teacher)
+    if not torch.equal(own, other):
+        raise DataError(
+            f"sample {student.id!r} has {len(own)} text tokens in the student and {len(other)} in the teacher, or other "
+            "ones; terms on prompt positions that compare with the teacher need the same chat template"
+        )
 
 
 @dataclass
@@ -221,29 +187,38 @@ class Collator:
     """Pads pairs into a `Batch` and counts what the terms will divide by."""
 
     student: Tower
-    teacher: Tower | None
+    teachers: Mapping[str, Teacher] | Teacher | Tower | None
+
+    def __post_init__(self) -> None:
+        self.teachers = as_teachers(self.teachers)
 
     def __call__(self, pairs: Sequence[Pair | None]) -> dict[str, Batch]:
         kept = [pair for pair in pairs if pair is not None]
         if not kept:
             raise DataError(f"none of the {len(pairs)} images of a batch can be read; see the log for their names")
         student = self.student.collate([p.student for p in kept])
-        teacher = said = None
-        if isinstance(self.teacher, CachedTower):
-            said = Said.join([p.said for p in kept])
-        elif self.teacher is not None:
-            teacher = student if self._alike(kept) else self.teacher.collate([p.teacher for p in kept])
-        switched = [p.switch for p in kept if p.switch is not None]
-        switch = self.teacher.collate(switched) if switched else None
-        return {"batch": Batch(student, teacher, switch, _counts(student, switch), said=said)}
+        teachers = {name: self._of_teacher(name, kept, student) for name in kept[0].teachers}
+        batch = Batch(student, teachers, torch.zeros(len(COUNTS)))
+        batch.counts = counts_of(student, batch.switch)
+        return {"batch": batch}
 
-    def _alike(self, pairs: Sequence[Pair]) -> bool:
+    def _of_teacher(self, name: str, pairs: Sequence[Pair], student: TowerInputs) -> TeacherBatch:
+        teacher = self.teachers[name]
+        parts = [pair.teachers[name] for pair in pairs]
+        alike = self._alike(teacher, pairs, parts)
+        inputs = student if alike else teacher.collate([part.inputs for part in parts])
+        switched = [part.switch for part in parts if part.switch is not None]
+        return TeacherBatch(inputs, teacher.body.collate(switched) if switched else None)
+
+    def _alike(self, teacher: Teacher, pairs: Sequence[Pair], parts: Sequence[TeacherPart]) -> bool:
         """Whether one padded batch, and one copy to the device, serves both towers."""
-        padding = (self.student.pad_id, self.student.image_token_id) == (self.teacher.pad_id, self.teacher.image_token_id)
-        return padding and all(pair.teacher is pair.student for pair in pairs)
+        own, other = self.student, teacher.body
+        padding = (own.pad_id, own.image_token_id) == (other.pad_id, other.image_token_id)
+        return padding and all(part.inputs is pair.student for pair, part in zip(pairs, parts, strict=True))
 
 
-def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
+def counts_of(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
+    """[len(COUNTS)]"""
     counts = {
         "response": int(student.response.sum()),
         "prompt": int(student.prompt.sum()),
@@ -259,8 +234,3 @@ def _counts(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "switch_token": int(switch.attention_mask.sum()) if switch is not None else 0,
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])
-
-
-def same_processor(student: Tower, teacher: Tower) -> bool:
-    """Whether both towers prepare every sample alike, so that it need be done only once."""
-    return student.processor_fingerprint() == teacher.processor_fingerprint()

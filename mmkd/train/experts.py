@@ -15,40 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkd.errors import TowerError
-from mmkd.recipes.recipe import Recipe, StageSpec
-from mmkd.towers.experts import sparse_blocks
 from mmkd.towers.tower import Tower
-from mmkd.towers.upcycle import Receipt, sparse_config, upcycle
+from mmkd.towers.upcycle import Receipt, upcycle
+from mmkd.train.spec import StageSpec
 
 logger = logging.getLogger(__name__)
 
 LOGGED = "experts"  # key of a log row
 RECEIPT = "upcycle.json"  # in a stage's folder
-
-
-def check_experts(recipe: Recipe, student: Tower) -> None:
-    """Refuses, before hours of dense training, upcycling that will not work and a balance without experts.
-
-    Raises TowerError with the stage's name.
-    """
-    sparse = bool(sparse_blocks(student))
-    text = student.model.config.get_text_config()
-    for name, stage in recipe.stages.items():
-        if stage.upcycle is not None:
-            if sparse:
-                raise TowerError(f"stages.{name}.upcycle: the student has experts already; take this key out")
-            try:
-                sparse_config(text, **stage.upcycle.model_dump())
-            except TowerError as error:
-                raise TowerError(f"stages.{name}.upcycle: {error}") from error
-            sparse = True
-        balanced = [term for term, spec in stage.terms.items() if spec.kind == "load_balance"]
-        if balanced and not sparse:
-            raise TowerError(
-                f"stages.{name}.terms.{balanced[0]} balances experts, but the student has none in this stage; give it or an "
-                "earlier stage `upcycle: {experts: 4, top_k: 2}`"
-            )
 
 
 def upcycled(stage: StageSpec, student: Tower, seed: int) -> tuple[Tower, Receipt | None]:

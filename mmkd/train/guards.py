@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.errors import GuardError
 from mmkd.losses import CrossEntropy
+from mmkd.teachers.teacher import head_of
 from mmkd.towers.tower import Seen, Tower, TowerInputs
 from mmkd.train.collate import PairDataset
-from mmkd.train.distiller import Distiller, head_of
+from mmkd.train.distiller import Distiller
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,13 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     """Runs the guards on some training samples; returns what was measured, raises GuardError when one fails."""
     batch = dataset.collator(_some(dataset, samples))["batch"].to(distiller.tower.device)
     towers = {"student": (distiller.tower, batch.student)}
-    if batch.teacher is not None:
-        towers["teacher"] = (distiller.teacher, batch.teacher)
     facts: dict[str, float] = {}
-    if batch.said is not None:  # a cached teacher's pictures were checked when it was written
-        facts["teacher_loss"] = -float(batch.said.scores.sum()) / int(batch.said.where(["response"]).sum())
+    for name, part in batch.teachers.items():
+        teacher = distiller.teachers[name]
+        if not teacher.stored:
+            towers[name] = (teacher.running(), part.inputs)
+        elif (loss := teacher.answer_loss(part.inputs)) is not None:  # its pictures were checked when it was written
+            facts[f"{name}_loss"] = loss
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
@@ -35,11 +38,12 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
             permuted = answer_rows(tower, inputs, permute=True)
             facts[f"{role}_loss_permuted"] = answer_loss(tower, inputs, permuted)
             _check_pixels(role, hidden, permuted)
-    if any(t.path == "switch" or t.kind == "feature_match" for t in distiller.terms):
+    if any(t.compares_features for t in distiller.terms):
         for role, (tower, inputs) in towers.items():
             _check_projection(role, tower, inputs)
-    if teacher_is_better and "teacher_loss" in facts:
-        _check_teacher(facts)
+    if teacher_is_better:
+        for name in batch.teachers:
+            _check_teacher(name, facts)
     _log(distiller, facts)
     return facts
 
@@ -162,10 +166,11 @@ def _check_projection(role: str, tower: Tower, inputs: TowerInputs) -> None:
             )
 
 
-def _check_teacher(facts: dict[str, float]) -> None:
-    if facts["teacher_loss"] >= facts["student_loss"]:
+def _check_teacher(name: str, facts: dict[str, float]) -> None:
+    loss = facts.get(f"{name}_loss")
+    if loss is not None and loss >= facts["student_loss"]:
         raise GuardError(
-            f"the teacher's loss on the training answers ({facts['teacher_loss']:.3f}) is not below the untrained student's "
+            f"the {name}'s loss on the training answers ({loss:.3f}) is not below the untrained student's "
             f"({facts['student_loss']:.3f}): it was not loaded, does not know this task, or is asked in another template. "
             "Fine-tune it first; to train all the same set guards.teacher_is_better=false"
         )

@@ -15,21 +15,20 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainingArguments
 
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample
+from mmkd.engine.positions import COUNTS
 from mmkd.engine.rows import row_log_probs
 from mmkd.errors import DataError
-from mmkd.losses.preference import BETA
-from mmkd.terms.term import KINDS, Term
+from mmkd.teachers.teacher import head_of
 from mmkd.towers.experts import Routing, recorded_routing
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
-from mmkd.train.collate import COUNTS, Batch, Collator, Pair, PairDataset
-from mmkd.train.distiller import Distiller, Signals, head_of
-from mmkd.train.trainer import DistillTrainer
+from mmkd.train.batch import Batch, Pair
+from mmkd.train.collate import Collator, PairDataset
+from mmkd.train.signals import BatchSignals
 
 # ---- pairs of answers ------------------------------------------------------------------------------------------------
 
@@ -47,21 +46,19 @@ class PreferenceBatch(Batch):
     """A `Batch` of the chosen answers, and what is compared with them.
 
     reference: [B, 2] log-probabilities under the teacher, on the CPU as counts are.
-    kl: [2] paired KTO's reference points over the whole step; None where this batch is the whole step.
     """
 
     rejected: TowerInputs
     reference: Tensor
-    kl: Tensor | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
-        chosen = super().to(device, non_blocking)
-        rejected = replace(self.rejected, pixels={}).to(device, non_blocking=non_blocking)
-        rejected = replace(rejected, pixels=chosen.student.pixels)
-        return PreferenceBatch(
-            chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, self.reference, self.kl,
-            said=chosen.said, host=chosen.host,
-        )
+    @property
+    def tokens(self) -> int:
+        return super().tokens + int(self.on_host.rejected.attention_mask.sum())
+
+    def _moved(self, verb: str, *given: Any, **options: Any) -> PreferenceBatch:
+        chosen = super()._moved(verb, *given, **options)
+        rejected = getattr(replace(self.rejected, pixels={}), verb)(*given, **options)
+        return replace(chosen, rejected=replace(rejected, pixels=chosen.student.pixels))
 
 
 class PreferenceDataset(PairDataset):
@@ -73,7 +70,7 @@ class PreferenceDataset(PairDataset):
 
     @property
     def collator(self) -> PreferenceCollator:
-        return PreferenceCollator(self.student, self.teacher)
+        return PreferenceCollator(self.student, self.teachers)
 
     def __getitem__(self, index: int) -> PreferencePair | None:
         pair = super().__getitem__(index)
@@ -86,7 +83,7 @@ class PreferenceDataset(PairDataset):
         rejected = encode_rejected(self.student, sample, pair.student)
         if rejected.truncated:
             self.truncated[f"{sample.id} (rejected)"] = rejected.truncated
-        return PreferencePair(pair.student, pair.teacher, pair.switch, rejected)
+        return PreferencePair(pair.student, pair.teachers, rejected)
 
 
 def encode_rejected(tower: Tower, sample: Sample, chosen: Encoded) -> Encoded:
@@ -113,10 +110,7 @@ class PreferenceCollator(Collator):
         chosen.counts[COUNTS.index("pair")] = len(kept)
         rejected = collate_rejected(self.student, [pair.rejected for pair in kept], chosen.student)
         reference = torch.stack([pair.reference for pair in kept])  # [B, 2]
-        batch = PreferenceBatch(
-            chosen.student, chosen.teacher, chosen.switch, chosen.counts, rejected, reference, said=chosen.said
-        )
-        return {"batch": batch}
+        return {"batch": PreferenceBatch(chosen.student, chosen.teachers, chosen.counts, rejected, reference)}
 
 
 def collate_rejected(tower: Tower, rejected: Sequence[Encoded], chosen: TowerInputs) -> TowerInputs:
@@ -148,135 +142,41 @@ def last_answer(inputs: TowerInputs) -> Tensor:
     return response & (answer == answer[:, -1:])
 
 
-# ---- the loss --------------------------------------------------------------------------------------------------------
+# ---- signals ---------------------------------------------------------------------------------------------------------
 
 
-class PreferenceDistiller(Distiller):
-    """A `Distiller` whose batches are pairs of answers."""
+class PairSignals(BatchSignals):
+    """The passes over the chosen answers, and the log-probabilities of both."""
 
-    def forward(
-        self, batch: PreferenceBatch, counts: Tensor | None = None, progress: Tensor | float = 0.0, ratios_only: bool = False
-    ) -> Any:
-        """As `Distiller.forward`; with `ratios_only`, the summed log-ratios of chosen and rejected answers alone. [2]"""
-        if ratios_only:
-            return self.signals(batch).log_ratios.sum(1)
-        return super().forward(batch, counts, progress)
-
-    def signals(self, batch: PreferenceBatch) -> PreferenceSignals:
-        return PreferenceSignals(self, batch)
-
-    def _image_loss(self, signals: PreferenceSignals, term: Term) -> Tensor:
-        return signals.preference(term) if term.is_preference else super()._image_loss(signals, term)
-
-
-class PreferenceSignals(Signals):
-    """`Signals` of the chosen answers, and the log-probabilities of both."""
+    batch: PreferenceBatch
 
     @cached_property
     def log_probs(self) -> Tensor:
         """Of chosen and rejected answers under the student. [2, B]"""
-        batch, chunk_bytes = self.batch, self.distiller.chunk_bytes
+        batch, chunk_bytes = self.batch, self.chunk_bytes
         return torch.stack([
-            answer_log_probs(self.student, batch.student, self.student_hidden, chunk_bytes),
-            answer_log_probs(self.student, batch.rejected, self.rejected_read[0], chunk_bytes),
+            answer_log_probs(self.student, batch.student, self.hidden(), chunk_bytes),
+            answer_log_probs(self.student, batch.rejected, self._rejected[0], chunk_bytes),
         ])
 
     @cached_property
-    def rejected_read(self) -> tuple[Tensor, dict[int, Routing]]:
+    def _rejected(self) -> tuple[Tensor, dict[int, Routing]]:
         """Hidden states of the rejected answers, and how a sparse student routed them."""
         with recorded_routing(self.student) as routing:
-            return self.student.read(self.batch.rejected, self.student_seen), routing  # [B, Lr, D]
+            return self.student.read(self.batch.rejected, self.seen), routing  # [B, Lr, D]
 
-    def load_balance(self) -> Tensor:
-        """That of the chosen plus that of the rejected answers (as in LLaVA-MoD's code), each a mean over its own tokens."""
-        return super().load_balance() + self._balance(self.batch.rejected, self.rejected_read[1])
+    def routing(self) -> list[tuple[TowerInputs, dict[int, Routing]]]:
+        return [*super().routing(), (self.batch.rejected, self._rejected[1])]
 
     def routed(self) -> dict[int, Tensor]:
         """Places that experts got in both readings."""
         places = super().routed()
-        if places and "rejected_read" in self.__dict__:
+        if places and "_rejected" in self.__dict__:
             mask = self.batch.rejected.attention_mask.flatten().bool()
-            places = {layer: places[layer] + found.tokens(mask) for layer, found in self.rejected_read[1].items()}
+            places = {layer: places[layer] + found.tokens(mask) for layer, found in self._rejected[1].items()}
         return places
 
     @cached_property
     def reference(self) -> Tensor:
         """The same under the teacher. [2, B]"""
         return self.batch.reference.T.to(self.log_probs.dtype).to(self.log_probs.device)
-
-    @property
-    def log_ratios(self) -> Tensor:
-        """r(y) = log p_student(y) - log p_teacher(y) of chosen and rejected answers. [2, B]"""
-        return self.log_probs - self.reference
-
-    def preference(self, term: Term) -> Tensor:
-        """Sum over pairs of a preference term."""
-        options = dict(term.options)
-        self._observe(term.name, options.get("beta", BETA))
-        if term.kind == "kto_pair" and self.batch.kl is not None:
-            options["kl"] = self.batch.kl.to(self.log_probs.device).unbind()
-        values = KINDS[term.kind].function(*self.log_probs, *self.reference, **options)
-        return values.sum() * (self.log_probs.shape[1] / len(values))  # paired KTO gives two values a pair
-
-    def _observe(self, name: str, beta: float) -> None:
-        """Rewards `beta r(y)`, their margin, and the share of pairs in which the chosen one's is the higher."""
-        rewards = beta * self.log_ratios.detach()  # [2, B]
-        chosen, rejected = rewards
-        pairs = torch.tensor(float(len(chosen)))
-        self.observed |= {
-            f"{name}_margin": ((chosen - rejected).sum(), pairs),
-            f"{name}_accuracy": ((chosen > rejected).float().sum(), pairs),
-            f"{name}_chosen_reward": (chosen.sum(), pairs),
-            f"{name}_rejected_reward": (rejected.sum(), pairs),
-        }
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
-
-class PreferenceTrainer(DistillTrainer):
-    """The loop of a preference stage. Paired KTO needs means over the whole step: where micro-batches or processes share
-    a step, a pass without gradient finds them first, so that the split changes nothing (our choice; LLaVA-MoD's code takes
-    each micro-batch of a process for itself)."""
-
-    def __init__(self, distiller: PreferenceDistiller, *args: Any, **options: Any):
-        super().__init__(distiller, *args, **options)
-        self.kto = [term for term in distiller.terms if term.kind == "kto_pair"]
-        _check_kl(self.kto, self.args)
-
-    def _count_experts(self, model: nn.Module, batch: PreferenceBatch) -> None:
-        read = int(batch.student.attention_mask.sum()) + int(batch.rejected.attention_mask.sum())
-        self._experts.add(self.accelerator.unwrap_model(model).routed, read)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        counts = super()._get_num_items_in_batch(batch_samples, device)
-        if self.kto and (len(batch_samples) > 1 or self.args.world_size > 1):
-            kl = self._reference_points(batch_samples, float(counts[COUNTS.index("pair")]))
-            for inputs in batch_samples:
-                inputs["batch"].kl = kl
-        return counts
-
-    @torch.no_grad()
-    def _reference_points(self, batch_samples: list, pairs: float) -> Tensor:
-        """`max(0, mean r(y))` of the chosen and of the rejected answers of a step. [2]"""
-        model = self.model_wrapped
-        was_training = model.training
-        model.eval()
-        ratios = torch.zeros(2, device=self.args.device)
-        for inputs in batch_samples:
-            with self.compute_loss_context_manager():
-                ratios += model(**self._prepare_inputs(inputs), ratios_only=True)
-        model.train(was_training)
-        if self.args.world_size > 1:
-            ratios = self.accelerator.reduce(ratios, reduction="sum")
-        return (ratios / max(1.0, pairs)).clamp(min=0).cpu()
-
-
-def _check_kl(kto: Sequence[Term], arguments: TrainingArguments) -> None:
-    attached = [term.name for term in kto if not dict(term.options).get("detach_kl", True)]
-    if attached and arguments.gradient_accumulation_steps * arguments.world_size > 1:
-        raise DataError(
-            f"terms.{attached[0]}.detach_kl is false, but a step is {arguments.gradient_accumulation_steps} micro-batches in "
-            f"{arguments.world_size} processes, and a gradient cannot pass between them; use one process and "
-            "micro_batch_size = batch_size, or detach_kl: true"
-        )

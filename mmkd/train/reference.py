@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmkd.errors import DataError
+from mmkd.teachers.live import as_teachers
+from mmkd.teachers.teacher import Teacher, same_processor
+from mmkd.towers.loading import device_of_process
 from mmkd.towers.tower import Encoded, Tower
-from mmkd.train.collate import same_processor
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import (
     PreferenceDataset,
@@ -74,7 +76,8 @@ def _rows(path: Path) -> list[dict]:
 
 
 def fill_reference(
-    dataset: PreferenceDataset, teacher: Tower, folder: Path, *, batch_size: int, chunk_bytes: int, pixels_matter: bool = True
+    dataset: PreferenceDataset, teacher: Teacher | Tower, folder: Path, *, batch_size: int, chunk_bytes: int,
+    pixels_matter: bool = True,
 ) -> int:
     """Fills `dataset.reference` from the cache in `folder`, where missing by the teacher; returns how many pairs it read.
 
@@ -82,8 +85,9 @@ def fill_reference(
     (GuardError). Raises DataError for a pair whose answers are the same tokens.
     """
     rank, world = _processes()
+    (teacher,) = as_teachers(teacher).values()
     cache = LogProbCache(folder / teacher.fingerprint(), rank)
-    same = same_processor(dataset.student, teacher)
+    same = same_processor(dataset.student, teacher.body)
     dataset.reference.zero_()  # processes add up their shares
     mine = range(rank, len(dataset), world)
     read = 0
@@ -91,31 +95,31 @@ def fill_reference(
         for start in range(0, len(mine), batch_size):
             indices = list(mine[start : start + batch_size])
             pairs = {i: pair for i in indices if (pair := dataset[i]) is not None}
-            encoded = [_encode(dataset, i, pair, teacher, same) for i, pair in pairs.items()]
+            encoded = [_encode(dataset, i, pair, teacher.body, same) for i, pair in pairs.items()]
             keys = [[content_key(answer, chosen) for answer in (chosen, rejected)] for chosen, rejected in encoded]
             # A batch is read as a whole or not at all: what stands beside an answer may change its last bits.
             if any(key not in cache.values for both in keys for key in both):
                 first = pixels_matter and read == 0
-                cache.add(_read(teacher, encoded, keys, chunk_bytes, check=first))
+                cache.add(_read(teacher.running(), encoded, keys, chunk_bytes, check=first))
                 read += len(encoded)
             for i, both in zip(pairs, keys, strict=True):
                 dataset.reference[i] = torch.tensor([cache.values[key] for key in both], dtype=torch.float64)
             bar.update(len(indices))
     if world > 1:
-        _add_up(dataset.reference, teacher.device)
+        _add_up(dataset.reference, device_of_process())
     logger.info("reference: the teacher read %d of %d pairs, the others were in %s", read, len(mine), cache.folder)
     return read
 
 
 def _encode(
-    dataset: PreferenceDataset, index: int, pair: PreferencePair, teacher: Tower, same: bool
+    dataset: PreferenceDataset, index: int, pair: PreferencePair, body: Tower, same: bool
 ) -> tuple[Encoded, Encoded]:
     """(chosen, rejected) in the teacher's terms; the student's serve where both towers prepare alike."""
     if same:
         return pair.student, pair.rejected
     sample = dataset.samples[index]
-    chosen = teacher.encode(sample) if pair.teacher is None else pair.teacher
-    return chosen, encode_rejected(teacher, sample, chosen)
+    chosen = body.encode(sample)
+    return chosen, encode_rejected(body, sample, chosen)
 
 
 def content_key(answer: Encoded, chosen: Encoded) -> str:

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.towers.tower import Seen, Tower, TowerInputs
 
-if TYPE_CHECKING:
-    from mmkd.train.trainer import DistillTrainer
-
 ZERO_OF_WEIGHTS = 3  # the stage of DeepSpeed's ZeRO that spreads weights, not only gradients and optimiser
 BLANK = 64  # pixels a side of the picture that nobody looks at
 
 
-def held(model: nn.Module) -> Tensor:
+def zero_of_parameters(model: nn.Module) -> Tensor:
     """0, attached to every trained parameter."""
     return sum((p.flatten()[:1].sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(()))
 
 
-def look_at_nothing(tower: Tower) -> Seen:
+def dummy_forward(tower: Tower) -> Seen:
     """The encoder's and the projector's pass over a black picture.
 
     A micro-batch without pictures begins with it where processes keep step: the others gather the encoder's weights and
@@ -57,14 +54,14 @@ def keep_sums_precise(plugin: FullyShardedDataParallelPlugin) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
-def spreads_weights(trainer: DistillTrainer) -> bool:
+def spreads_weights(trainer: Trainer) -> bool:
     """Whether no process has the whole student while it trains."""
     if trainer.is_deepspeed_enabled:
         return trainer.accelerator.state.deepspeed_plugin.zero_stage == ZERO_OF_WEIGHTS
     return trainer.is_fsdp_enabled
 
 
-def make_whole(trainer: DistillTrainer) -> None:
+def make_whole(trainer: Trainer) -> None:
     """Ends a sharded training: puts whole weights in the place of the main process' shards, so that it can save the student.
 
     Every process calls it. Nothing happens where weights are whole already.

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmkd.data.sources import stream_of
+from mmkd.data.entries import stream_of
 from mmkd.data.stream import Stream
 from mmkd.errors import DataError
-from mmkd.recipes.recipe import Recipe, StageSpec
-from mmkd.train.collate import Collator, Pair, PairDataset
+from mmkd.train.batch import Pair
+from mmkd.train.collate import Collator, PairDataset
+from mmkd.train.spec import StageSpec
 
 
 class StreamDataset(IterableDataset):
@@ -34,13 +35,13 @@ class StreamDataset(IterableDataset):
                 yield self.head.prepare(sample)
 
 
-def stage_stream(recipe: Recipe, stage: StageSpec) -> Stream | None:
+def stage_stream(stage: StageSpec, seed: int, data_root: str | None) -> Stream | None:
     """The stream that a stage's data are, or None. Raises DataError for what does not go together with one."""
-    streams = [stream for spec in stage.data if (stream := stream_of(spec, recipe.seed, recipe.data_root)) is not None]
+    streams = [stream for spec in stage.data if (stream := stream_of(spec, seed, data_root)) is not None]
     if not streams:
         return None
     wrong = ["further data entries"] * (len(stage.data) > 1) + ["`epochs` (give `steps`)"] * (stage.steps is None)
-    wrong += ["`group_by_length`"] * stage.group_by_length
+    wrong += ["`group_by_length`"] * stage.group_by_length + ["`sampler`"] * (stage.sampler is not None)
     if wrong:
         raise DataError(f"a stage of streamed data goes together with no {', no '.join(wrong)}")
     return streams[0]

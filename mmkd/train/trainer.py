@@ -21,13 +21,16 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from mmkd.data.sampler import LengthGroupedSampler, lengths_of
-from mmkd.recipes.recipe import OptimiserSpec, StageSpec
+from mmkd.answers import AnswerSource
+from mmkd.answers.data import DataAnswers
+from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
-from mmkd.train.collate import COUNTS, Batch, PairDataset
+from mmkd.train.batch import Batch
+from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.experts import LOGGED, ExpertUse
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
+from mmkd.train.spec import OptimiserSpec, StageSpec
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +50,31 @@ class DistillTrainer(Trainer):
         log: Path,
         collator: Any = None,
         ahead: bool = False,
+        sizes: Sequence[int] = (),
+        answers: AnswerSource | None = None,
     ):
-        """ahead: whether the teacher's pass over the next micro-batch begins before the student works on this one."""
-        self.stage = stage
+        """ahead: whether the teacher's pass over the next micro-batch begins before the student works on this one.
+        sizes: samples of each data entry.  answers: where a step's answers come from; None for the data.
+        """
+        self.stage, self.sizes = stage, sizes
+        self._answers = answers or DataAnswers()
         self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
         self._following: dict[int, Batch] = {}  # by the id of the batch before it
         self._sums: dict[str, Tensor] = {}
+        self._stateful = {t.name: t for t in distiller.terms if t.has_state}
+        self._asks_step = any(t.has_step_sums for t in distiller.terms)
+        self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
         self._experts = ExpertUse()
         super().__init__(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[TermLog(log, arguments.run_name)],
+            callbacks=[TermLog(log, arguments.run_name), TermStates(self)],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self._ahead = Ahead(distiller, arguments.device, arguments.bf16) if ahead else None
+        self._ahead = Ahead(distiller.prefetch, arguments.device, arguments.bf16) if ahead else None
         if distiller.lockstep and arguments.bf16:  # as accelerate does for DDP; the engines' own casts leave the teacher out
             distiller.forward = torch.autocast(arguments.device.type, torch.bfloat16)(distiller.forward)
 
@@ -78,7 +89,10 @@ class DistillTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            samples = self._answers.take(epoch_iterator, num_batches)
+            counts = self._get_num_items_in_batch(samples, device)
+            self._sum_over_step(samples)
+            return samples, counts
         peeked = self._peeked[1] if self._peeked[0] is epoch_iterator else []
         coming = itertools.chain(peeked, epoch_iterator)
         samples = list(itertools.islice(coming, num_batches))
@@ -98,6 +112,26 @@ class DistillTrainer(Trainer):
         if self.args.world_size > 1:
             torch.distributed.all_reduce(counts, group=self._host_group)
         return counts.long()  # wrappers round floating-point arguments to the precision of training
+
+    @torch.no_grad()
+    def _sum_over_step(self, batch_samples: list) -> None:
+        """What terms must know of the whole step (`Term.step_sums`): where micro-batches or processes share a step, a pass
+        without gradient finds it first, so that the split changes nothing."""
+        model = self.model_wrapped
+        if not self._asks_step or (len(batch_samples) == 1 and self.args.world_size == 1):
+            return
+        was_training = model.training
+        model.eval()
+        totals: dict[str, Tensor] = {}
+        for inputs in batch_samples:
+            with self.compute_loss_context_manager():
+                for name, sums in model(**self._prepare_inputs(inputs), step_sums=True).items():
+                    totals[name] = totals[name] + sums if name in totals else sums
+        model.train(was_training)
+        if self.args.world_size > 1:
+            totals = {name: self.accelerator.reduce(sums, reduction="sum") for name, sums in totals.items()}
+        for inputs in batch_samples:
+            inputs["batch"].step_sums = {name: sums.cpu() for name, sums in totals.items()}
 
     @cached_property
     def _host_group(self) -> Any:
@@ -119,11 +153,22 @@ class DistillTrainer(Trainer):
         for name, (total, count) in terms.items():
             seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
             self._sums[name] = self._sums[name] + seen if name in self._sums else seen
+            if name in self._stateful:
+                self._step[name] = self._step[name] + seen if name in self._step else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients; our counts are global already
         return (loss, terms) if return_outputs else loss
 
     def _count_experts(self, model: nn.Module, batch: Batch) -> None:
-        self._experts.add(self.accelerator.unwrap_model(model).routed, int(batch.counts[COUNTS.index("token")]))
+        self._experts.add(self.accelerator.unwrap_model(model).routed, batch.tokens)
+
+    def update_terms(self) -> None:
+        """Tells each term with a state its mean over the optimiser step that has just ended, the same on all ranks."""
+        extras = self.accelerator.unwrap_model(self.model_wrapped).extras
+        for name, term in self._stateful.items():
+            if name in self._step:
+                total, count = self.accelerator.reduce(self._step[name], reduction="sum").tolist()
+                term.update(extras[name], total / max(1.0, count), self.state.global_step / max(1, self.state.max_steps))
+        self._step.clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._sums and "loss" in logs:
@@ -155,9 +200,9 @@ class DistillTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sampler | None:
-        if not self.stage.group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(lengths_of(self.train_dataset.samples), self.stage.optimiser.batch_size, self.args.seed)
+        dataset, stage = self.train_dataset, self.stage
+        order = stage.order.build(dataset.samples, self.sizes or [len(dataset)], stage.optimiser.batch_size, self.args.seed)
+        return super()._get_train_sampler(train_dataset) if order is None else order
 
     # ---- optimiser ----
 
@@ -246,6 +291,16 @@ def training_arguments(
         disable_tqdm=False,
         logging_nan_inf_filter=False,  # it would wait for every step's loss
     )
+
+
+class TermStates(TrainerCallback):
+    """Lets terms that carry something from step to step see each optimiser step."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.update_terms()
 
 
 class TermLog(TrainerCallback):

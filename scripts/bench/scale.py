@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from mmkd.base.distributed import end_process  # noqa: E402
 from mmkd.terms.term import Schedule, Term  # noqa: E402
-from mmkd.train.collate import Batch  # noqa: E402
+from mmkd.train.batch import Batch  # noqa: E402
 from mmkd.train.distiller import Distiller  # noqa: E402
 
 ENGINES = ("ddp", "fsdp2", "fsdp2_kept", "zero2", "zero3")

@@ -31,14 +31,16 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mmkd.data.samples import ImageRef, Sample, Turn  # noqa: E402
+from mmkd.engine.positions import gathered  # noqa: E402
 from mmkd.runs.write_cache import Plan, said_of  # noqa: E402
 from mmkd.teachers.ahead import Ahead  # noqa: E402
 from mmkd.teachers.store import About, Said, ShardWriter, TeacherCache  # noqa: E402
 from mmkd.terms.term import Schedule, Term  # noqa: E402
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer  # noqa: E402
 from mmkd.towers.tower import Tower  # noqa: E402
-from mmkd.train.collate import Batch, Collator, Pair  # noqa: E402
-from mmkd.train.distiller import Distiller, gathered  # noqa: E402
+from mmkd.train.batch import Batch, Pair  # noqa: E402
+from mmkd.train.collate import Collator  # noqa: E402
+from mmkd.train.distiller import Distiller  # noqa: E402
 
 # (width, layers) of the language models; pictures of image x image pixels in patches; answers of so many words.
 # "scaled" has the proportions of "large" in what a CPU can do: the heads' share of a pass, and of the positions that are answers.

@@ -38,12 +38,14 @@ from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.losses import DBiLD
 from mmkd.runs.write_cache import Plan, said_of
 from mmkd.teachers.store import Said
+from mmkd.teachers.teacher import head_of
 from mmkd.terms.term import Schedule, Term
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower
-from mmkd.train.collate import Batch, Collator, PairDataset
-from mmkd.train.distiller import Distiller, head_of
+from mmkd.train.batch import Batch
+from mmkd.train.collate import Collator, PairDataset
+from mmkd.train.distiller import Distiller
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from tiny import tiny_samples

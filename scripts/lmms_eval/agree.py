@@ -30,7 +30,7 @@ def main() -> None:
 
 def compare(predictions: Path, rows: Path, samples: Path) -> dict:
     """{"questions", "answers_differ", "scores_differ", "mmkd", "lmms_eval", "first"}, the means over the same questions."""
-    from mmkd.evaluation.compare import read_predictions
+    from mmkd.evaluation.results import read_predictions
 
     ours = read_predictions(predictions)
     names = [row["id"] for row in json_lines(rows)]

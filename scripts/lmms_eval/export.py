@@ -82,15 +82,14 @@ def export(name: str, output: Path, data_root: str | None, limit: int | None, on
 
 
 def row_of(card, question, folder: Path) -> dict:
-    from mmkd.evaluation.scorers import references_of
-
     turn = card.render(question).turns[-1]
     return {
         "id": question.id,
         "prompt": turn.text,
         "images": [picture_file(ref, folder) for ref in question.images],
         "choices": list(question.choices),
-        "references": list(references_of(question, card.by_letter(question))),
+        "categories": json.dumps(question.categories),
+        "references": list(card.references(question)),
         "parser": card.parser,
         "metric": card.metric,
     }

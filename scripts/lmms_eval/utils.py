@@ -1,9 +1,11 @@
 """What lmms-eval calls for a task that export.py wrote: one row's pictures, prompt, and score by mmkd's scorers."""
 
+import json
+
 from PIL import Image
 
-from mmkd.evaluation.parsers import PARSERS
-from mmkd.evaluation.scorers import METRICS
+from mmkd.data.samples import Question
+from mmkd.evaluation.metric import metric_of, parser_of
 
 
 def doc_to_visual(doc):
@@ -20,5 +22,7 @@ def doc_to_target(doc):
 
 def process_results(doc, results):
     # mmkd takes white space from the ends of an answer: templates may leave a space before it
-    parsed = PARSERS[doc["parser"]](results[0].strip(), doc["choices"])
-    return {"mmkd_score": 0.0 if parsed is None else METRICS[doc["metric"]](parsed, doc["references"])}
+    parsed = parser_of(doc["parser"]).parse(results[0].strip(), doc["choices"])
+    answers = {"references": tuple(doc["references"]), "choices": tuple(doc["choices"])}
+    question = Question(doc["id"], doc["prompt"], **answers, categories=json.loads(doc["categories"]))
+    return {"mmkd_score": 0.0 if parsed is None else metric_of(doc["metric"]).score(parsed, question)}

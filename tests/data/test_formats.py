@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.data.formats import check_images, read_conversations, read_questions
-from mmkd.data.samples import Turn
+from mmkd.data.formats import read_questions, read_split
+from mmkd.data.samples import Turn, check_images
 from mmkd.errors import DataError
 
 PROBLEM = {
@@ -422,20 +422,20 @@ def test_limits_are_seeded_nested_and_in_order(tmp_path):
         (
             ("parquet", "train"),
             None,
-            "unknown format 'parquet'; there are easy_vqa, jsonl, scienceqa, textvqa",
+            "there is no format 'parquet'; known: .*easy_vqa, .*jsonl, .*scienceqa, .*textvqa",
         ),
-        (("llava", "train"), None, "read_conversations"),
+        (("llava", "train"), None, "format 'llava' holds samples, not questions"),
         (("jsonl", "../train"), None, "no name of a split"),
         (
             ("textvqa", "train"),
             {"image": "x"},
-            "unknown key 'image'; this format knows annotations, images, ocr",
+            "unknown key 'image'; did you mean 'images'",
         ),
         (("textvqa", "train"), {"images": ""}, r"files\['images'\] is ''"),
         (
             ("textvqa", "train"),
             {"images": "a/{pid}.jpg"},
-            r"unknown placeholder \{pid\}; there are \{image_id\}",
+            r"unknown placeholder \{pid\}; there are \{image_id\}, \{split\}",
         ),
         (("textvqa", "train"), {"images": "a"}, r"the same for all rows; it needs \{image_id\}"),
         (("textvqa", "train"), {"annotations": "a_{part}.json"}, r"unknown placeholder \{part\}"),
@@ -485,7 +485,7 @@ def test_conversations(tmp_path):
     ]
     rows[2]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
     write(tmp_path / "train.json", rows)
-    first, second, third, fourth = read_conversations(tmp_path, "train")
+    first, second, third, fourth = read_split("llava", tmp_path, "train")
     assert first.turns == (
         Turn("user", "What?", 1),
         Turn("assistant", "A star."),
@@ -496,7 +496,7 @@ def test_conversations(tmp_path):
     assert [turn.role for turn in third.turns] == ["system", "user", "assistant"]
     assert (fourth.turns[0], len(fourth.images)) == (Turn("user", "Which?", 2), 2)
     assert [sample.id for sample in (first, second, third, fourth)] == ["x", "x#2", "x#3", "y"]
-    assert len(read_conversations(tmp_path, "train", limit=2)) == 2
+    assert len(read_split("llava", tmp_path, "train", limit=2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -518,4 +518,4 @@ def test_conversations(tmp_path):
 def test_conversations_name_the_entry(tmp_path, row, message):
     write(tmp_path / "train.json", [row])
     with pytest.raises(DataError, match=message):
-        read_conversations(tmp_path, "train", files={"images": "."})
+        read_split("llava", tmp_path, "train", files={"images": "."})

@@ -7,11 +7,12 @@ import json
 import pytest
 from tiny import tiny_picture
 
-from mmkd.data.preference import read_preferences, rejected_of
+from mmkd.data.entries import read_samples
+from mmkd.data.formats import read_split
+from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample, Turn
-from mmkd.data.sources import read_samples
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
-from mmkd.recipes.recipe import DataSpec
 
 ROW = {"prompt": "What is it?", "images": ["a.png"], "chosen": "a valve", "rejected": "a pump"}
 
@@ -24,7 +25,7 @@ def write(folder, *rows, name="train.jsonl"):
 
 
 def read(folder, *rows, **options):
-    return read_preferences(write(folder, *rows), "train", **options)
+    return read_split("preference", write(folder, *rows), "train", **options)
 
 
 def one(folder, **changes):
@@ -40,7 +41,7 @@ def message(role, content):
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_a_pair_is_a_sample_with_the_chosen_answer(tmp_path, name):
     write(tmp_path, ROW, ROW | {"id": 7, "images": []}, name=name)
-    first, second = read_preferences(tmp_path, "train")
+    first, second = read_split("preference", tmp_path, "train")
     assert first.turns == (Turn("user", "What is it?", 1), Turn("assistant", "a valve"))
     assert [ref.name for ref in first.images] == ["a.png"] and first.images[0].load().size == (20, 16)
     assert rejected_of(first).turns == (Turn("user", "What is it?", 1), Turn("assistant", "a pump"))
@@ -120,4 +121,4 @@ def test_a_sample_without_a_second_answer_is_no_pair():
 
 def test_empty_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="holds no pairs"):
-        read_preferences(write(tmp_path, name="train.json"), "train")
+        read_split("preference", write(tmp_path, name="train.json"), "train")

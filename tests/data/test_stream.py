@@ -7,13 +7,17 @@ import tarfile
 
 import pytest
 import torch
-from tiny import WORDS, tiny_picture, tiny_tower
+from tiny import WORDS, the_teacher, tiny_picture, tiny_tower
 from torch.utils.data import DataLoader
 
-from mmkd.data.sources import read_samples, stream_of
+from mmkd.data.entries import read_samples, stream_of
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError, ImageError
-from mmkd.recipes.recipe import DataSpec, Recipe, validate
-from mmkd.runs.stages import build_student, load_teacher, terms_of, train
+from mmkd.recipes.reading import validate
+from mmkd.recipes.recipe import Recipe
+from mmkd.runs.stages import train
+from mmkd.runs.towers import build_student
+from mmkd.terms.spec import build_terms
 from mmkd.train.collate import PairDataset
 from mmkd.train.streaming import StreamDataset
 from mmkd.train.trainer import DistillTrainer
@@ -150,7 +154,7 @@ def recipe(root, **changes):
 
 
 def trained(wanted, run):
-    teacher = load_teacher(wanted)
+    teacher = the_teacher(wanted)
     return train(wanted, "student", build_student(wanted, teacher, []), teacher, run).model.state_dict()
 
 
@@ -174,9 +178,9 @@ def test_an_interrupted_stage_goes_on_with_the_next_sample(root, tmp_path, monke
 
 def test_workers_and_beginnings_do_not_change_the_order(root):
     wanted = recipe(root)
-    teacher = load_teacher(wanted)
+    teacher = the_teacher(wanted)
     student = build_student(wanted, teacher, [])
-    head = PairDataset(read_samples(spec(root), 0), student, teacher, terms_of(wanted.stages["only"].terms))
+    head = PairDataset(read_samples(spec(root), 0), student, teacher, build_terms(wanted.stages["only"].terms))
 
     def order(workers, begin=0):
         dataset = StreamDataset(head, stream_of(spec(root), 0), 4, begin)

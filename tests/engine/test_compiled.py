@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import make_term, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.profiler import ProfilerActivity, profile
 
 from mmkd.engine import compiled as module
 from mmkd.engine.rows import Head, RowTerm, row_losses
 from mmkd.errors import RecipeError
 from mmkd.losses import JSD, CrossEntropy, DBiLD, ForwardKL, ReverseKL, TopKForwardKL
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.term import Schedule
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
 
@@ -160,7 +160,7 @@ def test_a_step_of_towers_is_the_same(tmp_path):
     tokenizer = tiny_tokenizer()
     student, teacher = (tiny_tower(seed, width, tokenizer=tokenizer) for seed, width in ((1, 16), (2, 32)))
     kinds = {"ce": ("cross_entropy", "response"), "kl": ("forward_kl", "response"), "visual": ("forward_kl", "visual")}
-    terms = [Term(name, kind, Schedule(1.0, 0.5), positions) for name, (kind, positions) in kinds.items()]
+    terms = [make_term(name, kind, Schedule(1.0, 0.5), positions) for name, (kind, positions) in kinds.items()]
     samples = tiny_samples(tmp_path, 3)
     dataset = PairDataset(samples, student, teacher, terms)
     batch = Collator(student, teacher)([dataset[i] for i in range(3)])["batch"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmkd.engine import products
-from mmkd.engine import rows as engine
+from mmkd.engine import walk as engine
 from mmkd.engine.rows import Head, RowTerm, row_log_probs, row_losses
 from mmkd.losses import JSD, CrossEntropy, DBiLD, ForwardKL, ReverseKL, forward_kl
 

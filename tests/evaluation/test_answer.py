@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mmkd.errors import DataError
-from mmkd.evaluation.answer import PARTIAL, evaluate
-from mmkd.evaluation.compare import read_predictions
+from mmkd.evaluation.answer import evaluate
+from mmkd.evaluation.results import read_predictions
+from mmkd.evaluation.store import PARTIAL
 
 
 @pytest.fixture

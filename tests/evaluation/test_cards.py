@@ -7,8 +7,9 @@ import pytest
 
 from mmkd.base.cards import card_folders, find_card, list_cards, load_card
 from mmkd.errors import DataError, did_you_mean
-from mmkd.evaluation.benchmarks import Benchmark, load_benchmark, readme
-from mmkd.retrieval.evaluate import load_retrieval, retrieval_names
+from mmkd.evaluation.benchmarks import Benchmark, load_benchmark
+from mmkd.retrieval.benchmark import load_retrieval, retrieval_names
+from mmkd.testing.benchmark_tables import readme
 
 REPO = Path(__file__).parents[2]
 CARD = "title: t\nformat: jsonl\nroot: .\nsplit: test\nprompt_style: plain\nmetric: exact_match\n"
@@ -45,7 +46,7 @@ def test_every_retrieval_card_is_valid() -> None:
 
 def test_the_readme_is_up_to_date() -> None:
     text = (REPO / "evaluation" / "README.md").read_text(encoding="utf-8")
-    assert text == readme(), "run `python -m mmkd.evaluation.benchmarks`"
+    assert text == readme(), "run `python -m mmkd.testing.benchmark_tables`"
     assert "mmkd/evaluation" in text.splitlines()[0]
 
 

@@ -13,6 +13,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.hallucination import compare, hallucinated, main
+from mmkd.evaluation.metric import metric_of
 from mmkd.evaluation.results import read_results
 from mmkd.sample.sample_set import write_sample_set
 
@@ -29,27 +30,27 @@ SHOWN = Question("q", "?", shown=("red", "circle", "blue", "white", "lake"), cat
     ],
 )  # fmt: skip
 def test_the_rule(answer, expected):
-    assert hallucinated("textvqa_accuracy", answer, SHOWN) == expected
+    assert hallucinated(answer, SHOWN) == expected
 
 
 def test_what_cannot_be_told_is_left_out():
-    assert hallucinated("textvqa_accuracy", "9", replace(SHOWN, categories={"category": "count"})) is None
-    assert hallucinated("textvqa_accuracy", "red", replace(SHOWN, shown=())) is None
+    assert hallucinated("9", replace(SHOWN, categories={"category": "count"})) is None
+    assert hallucinated("red", replace(SHOWN, shown=())) is None
 
 
 def test_yes_where_nothing_is():
     absent, there = Question("a", "?", references=("no",)), Question("b", "?", references=("yes",))
-    assert [hallucinated("pope", said, absent) for said in ("yes", "no", None)] == [1, 0, 0]
-    assert hallucinated("pope", "yes", there) is None
+    assert [metric_of("pope").hallucinated(said, absent) for said in ("yes", "no", None)] == [1, 0, 0]
+    assert metric_of("pope").hallucinated("yes", there) is None
 
 
 def test_an_answer_is_made_up_when_it_claims_what_is_not_there():
     absent = Question("a", "is there not a red shape?", references=("yes",), shown=("blue", "circle"), claims={"no": "red"})
-    assert [hallucinated("exact_match", said, absent) for said in ("No.", "yes", "", None)] == [1, 0, 0, 0]
-    assert hallucinated("exact_match", "no", replace(absent, shown=("red",), references=("no",))) is None
-    assert hallucinated("exact_match", "yes", replace(absent, claims={})) is None  # what it claims is not known
+    assert [hallucinated(said, absent) for said in ("No.", "yes", "", None)] == [1, 0, 0, 0]
+    assert hallucinated("no", replace(absent, shown=("red",), references=("no",))) is None
+    assert hallucinated("yes", replace(absent, claims={})) is None  # what it claims is not known
     asked = replace(absent, claims={}, references=("blue",))
-    assert [hallucinated("exact_match", said, asked) for said in ("blue", "circle", "red", "yes")] == [0, 0, 1, 1]
+    assert [hallucinated(said, asked) for said in ("blue", "circle", "red", "yes")] == [0, 0, 1, 1]
 
 
 def test_captions_tell_everything_that_a_scene_shows():

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from mmkd.evaluation.answer import evaluate
-from mmkd.evaluation.compare import read_predictions
+from mmkd.evaluation.results import read_predictions
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "lmms_eval"
 CARD = "title: tiny\nformat: jsonl\nroot: tiny\nsplit: test\nprompt_style: short\nmetric: exact_match\nmax_new_tokens: 7\n"

@@ -11,11 +11,12 @@ import pytest
 from layouts import CARDS, Oracle
 
 from mmkd.errors import DataError
-from mmkd.evaluation.answer import PARTIAL, PREDICTIONS, RESULTS, evaluate
+from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.compare import compare_runs
 from mmkd.evaluation.report import build_report
-from mmkd.retrieval.evaluate import load_retrieval
+from mmkd.evaluation.statistics import compare_runs
+from mmkd.evaluation.store import PARTIAL, PREDICTIONS, RESULTS
+from mmkd.retrieval.benchmark import load_retrieval
 
 ANNOTATIONS, ANSWERS, CAPTIONS = 380, 120, 80
 PICTURES = {".jpg", ".png"}
@@ -101,7 +102,7 @@ def outcome(action: Callable[[], dict]) -> str:
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmkd.evaluation.answer.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("mmkd.base.jsonl.os.fsync", lambda descriptor: None)
 
 
 def test_damaged_annotations_and_pictures(tmp_path: Path, fake_tower) -> None:

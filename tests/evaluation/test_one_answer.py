@@ -12,7 +12,7 @@ from tiny import FAMILIES, tiny_family, tiny_picture, tiny_tower
 from mmkd.data.samples import Turn
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import Benchmark
-from mmkd.evaluation.compare import read_predictions
+from mmkd.evaluation.results import read_predictions
 from mmkd.towers.tower import Tower
 from mmkd.towers.vision_cache import VisionCache
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from mmkd.data.preference import read_preferences, rejected_of
+from mmkd.data.formats import read_split
+from mmkd.data.preference import rejected_of
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.preference_pairs import write_pairs
@@ -37,7 +38,8 @@ def test_right_answers_are_chosen_and_wrong_ones_rejected(answered, data, tmp_pa
         ("tiny_train/red-1", "1", "9"), ("tiny_train/green-4", "4", "many"), ("tiny_train/text-0", "7", "no"),
         ("tiny_train/text-0/1", "7", "none"),
     }
-    samples = {s.id: s for s in read_preferences(data, "train", files={"annotations": "preference/train.jsonl", "images": "."})}
+    files = {"annotations": "preference/train.jsonl", "images": "."}
+    samples = {s.id: s for s in read_split("preference", data, "train", files=files)}
     asked = samples["tiny_train/green-4"]
     assert asked.turns[0].text == "How much green really really really really is there?"
     assert asked.images[0].load().getpixel((0, 0)) == (80, 0, 0)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from mmkd.cli import main
-from mmkd.evaluation.answer import PARTIAL, evaluate
-from mmkd.evaluation.compare import read_predictions
+from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.processes import Processes
+from mmkd.evaluation.results import read_predictions
+from mmkd.evaluation.store import PARTIAL
 from tests.tiny import tiny_tower
 
 CARD = "title: tiny\nformat: jsonl\nroot: tiny\nsplit: test\nprompt_style: plain\nmetric: exact_match\nmax_new_tokens: 5\n"

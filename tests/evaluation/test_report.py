@@ -9,7 +9,8 @@ from html_page import Page
 
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
-from mmkd.evaluation.report import _ticks, build_report
+from mmkd.evaluation.report import build_report
+from mmkd.evaluation.report.curves import ticks
 
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -129,10 +130,10 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     ("low", "high"), [(0.0, 1.0), (0.37, 0.41), (-3.0, 12.0), (2.0, 2.0), (0.0, 0.0), (1e-6, 3e-6)]
 )
 def test_ticks_are_few_and_hold_the_range(low: float, high: float) -> None:
-    ticks = _ticks(low, high, 4)
-    assert 2 <= len(ticks) <= 7
-    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9
-    assert ticks == sorted(set(ticks))
+    found = ticks(low, high, 4)
+    assert 2 <= len(found) <= 7
+    assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9
+    assert found == sorted(set(found))
 
 
 def test_answers_can_be_filtered_by_model_and_mark(run: Path) -> None:

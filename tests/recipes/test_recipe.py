@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import load_recipe, read_raw
+from mmkd.recipes.reading import load_recipe, read_raw
 from mmkd.retrieval.recipe import load_ranking_recipe
 from mmkd.runs.ablation import load_grid
 

@@ -8,10 +8,12 @@ from tiny import WORDS, tiny_picture, tiny_tower
 
 from mmkd.data.samples import Sample, Turn
 from mmkd.errors import TowerError
-from mmkd.retrieval.cross_encoders import QUESTION, ItmEncoder, PromptedTower, ScoreTable, load_matching
-from mmkd.retrieval.matching import build_cross_encoder, draw_negatives
+from mmkd.retrieval.cross_encoders import QUESTION, ItmEncoder, PromptedTower, load_matching
+from mmkd.retrieval.matching import draw_negatives
+from mmkd.retrieval.models import build_cross_encoder
 from mmkd.retrieval.pairs import PairSet, pair_set
 from mmkd.retrieval.recipe import CrossSpec
+from mmkd.retrieval.score_table import ScoreTable
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = ("red", "a green square left of a blue one", "C")
@@ -108,7 +110,7 @@ def test_the_table_asks_once_and_survives(pairs, tmp_path):
 def test_too_many_pairs_are_scored_afresh(pairs, monkeypatch):
     table = ScoreTable(blip(), pairs)
     expected = table.all_scores()
-    monkeypatch.setattr("mmkd.retrieval.cross_encoders.TABLE_ENTRIES", 8)
+    monkeypatch.setattr("mmkd.retrieval.score_table.TABLE_ENTRIES", 8)
     live = ScoreTable(blip(), pairs)
     torch.testing.assert_close(live.all_scores(), expected, rtol=1e-4, atol=1e-6)
     live.all_scores()

@@ -9,12 +9,13 @@ from transformers import BertConfig, BertModel
 
 from mmkd.errors import TowerError
 from mmkd.retrieval.augment import shift_and_scale
+from mmkd.retrieval.batches import PixelCache
 from mmkd.retrieval.cross_encoders import FusionEncoder, load_matching
-from mmkd.retrieval.dual import train_text_tokenizer
-from mmkd.retrieval.matching import MatchingDataset, MatchingModel, build_fusion
+from mmkd.retrieval.matching import MatchingDataset, MatchingModel
+from mmkd.retrieval.models import build_fusion
 from mmkd.retrieval.pairs import PairSet, pair_set
-from mmkd.retrieval.ranking import PixelCache
 from mmkd.retrieval.recipe import FusionSpec
+from mmkd.retrieval.text_tokenizer import train_text_tokenizer
 
 TEXTS = ("red circle", "a green square left of a blue one", "star", "cross")
 CONV = {"model_type": "mmkd_encoder", "source": "module", "architecture": "conv"}
@@ -105,7 +106,10 @@ def test_it_reads_a_frozen_sentence_encoder(pairs, tmp_path):
     assert all((p.grad is None) == name.startswith(beneath) for name, p in model.named_parameters())
     encoder.freeze().save(tmp_path / "model")
     again = load_matching(tmp_path / "model", torch.float32).freeze()
-    assert torch.equal(everything(again, pairs), everything(encoder, pairs))
+    saved, loaded = encoder.model.state_dict(), again.model.state_dict()
+    assert list(saved) == list(loaded) and all(torch.equal(saved[name], loaded[name]) for name in saved)
+    # Where weights lie in memory moves the last bit of a product on some processors.
+    torch.testing.assert_close(everything(again, pairs), everything(encoder, pairs), rtol=1e-5, atol=1e-6)
 
 
 def test_errors():
@@ -141,6 +145,6 @@ def test_prepared_pictures_are_kept_and_keep_their_order(pairs, monkeypatch):
     assert cache([2, 0, 2])["pixels"][:, 0, 0, 0].tolist() == [2, 0, 2]
     assert cache([0, 1, 2])["pixels"][:, 0, 0, 0].tolist() == [0, 1, 2]
     assert [len(keys) for keys in asked] == [2, 1]
-    monkeypatch.setattr("mmkd.retrieval.ranking.PIXEL_BYTES", 0)
+    monkeypatch.setattr("mmkd.retrieval.batches.PIXEL_BYTES", 0)
     full = PixelCache(pairs.images, prepare)
     assert torch.equal(full([1, 3])["pixels"], full([1, 3])["pixels"]) and len(asked) == 4

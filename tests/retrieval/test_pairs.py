@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import tiny_picture
 
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
-from mmkd.recipes.recipe import DataSpec
 from mmkd.retrieval.pairs import pair_set, read_pairs
 
 FILES = {"field.question": "caption", "field.answer": "caption"}

@@ -1,4 +1,4 @@
-"""Ranking distillation: the step against published numbers, whole runs, resume, two processes, recipes and their errors."""
+"""Whole runs of `mmkd rank`: comparison, resume, two processes, seeds, recipes and their errors."""
 
 from __future__ import annotations
 
@@ -13,114 +13,22 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_picture
-from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Trainer
 
+from mmkd.base.distributed import alone_in
 from mmkd.cli import main
-from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import load_recipe
-from mmkd.retrieval.dual import train_text_tokenizer
-from mmkd.retrieval.pairs import pair_set
-from mmkd.retrieval.ranking import PairBatch, RankingModel, RankingTrainer
-from mmkd.retrieval.recipe import RankingSpec, load_ranking_recipe
+from mmkd.errors import RecipeError, RegistryError
+from mmkd.recipes.reading import load_recipe
+from mmkd.retrieval.recipe import load_ranking_recipe
+from mmkd.retrieval.text_tokenizer import train_text_tokenizer
+from mmkd.retrieval.trainer import MarkComplete, PairTrainer
 
-F64 = torch.float64
 CAPTIONS = [f"{color} {shape}" for color in ("red", "green", "blue", "dark") for shape in ("circle", "square", "star", "cross")]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 CONV = {"model_type": "mmkd_encoder", "source": "module", "architecture": "conv", "arguments": {"widths": [8, 16]}}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # draws differ between processes
 BERT = {"model_type": "bert", **SIZES, **NO_DROPOUT, "max_position_embeddings": 32}
-
-
-# ---- one step --------------------------------------------------------------------------------------------------------
-
-
-class Points(nn.Module):
-    """A student whose pictures' embeddings are the similarities themselves, and its texts' the unit vectors."""
-
-    def __init__(self, similarities: list[list[float]], temperature: float = 0.1):
-        super().__init__()
-        self.rows = nn.Parameter(torch.tensor(similarities))
-        self.temperature = torch.tensor(temperature)
-
-    def clamp_temperature(self) -> None:
-        """The temperature is fixed."""
-
-    def embed_images(self, inputs):
-        return self.rows
-
-    def embed_texts(self, inputs):
-        return torch.eye(len(self.rows))
-
-
-class Known:
-    """Teacher scores that are given."""
-
-    def __init__(self, scores: list[list[float]]):
-        self.table = torch.tensor(scores)
-
-    def scores(self, images, texts):
-        return self.table[images, texts]
-
-
-S = [[0.60, 0.45, 0.20], [0.35, 0.70, 0.40], [0.10, 0.30, 0.55]]
-P = [[0.98, 0.40, 0.05], [0.30, 0.99, 0.55], [0.01, 0.70, 0.96]]
-
-
-@pytest.fixture
-def three(tmp_path):
-    return pair_set([(tiny_picture(tmp_path, f"{n}.png", n), f"text {n}") for n in range(3)])
-
-
-def step(pairs, **options):
-    spec = RankingSpec(**{"candidates": 2, **options})
-    model = RankingModel(Points(S), pairs, spec, Known(P))
-    own = torch.arange(3)
-    loss, log = model(PairBatch(own, own, {}, {}))
-    return loss, {name: (total / count).item() for name, (total, count) in log.items()}, model
-
-
-def test_C5_batch_in_both_directions(three):
-    loss, means, _ = step(three)
-    assert loss.item() == pytest.approx(0.5626710620, abs=1e-6)
-    assert means["contrastive"] == pytest.approx(0.1314834365, abs=1e-6)
-    assert means["cprd"] == pytest.approx(0.4311876255, abs=1e-6)
-    assert means["valid_negatives"] == pytest.approx((1 + 2 + 1 + 1 + 2 + 1) / 6)
-
-
-def test_weight_and_reductions(three):
-    assert step(three, weight=3)[0].item() == pytest.approx(0.1314834365 + 3 * 0.4311876255, abs=1e-6)
-    nothing, means, _ = step(three, threshold=0.8)
-    assert nothing.item() == pytest.approx(0.1314834365, abs=1e-6) and means["valid_negatives"] == 0
-    # threshold 0.6: only text 1 has a valid negative (picture 2, 0.70) and picture 2 (text 1, 0.70)
-    sums, shared = step(three, threshold=0.6)[1]["cprd"], step(three, threshold=0.6, query_reduction="with_valid")[1]["cprd"]
-    assert sums > 0 and shared == pytest.approx(3 * sums, rel=1e-6)
-    assert step(three, include_easy=True, candidates=2)[1]["cprd"] == pytest.approx(step(three)[1]["cprd"])
-
-
-def test_the_control_is_contrastive_alone(three):
-    model, own = RankingModel(Points(S), three, RankingSpec()), torch.arange(3)
-    loss, log = model(PairBatch(own, own, {}, {}))
-    assert loss.item() == pytest.approx(0.1314834365, abs=1e-6) and list(log) == ["contrastive"]
-
-
-def test_what_also_matches_is_no_negative(tmp_path):
-    """Picture 0 and picture 1 share a caption: neither stands among the other's negatives."""
-    refs = [tiny_picture(tmp_path, f"{n}.png", n) for n in range(3)]
-    pairs = pair_set([(refs[0], "a"), (refs[1], "b"), (refs[2], "c"), (refs[0], "b")])
-    own, asked = torch.arange(3), []
-
-    class Watched(Known):
-        def scores(self, images, texts):
-            asked.append((images, texts))
-            return super().scores(images, texts)
-
-    RankingModel(Points(S), pairs, RankingSpec(candidates=2), Watched(P))(PairBatch(own, own, {}, {}))
-    images, texts = asked[0]
-    # picture 0 has one negative, the text "c"; the second place is empty and filled with whatever stands first
-    assert (images[0, 0], texts[0, 0]) == (0, 2)
-    assert {(int(i), int(t)) for i, t in zip(images[1], texts[1], strict=True)} == {(1, 0), (1, 2)}
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -213,24 +121,39 @@ def test_weight_0_is_the_control(undisturbed, folder):
     assert all(torch.equal(control[name], weights(undisturbed, "control")[name]) for name in control)
 
 
-def test_interrupted_and_started_again_ends_with_the_same_weights(undisturbed, folder, monkeypatch):
-    output = folder / "resumed" / "out"
+@pytest.mark.parametrize("marked", [True, False])
+def test_interrupted_and_started_again_ends_with_the_same_weights(undisturbed, folder, monkeypatch, marked):
+    """After a checkpoint, and while one is written: without its mark it is not used."""
+    output = folder / f"resumed_{marked}" / "out"
     command = ["rank", str(folder / "ranking.yaml"), f"output={output}", "control=false"]
-    save = RankingTrainer._save_checkpoint
+    mark, resumed = MarkComplete.on_save, []
 
-    def save_and_stop(self, model, trial):
-        save(self, model, trial)
-        if self.state.global_step == 4:
+    def mark_and_stop(self, args, state, control, **more):
+        if marked or state.global_step < 4:
+            mark(self, args, state, control, **more)
+        if state.global_step == 4:
             raise KeyboardInterrupt
 
+    def train(self, resume_from_checkpoint=None):
+        resumed.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
+        return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(PairTrainer, "train", train)
     with monkeypatch.context() as patch:
-        patch.setattr(RankingTrainer, "_save_checkpoint", save_and_stop)
+        patch.setattr(MarkComplete, "on_save", mark_and_stop)
         assert main(command) == 130
     assert not (output / "student").exists()
     assert main(command) == 0
+    assert resumed == [None, "checkpoint-4" if marked else "checkpoint-2"]
     expected, found = weights(undisturbed), weights(output)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert [row["step"] for row in rows(output, "student")] == [2, 4, 6]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(undisturbed, folder, capsys):
+    with alone_in(undisturbed, "it"):
+        assert main(["rank", str(folder / "ranking.yaml"), f"output={undisturbed}"]) == 2
+    assert "another run is writing the same output" in capsys.readouterr().err
 
 
 def test_two_processes_are_one(undisturbed, folder):
@@ -303,6 +226,22 @@ def test_all_errors_of_a_recipe_come_at_once(folder, tmp_path):
     told = ("ranking.threshold", "yes: a matching head is asked nothing", "either `epochs` or `steps`", "`frozen` goes with")
     for words in told:
         assert words in message
+
+
+def test_a_module_of_the_recipe_is_imported_before_the_rest_is_checked(folder, tmp_path):
+    raw = yaml.safe_load((folder / "ranking.yaml").read_text())
+    (tmp_path / "my_ranking_module.py").write_text("imported = True\n", encoding="utf-8")
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(raw | {"imports": ["my_ranking_module"]}), encoding="utf-8")
+    assert load_ranking_recipe(path).imports == ["my_ranking_module"]
+    assert sys.modules.pop("my_ranking_module").imported
+    assert "imports" not in load_ranking_recipe(folder / "ranking.yaml").model_dump()  # runs of before stay what they are
+    path.write_text(yaml.safe_dump(raw | {"imports": ["no_such_module"], "seed": "x"}), encoding="utf-8")
+    with pytest.raises(RegistryError, match="no_such_module"):
+        load_ranking_recipe(path)
+    path.write_text(yaml.safe_dump(raw | {"imports": "my_ranking_module"}), encoding="utf-8")
+    with pytest.raises(RecipeError, match="imports: Input should be a valid list"):
+        load_ranking_recipe(path)
 
 
 def test_each_command_names_the_other(folder, capsys):

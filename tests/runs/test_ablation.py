@@ -16,7 +16,7 @@ from mmkd.cli import main
 from mmkd.sample.sample_set import write_sample_set
 from mmkd.runs.run import distill
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import load_recipe
+from mmkd.recipes.reading import load_recipe
 
 METHODS = {
     "sft": {"stages": {"answer": {"terms": {"cross_entropy": 1.0}}}},

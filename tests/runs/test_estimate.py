@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_picture, tiny_tower
+from tiny import tiny_picture, tiny_tower, the_teacher
 
-from mmkd.runs.stages import build_student, load_teacher, stage_samples
+from mmkd.runs.towers import build_student
+from mmkd.runs.data import stage_samples
 from mmkd.runs.estimate import PARTS, estimate, stage_estimate
-from mmkd.recipes.recipe import Recipe, _apply, validate
+from mmkd.recipes.recipe import Recipe
+from mmkd.recipes.reading import _apply, validate
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +33,12 @@ def raw(tmp_path_factory):
 def measured(raw, **optimiser):
     stage = {**raw["stages"]["only"], "optimiser": {"batch_size": 8, **optimiser}}
     recipe = validate({**raw, "stages": {"only": stage}}, "test", Recipe)
-    teacher = load_teacher(recipe)
+    teacher = the_teacher(recipe)
     student = build_student(recipe, teacher, [])
     before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     stage = recipe.stages["only"]
-    found = stage_estimate(recipe, "only", stage, stage_samples(recipe, stage), student, teacher)
-    return found, before, student, teacher
+    found, _ = stage_estimate(recipe, "only", stage, stage_samples(recipe, stage), student, {"teacher": teacher})
+    return found, before, student, teacher.running()
 
 
 def test_parts_follow_from_the_towers_and_the_batch(raw):

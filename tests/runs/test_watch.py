@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tiny import tiny_tower
 
 from mmkd.sample.sample_set import write_sample_set
-from mmkd.runs.stages import build_student, train
+from mmkd.runs.towers import build_student
+from mmkd.runs.stages import train
 from mmkd.runs.watch import unchanged_randomness
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import load_recipe
+from mmkd.recipes.reading import load_recipe
 
 VISION = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from mmkd.data import scenes
-from mmkd.data.formats import check_images, read_questions
+from mmkd.data.formats import read_questions
+from mmkd.data.samples import check_images
 from mmkd.errors import DataError
-from mmkd.sample import sample_set
+from mmkd.sample import annotators, sample_set
 from mmkd.sample.sample_set import write_sample_set
 
 SIZES = {"train": 700, "val": 20, "test": 300}
@@ -296,16 +297,16 @@ def test_perfect_annotators_always_agree(tmp_path):
 
 def test_mistakes_are_those_that_people_make():
     rng = random.Random(0)
-    mistakes = Counter(sample_set._opinion(rng, "red", scenes.OBJECT_COLORS, 0.5) for _ in range(4000))
+    mistakes = Counter(annotators.opinion(rng, "red", scenes.OBJECT_COLORS, 0.5) for _ in range(4000))
     assert mistakes["red"] / 4000 == pytest.approx(0.5, abs=0.03)
     assert mistakes["orange"] / 4000 == pytest.approx(0.5 * (0.8 + 0.2 / 6), abs=0.03)
-    read = {sample_set._misread(rng, "47") for _ in range(200)}
+    read = {annotators.misread(rng, "47") for _ in range(200)}
     assert all(number.isdigit() and number != "47" for number in read)
 
 
 def test_ties_of_annotators_go_to_the_truth():
-    assert sample_set._majority([0, 0, 1, 1, 2], truth=1) == 1
-    assert sample_set._majority([0, 0, 2, 2, 1], truth=1) == 0
+    assert annotators.majority([0, 0, 1, 1, 2], truth=1) == 1
+    assert annotators.majority([0, 0, 2, 2, 1], truth=1) == 0
 
 
 # ---- pictures

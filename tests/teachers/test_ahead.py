@@ -6,14 +6,16 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import make_term, tiny_samples, tiny_tokenizer, tiny_tower
 from transformers import set_seed
 
 from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import Recipe, StageSpec, validate
-from mmkd.terms.term import Schedule, Term
+from mmkd.recipes.reading import validate
+from mmkd.recipes.recipe import Recipe
+from mmkd.terms.term import Schedule
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
+from mmkd.train.spec import StageSpec
 from mmkd.train.trainer import DistillTrainer, training_arguments
 
 KINDS = (
@@ -26,7 +28,7 @@ OPTIMISER = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}
 def trained(folder, towers, ahead, kinds=KINDS, watch=None, **stage):
     """A student's weights after a stage of 14 samples: four steps an epoch, of two micro-batches and at the end of one."""
     student, teacher = deepcopy(towers)
-    terms = [Term(f"{kind}_{positions}", kind, Schedule(1.0, 0.5), positions) for kind, positions in kinds]
+    terms = [make_term(f"{kind}_{positions}", kind, Schedule(1.0, 0.5), positions) for kind, positions in kinds]
     data = [{"format": "jsonl", "root": "data"}]
     spec = StageSpec.model_validate(
         {"data": data, "terms": {"cross_entropy": 1.0}, "epochs": 2, "optimiser": OPTIMISER} | stage
@@ -75,7 +77,7 @@ def test_a_shared_encoder_still_runs_once(tmp_path):
     looks = {"student": 0, "teacher": 0}
 
     def watch(distiller):
-        for name, tower in (("student", distiller.tower), ("teacher", distiller.teacher)):
+        for name, tower in (("student", distiller.tower), ("teacher", distiller.teachers["teacher"].tower)):
             def count(module, *_, name=name):
                 looks[name] += 1
             tower.vision.register_forward_hook(count)
@@ -96,9 +98,9 @@ def test_each_pass_is_made_once_and_a_micro_batch_early(tmp_path):
     done = []
 
     def watch(distiller):
-        passed, forward = distiller.teacher_pass, distiller.forward
+        passed, forward = distiller.prefetch, distiller.forward
 
-        def teacher_pass(batch):
+        def prefetch(batch):
             done.append(("teacher", tuple(batch.student.ids)))
             return passed(batch)
 
@@ -106,7 +108,7 @@ def test_each_pass_is_made_once_and_a_micro_batch_early(tmp_path):
             done.append(("student", tuple(batch.student.ids)))
             return forward(batch, *arguments)
 
-        distiller.teacher_pass, distiller.forward = teacher_pass, step
+        distiller.prefetch, distiller.forward = prefetch, step
 
     trained(tmp_path, towers(), True, watch=watch, epochs=None, steps=5)
     assert [batch for who, batch in done if who == "teacher"] == [batch for who, batch in done if who == "student"]

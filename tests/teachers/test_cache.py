@@ -11,14 +11,18 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from tiny import WORDS, tiny_picture, tiny_samples, tiny_tower
+from tiny import WORDS, the_teacher, tiny_picture, tiny_samples, tiny_tower
 
 from mmkd.cli import main
 from mmkd.errors import DataError, TowerError
-from mmkd.recipes.recipe import Recipe, validate
-from mmkd.runs.stages import build_student, load_teacher, stage_samples, terms_of, train
+from mmkd.recipes.reading import validate
+from mmkd.recipes.recipe import Recipe
+from mmkd.runs.data import stage_samples
+from mmkd.runs.stages import train
+from mmkd.runs.towers import build_student
 from mmkd.runs.write_cache import write_cache
-from mmkd.teachers.store import Said, ShardWriter, TeacherCache, content_key, text_key
+from mmkd.teachers.store import ShardWriter, StoredRows, TeacherCache, content_key, text_key
+from mmkd.terms.spec import build_terms
 from mmkd.towers.tower import Tower
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
@@ -79,7 +83,7 @@ def cache(folder):
 
 
 def trained(spec, run):
-    teacher = load_teacher(spec)
+    teacher = the_teacher(spec)
     tower = train(spec, "student", build_student(spec, teacher, []), teacher, run)
     rows = [json.loads(line) for line in (run / "log" / "student.jsonl").read_text().splitlines()]
     return tower, rows
@@ -110,10 +114,10 @@ def test_the_switch_runs_live_beside_a_cache(folder, tmp_path, monkeypatch):
     }
     spec = recipe(folder, **changes)
     write_cache(spec, tmp_path / "cache")
-    live, cached = load_teacher(spec), load_teacher(recipe(folder, **changes, teacher__cache=str(tmp_path / "cache")))
-    monkeypatch.setattr(cached.live, "see", None)
+    live, cached = the_teacher(spec), the_teacher(recipe(folder, **changes, teacher__cache=str(tmp_path / "cache")))
+    monkeypatch.setattr(cached.tower, "see", None)
     stage = spec.stages["only"]
-    student, samples, terms = build_student(spec, live, []), stage_samples(spec, stage), terms_of(stage.terms)
+    student, samples, terms = build_student(spec, live, []), stage_samples(spec, stage), build_terms(stage.terms)
     found = []
     for teacher in (live, cached):
         dataset = PairDataset(samples, student, teacher, terms)
@@ -145,16 +149,16 @@ def test_top_k_is_the_kl_of_the_likeliest_tokens_and_a_tail(folder, tmp_path):
     spec = recipe(folder, terms)
     write_cache(spec, tmp_path / "top", top_k=8)
     cached = recipe(folder, terms, teacher__cache=str(tmp_path / "top"))
-    live, teacher = load_teacher(spec), load_teacher(cached)
-    student, own = build_student(spec, live, []), terms_of(spec.stages["only"].terms)
+    live, teacher = the_teacher(spec), the_teacher(cached)
+    student, own = build_student(spec, live, []), build_terms(spec.stages["only"].terms)
     samples = tiny_rows(cached)
     dataset = PairDataset(samples, student, teacher, own)
     batch = dataset.collator([dataset[i] for i in range(len(samples))])["batch"]
     _, log = Distiller(student, teacher, own)(batch)
-    inputs = live.prepare(samples)
+    inputs = live.running().prepare(samples)
     with torch.no_grad():
         given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, **inputs.pixels}
-        p, q = (tower.model(**given).logits.double().softmax(-1) for tower in (live, student))
+        p, q = (tower.model(**given).logits.double().softmax(-1) for tower in (live.running(), student))
     for name, where in (("kl", inputs.response), ("mdist", inputs.visual)):
         top = p[where].topk(8, -1)
         p_k, q_k = top.values, q[where].gather(-1, top.indices)
@@ -213,7 +217,7 @@ def test_processes_share_the_samples_and_find_what_is_there(folder, monkeypatch,
 )
 def test_what_does_not_fit_is_refused_by_name(folder, cache, change, said):
     with pytest.raises(DataError) as caught:
-        load_teacher(recipe(folder, teacher__cache=str(cache), **{"terms": None, **change}))
+        the_teacher(recipe(folder, teacher__cache=str(cache), **{"terms": None, **change}))
     assert said in str(caught.value)
 
 
@@ -221,7 +225,7 @@ def test_a_top_k_cache_refuses_what_needs_all_logits(folder, tmp_path):
     write_cache(recipe(folder, {"kl": {"kind": "forward_kl"}}), tmp_path / "top", top_k=4)
     terms = {"r": {"kind": "reverse_kl"}, "d": {"kind": "dbild"}, "t": {"kind": "forward_kl", "temperature": 2}}
     with pytest.raises(DataError) as caught:
-        load_teacher(recipe(folder, terms, teacher__cache=str(tmp_path / "top")))
+        the_teacher(recipe(folder, terms, teacher__cache=str(tmp_path / "top")))
     for name in ("stages.only.terms.r: reverse_kl needs all", "terms.d: dbild needs all", "terms.t: temperature 2"):
         assert name in str(caught.value)
 
@@ -229,9 +233,9 @@ def test_a_top_k_cache_refuses_what_needs_all_logits(folder, tmp_path):
 def test_another_teacher_is_refused_until_its_files_are_those(folder, cache, tmp_path):
     tiny_tower(7, 32).save(tmp_path / "other")
     with pytest.raises(DataError, match="1 files of the teacher .* changed since: model.safetensors"):
-        load_teacher(recipe(folder, teacher__model=str(tmp_path / "other"), teacher__cache=str(cache)))
+        the_teacher(recipe(folder, teacher__model=str(tmp_path / "other"), teacher__cache=str(cache)))
     tiny_tower(5, 32).save(tmp_path / "same")
-    assert load_teacher(recipe(folder, teacher__model=str(tmp_path / "same"), teacher__cache=str(cache))) is not None
+    assert the_teacher(recipe(folder, teacher__model=str(tmp_path / "same"), teacher__cache=str(cache))) is not None
     with (tmp_path / "same" / "chat_template.jinja").open("a") as file:
         file.write("{# changed #}")
     with pytest.raises(DataError, match=r"chat_template.jinja"):
@@ -240,8 +244,8 @@ def test_another_teacher_is_refused_until_its_files_are_those(folder, cache, tmp
 
 def test_samples_that_changed_are_refused(folder, cache, tmp_path):
     spec = recipe(folder, teacher__cache=str(cache))
-    teacher = load_teacher(spec)
-    student, terms = build_student(spec, teacher, []), terms_of(spec.stages["only"].terms)
+    teacher = the_teacher(spec)
+    student, terms = build_student(spec, teacher, []), build_terms(spec.stages["only"].terms)
     with pytest.raises(DataError, match=r"3 of 3 samples are not in the teacher cache .*'s0', 's1', 's2'"):
         PairDataset(tiny_samples(tmp_path, 3), student, teacher, terms)
     sample = tiny_rows(spec)[0]
@@ -251,9 +255,9 @@ def test_samples_that_changed_are_refused(folder, cache, tmp_path):
 
 
 def test_a_cache_asked_for_something_new_says_so(folder, cache, capsys):
-    teacher = load_teacher(recipe(folder, teacher__cache=str(cache)))
-    with pytest.raises(TowerError, match="cannot see pictures anew"):
-        teacher.see(teacher.prepare(tiny_rows(recipe(folder))))
+    teacher = the_teacher(recipe(folder, teacher__cache=str(cache)))
+    with pytest.raises(TowerError, match="cannot read anything new"):
+        teacher.running()
     assert main(["cache", str(folder / "nowhere.yaml")]) == 2
 
 
@@ -290,7 +294,7 @@ def test_the_command_says_how_to_use_it(folder, tmp_path, capsys):
 
 def said(seed, rows=40, width=8):
     g = torch.Generator().manual_seed(seed)
-    return Said(
+    return StoredRows(
         torch.randint(1, 8, (rows,), generator=g, dtype=torch.uint8),
         torch.randint(0, 99, (rows,), generator=g, dtype=torch.int32),
         torch.randn(rows, generator=g),

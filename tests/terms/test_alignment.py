@@ -4,12 +4,13 @@ import logging
 
 import pytest
 import torch
-from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import make_term, tiny_samples, tiny_tokenizer, tiny_tower
 
 from mmkd.errors import DataError, RecipeError, TowerError
-from mmkd.recipes.recipe import Recipe, validate
+from mmkd.recipes.reading import validate
+from mmkd.recipes.recipe import Recipe
 from mmkd.terms.alignment import END, common_spans, token_bytes
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.term import Schedule
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
@@ -22,7 +23,7 @@ def other_tokenizer():
 
 
 def term(kind, weight=1.0, **options):
-    return Term(kind, kind, Schedule(weight, weight), options=tuple(options.items()))
+    return make_term(kind, kind, Schedule(weight, weight), options=tuple(options.items()))
 
 
 def batch_of(student, teacher, samples, terms):

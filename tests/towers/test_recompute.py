@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-from tiny import language_config, tiny_family, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import language_config, make_term, the_teacher, tiny_family, tiny_samples, tiny_tokenizer, tiny_tower
 from torch import nn
 
 from mmkd.errors import TowerError
-from mmkd.recipes.recipe import Recipe, StageSpec, TeacherSpec
-from mmkd.runs.stages import load_teacher, set_trainable
-from mmkd.terms.term import Schedule, Term
+from mmkd.recipes.recipe import Recipe
+from mmkd.teachers.spec import TeacherSpec
+from mmkd.terms.term import Schedule
 from mmkd.towers.recompute import recompute_layers
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
+from mmkd.train.spec import StageSpec
+from mmkd.train.trainable import set_trainable
 
 TOKENIZER = tiny_tokenizer()
-SWITCH = Term("vsd", "dbild", Schedule(1.0, 1.0), path="switch")
+SWITCH = make_term("vsd", "dbild", Schedule(1.0, 1.0), path="switch")
 LAYERS = 6
 
 
@@ -116,5 +118,5 @@ def test_a_recipe_turns_it_on(tmp_path):
     for asked in (True, False):
         teacher = {"model": str(tmp_path / "teacher"), "gradient_checkpointing": asked}
         fields = {"title": "t", "output": "o", "teacher": teacher, "student": {"model": "s"}, "stages": {"a": stage}}
-        tower = load_teacher(Recipe.model_validate(fields))
+        tower = the_teacher(Recipe.model_validate(fields)).running()
         assert all(("forward" in vars(layer)) == asked for layer in tower.language.layers)

@@ -24,10 +24,10 @@ from tokenizers import processors
 
 from mmkd.data.samples import Sample, Turn
 from mmkd.errors import DataError, ImageError, TowerError
-from mmkd.recipes.recipe import LoraSpec
-from mmkd.runs.stages import add_lora
 from mmkd.testing import check_tower
 from mmkd.towers.tower import IGNORE, Tower
+from mmkd.train.spec import LoraSpec
+from mmkd.train.trainable import add_lora
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import VISIONS, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, make_term, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmkd.engine.positions import COUNTS
 from mmkd.errors import DataError, ImageError, TowerError
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.term import Schedule
 from mmkd.towers.assemble import CHAT_TEMPLATES, train_tokenizer
-from mmkd.train.collate import COUNTS, Collator, PairDataset
+from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
 
 TOKENIZER = tiny_tokenizer()
@@ -19,7 +20,8 @@ TOKENIZER = tiny_tokenizer()
 
 def term(kind, positions="response", path="student", weight=1.0, **options):
     bridge = options.pop("bridge", False)
-    return Term(f"{kind}_{positions}_{path}", kind, Schedule(weight, weight), positions, path, bridge, tuple(options.items()))
+    name = f"{kind}_{positions}_{path}"
+    return make_term(name, kind, Schedule(weight, weight), positions, path, bridge, tuple(options.items()))
 
 
 def towers(dtype=torch.float32, **teacher):
@@ -358,7 +360,7 @@ def test_sum_over_a_samples_rows(tmp_path):
     mean, _, batch, _ = loss_of(student, teacher, samples, by_row)
     rows, switched = float(batch.student.response.sum()), float(batch.counts[COUNTS.index("switch")])
     parts = [float(loss_of(student, teacher, samples, [t])[0]) for t in by_row]
-    summed, _, _, _ = loss_of(student, teacher, samples, [replace(t, reduction="sum") for t in by_row])
+    summed, _, _, _ = loss_of(student, teacher, samples, [replace(t, place=replace(t.place, reduction="sum")) for t in by_row])
     assert summed.item() == pytest.approx(parts[0] * rows / 4 + parts[1] * switched / 3, rel=1e-5)
     assert mean.item() == pytest.approx(sum(parts), rel=1e-5)
 
@@ -432,7 +434,7 @@ def test_a_frozen_encoder_in_common_runs_once(tmp_path):
     again, log = distiller(batch)
     again.backward()
     assert len(looks) == compared, "the teacher's encoder ran beside the student's"
-    distiller._sees_alike = False
+    distiller.teachers["teacher"]._sees_alike = False
     apart, _ = distiller(batch)
     assert len(looks) == compared + 1
     assert first.item() == pytest.approx(apart.item(), rel=1e-6) == again.item()
@@ -461,7 +463,8 @@ def test_the_switch_at_other_positions(tmp_path, positions):
     samples = tiny_samples(tmp_path, 2, text_only=1)
     if positions == "all":
         teacher = towers()[1]
-    half = replace(term("forward_kl", path="switch", weight=0.5), name="half")
+    half = term("forward_kl", path="switch", weight=0.5)
+    half = replace(half, place=replace(half.place, name="half"))
     loss, log, batch, _ = loss_of(student, teacher, samples, [term("forward_kl", positions, "switch"), half])
     zt = plain(teacher, batch.teacher)
     zw = teacher.head(teacher.read(batch.switch, teacher.project(student.see(batch.student).features))).double()

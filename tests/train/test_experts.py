@@ -1,26 +1,31 @@
 """Sparse students in a run: the balance term against a plain float64 computation, the use of experts, whole runs."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import language_config, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import language_config, make_term, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
 
+from mmkd.engine.positions import COUNTS
 from mmkd.errors import RecipeError, TowerError
-from mmkd.recipes.recipe import Recipe, StageSpec, load_recipe
-from mmkd.runs import stages
+from mmkd.recipes.reading import load_recipe
+from mmkd.recipes.recipe import Recipe
 from mmkd.runs.plan import plan
+from mmkd.runs.preflight import fit_errors
 from mmkd.runs.run import distill, table
 from mmkd.sample.sample_set import write_sample_set
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.term import Schedule
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import upcycle
-from mmkd.train.collate import COUNTS, Collator, PairDataset
+from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
-from mmkd.train.experts import ExpertUse, check_experts, experts_table
+from mmkd.train.experts import ExpertUse, experts_table
+from mmkd.train.spec import StageSpec
+from mmkd.train.trainable import set_trainable
 from mmkd.train.trainer import DistillTrainer
 
 TOKENIZER = tiny_tokenizer()
@@ -37,7 +42,7 @@ def student():
 
 
 def term(kind, weight=1.0):
-    return Term(kind, kind, Schedule(weight, weight))
+    return make_term(kind, kind, Schedule(weight, weight))
 
 
 def batch_of(student, samples, terms):
@@ -143,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(student, tmp_path):
 
 
 def test_a_dense_student_has_nothing_to_balance():
-    with pytest.raises(TowerError, match="load_balance needs a student with experts"):
+    with pytest.raises(TowerError, match="load_balance: balances experts, but the student has none"):
         Distiller(dense_tower(), None, [term("load_balance")])
 
 
@@ -203,17 +208,17 @@ def test_wrong_stages_are_refused(stage, message):
 def test_what_cannot_be_upcycled_is_refused_before_the_first_stage():
     balanced = {"terms": {"cross_entropy": 1, "load_balance": 0.01}}
     late = recipe_of(dense=STAGE, sparse=STAGE | {"upcycle": {}} | balanced)
-    check_experts(late, dense_tower())
-    with pytest.raises(TowerError, match=r"stages\.sparse\.upcycle: mixtral, .* set layers to all"):
-        check_experts(late, dense_tower("llama"))
-    with pytest.raises(TowerError, match=r"stages\.dense\.terms\.load_balance balances experts"):
-        check_experts(recipe_of(dense=STAGE | balanced, sparse=STAGE | {"upcycle": {}}), dense_tower())
-    with pytest.raises(TowerError, match=r"stages\.twice\.upcycle: the student has experts already"):
-        check_experts(recipe_of(once=STAGE | {"upcycle": {}}, twice=STAGE | {"upcycle": {}}), dense_tower())
+    assert fit_errors(late, dense_tower(), {}) == []
+    (error,) = fit_errors(late, dense_tower("llama"), {})
+    assert re.match(r"stages\.sparse\.upcycle: mixtral, .* set layers to all", error)
+    (error,) = fit_errors(recipe_of(dense=STAGE | balanced, sparse=STAGE | {"upcycle": {}}), dense_tower(), {})
+    assert error.startswith("stages.dense.terms.load_balance: balances experts")
+    (error,) = fit_errors(recipe_of(once=STAGE | {"upcycle": {}}, twice=STAGE | {"upcycle": {}}), dense_tower(), {})
+    assert error.startswith("stages.twice.upcycle: the student has experts already")
 
 
 def test_mlp_trains_feed_forward_layers_experts_and_routers_alone(student):
-    stages.set_trainable(student, StageSpec.model_validate(STAGE | {"train": ["projector", "mlp"]}))
+    set_trainable(student, StageSpec.model_validate(STAGE | {"train": ["projector", "mlp"]}))
     trained = {name for name, p in student.model.named_parameters() if p.requires_grad}
     names = {name for name, _ in student.model.named_parameters()}
     assert trained == {n for n in names if "multi_modal_projector" in n or ("language_model" in n and ".mlp." in n)}
@@ -334,6 +339,6 @@ def test_the_recipe_of_the_project(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     recipe = load_recipe("scripts/recipes/llava_mod.yaml")
     assert list(recipe.stages) == ["init", "d2d", "d2s"]
-    check_experts(recipe, Tower.load(recipe.student.model))
+    assert fit_errors(recipe, Tower.load(recipe.student.model), {}) == []
     with pytest.raises(RecipeError, match="top_k is 9"):
         load_recipe("scripts/recipes/llava_mod.yaml", ["stages.d2s.upcycle.top_k=9"])

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import make_term, tiny_samples, tiny_tokenizer, tiny_tower
 
-from mmkd.terms.term import Schedule, Term
+from mmkd.engine.positions import gathered, spread
+from mmkd.terms.term import Schedule
 from mmkd.train.collate import PairDataset
-from mmkd.train.distiller import Distiller, gathered, spread
+from mmkd.train.distiller import Distiller
 from mmkd.train.guards import check_pixels
 from mmkd.train.trainer import DistillTrainer
 
@@ -28,7 +29,7 @@ def test_a_step_asks_no_value_of_the_device(tmp_path, monkeypatch, chosen):
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # there is none for "meta"
     tokenizer = tiny_tokenizer()
     student, teacher = tiny_tower(1, 16, tokenizer=tokenizer), tiny_tower(2, 32, tokenizer=tokenizer)
-    terms = [Term(kind, kind, Schedule(1, 1), positions, path) for kind, positions, path in TERMS[chosen]]
+    terms = [make_term(kind, kind, Schedule(1, 1), positions, path) for kind, positions, path in TERMS[chosen]]
     dataset = PairDataset(tiny_samples(tmp_path, 3, text_only=1), student, teacher, terms)
     batch = dataset.collator([dataset[i] for i in range(len(dataset))])["batch"]
     distiller = Distiller(student, teacher, terms)

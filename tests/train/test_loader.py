@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from tiny import tiny_samples, tiny_tower
+from tiny import make_term, tiny_samples, tiny_tower
 from transformers import Trainer, set_seed
 
-from mmkd.recipes.recipe import StageSpec
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.term import Schedule
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
+from mmkd.train.spec import StageSpec
 from mmkd.train.trainer import DistillTrainer, training_arguments
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_those_of_the_trainer_that_it_extends(tmp_path, grouped, workers):
-    tower, terms = tiny_tower(1), [Term("cross_entropy", "cross_entropy", Schedule(1.0, 1.0))]
+    tower, terms = tiny_tower(1), [make_term("cross_entropy", "cross_entropy", Schedule(1.0, 1.0))]
     dataset = PairDataset(tiny_samples(tmp_path, 11), tower, None, terms, workers=workers)
     stage = StageSpec.model_validate({
         "data": [{"format": "jsonl", "root": "data"}], "terms": {"cross_entropy": 1.0}, "steps": 5,

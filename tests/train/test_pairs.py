@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VISIONS, language_config, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, language_config, make_term, tiny_samples, tiny_tokenizer, tiny_tower
 
 from mmkd.errors import GuardError
 from mmkd.registry import registry
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.term import Schedule
 from mmkd.testing.tiny_families import TEMPLATE, TEXTS, VOCABULARY, tiny_family
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.tower import Seen
@@ -80,7 +80,7 @@ def pair(name):
 
 def terms_of(name):
     kind = "spans" if PAIRS[name][3] == "tokenizer" else "forward_kl"
-    return [Term("distil", kind, Schedule(1.0, 1.0)), Term("sft", "cross_entropy", Schedule(0.2, 0.2))]
+    return [make_term("distil", kind, Schedule(1.0, 1.0)), make_term("sft", "cross_entropy", Schedule(0.2, 0.2))]
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny import VISIONS, language_config, tiny_picture, tiny_samples, tiny_tokenizer, tiny_tower
+from tiny import VISIONS, language_config, make_term, the_teacher, tiny_picture, tiny_samples, tiny_tokenizer, tiny_tower
 from torch.nn import functional as F
 
 from mmkd.data.preference import REJECTED, rejected_of
@@ -16,15 +16,17 @@ from mmkd.engine.rows import Head, row_log_probs
 from mmkd.errors import DataError, GuardError
 from mmkd.losses import load_balance
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.data import stage_samples
 from mmkd.runs.run import distill
-from mmkd.runs.stages import stage_samples, train
-from mmkd.terms.term import Schedule, Term
+from mmkd.runs.stages import train
+from mmkd.terms.term import Schedule
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.experts import recorded_routing
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import upcycle
 from mmkd.train import reference
-from mmkd.train.preference import PreferenceDataset, PreferenceDistiller, last_answer
+from mmkd.train.distiller import Distiller
+from mmkd.train.preference import PreferenceDataset, last_answer
 from mmkd.train.reference import LogProbCache, fill_reference
 
 TOKENIZER = tiny_tokenizer()
@@ -32,7 +34,7 @@ OTHER_ANSWERS = ("C", "round square", "left of right of A")
 
 
 def term(kind, weight=1.0, **options):
-    return Term(kind, kind, Schedule(weight, weight), options=tuple(options.items()))
+    return make_term(kind, kind, Schedule(weight, weight), options=tuple(options.items()))
 
 
 def towers(dtype=torch.float64, **teacher):
@@ -59,9 +61,9 @@ def batch_of(dataset, indices=None):
     return dataset.collator([dataset[i] for i in indices])["batch"]
 
 
-def loss_of(dataset, terms, indices=None, counts=None, kl=None, chunk_bytes=2**16):
-    distiller = PreferenceDistiller(dataset.student, None, terms, chunk_bytes=chunk_bytes)
-    batch = dataclasses.replace(batch_of(dataset, indices), kl=kl)
+def loss_of(dataset, terms, indices=None, counts=None, step_sums=None, chunk_bytes=2**16):
+    distiller = Distiller(dataset.student, None, terms, chunk_bytes=chunk_bytes)
+    batch = dataclasses.replace(batch_of(dataset, indices), step_sums=step_sums or {})
     distiller.zero_grad()
     loss, log = distiller(batch, counts)
     loss.backward()
@@ -161,12 +163,12 @@ def test_padding_order_and_micro_batches_change_nothing(tmp_path, kind):
     loss, _, batch, whole = loss_of(dataset, terms)
     again, _, _, turned = loss_of(dataset, terms, indices=[4, 2, 0, 3, 1])
     assert again.item() == pytest.approx(loss.item(), rel=1e-9)
-    ratios = PreferenceDistiller(student, None, terms).forward(batch, ratios_only=True)
-    kl = (ratios / len(samples)).clamp(min=0).detach()
-    assert ratios.shape == (2,) and float(kl.max()) > 0
+    sums = {name: value.detach() for name, value in Distiller(student, None, terms).forward(batch, step_sums=True).items()}
+    assert list(sums) == (["kto_pair"] if kind == "kto_pair" else [])
+    assert all(value.shape == (2,) and float(value.max()) > 0 for value in sums.values())
     total, summed = 0.0, {}
     for part in ([0], [1, 3], [2, 4]):  # the first without any padding
-        value, _, _, gradients = loss_of(dataset, terms, part, counts=batch.counts, kl=kl)
+        value, _, _, gradients = loss_of(dataset, terms, part, counts=batch.counts, step_sums=sums)
         total += value.item()
         summed = {name: summed.get(name, 0) + gradient for name, gradient in gradients.items()}
     assert total == pytest.approx(loss.item(), rel=1e-9)
@@ -184,7 +186,7 @@ def test_accuracy_rises_on_a_preference_that_can_be_learned(tmp_path):
     ]
     terms = [term("dpo")]
     dataset = dataset_of(student, teacher, samples, terms, tmp_path / "cache")
-    distiller, batch = PreferenceDistiller(student, None, terms), batch_of(dataset)
+    distiller, batch = Distiller(student, None, terms), batch_of(dataset)
     optimiser = torch.optim.Adam(distiller.parameters(), lr=3e-3)
     logs = []
     for _ in range(40):
@@ -352,12 +354,12 @@ def test_a_run_of_pairs_and_its_control(data):
 
 @pytest.mark.parametrize("kind", ["dpo", "kto_pair"])
 def test_micro_batches_give_the_same_weights(data, kind):
-    from mmkd.runs.stages import build_student, load_teacher
+    from mmkd.runs.towers import build_student
 
     found = []
     for micro in (4, 2):
         spec = recipe(data, {kind: 1.0}, f"micro{micro}", micro)
-        teacher = load_teacher(spec)
+        teacher = the_teacher(spec)
         train(spec, "student", build_student(spec, teacher, []), teacher, data / f"micro{micro}")
         found.append(weights(data / f"micro{micro}" / "student"))
     start = weights(data / "student")
@@ -421,7 +423,7 @@ def test_the_balance_counts_once_over_both_answers(tmp_path):
     assert loss.item() == pytest.approx((log["dpo"][0] / 4).item() + 0.01 * balance, rel=1e-5)
     routers = [name for name in gradients if "mlp.gate.weight" in name]
     assert len(routers) == 2 and all(gradients[name].abs().sum() > 0 for name in routers)
-    distiller = PreferenceDistiller(student, None, terms)
+    distiller = Distiller(student, None, terms)
     distiller(batch)
     assert {layer: n.tolist() for layer, n in distiller.routed.items()} == {layer: n.tolist() for layer, n in places.items()}
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import tiny_samples, tiny_tower
+from tiny import make_term, tiny_samples, tiny_tower
 
 from mmkd.sample.sample_set import write_sample_set
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.term import Schedule
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.sharded import replace_weights
@@ -131,8 +131,9 @@ def test_micro_batches_without_pictures_keep_step(tmp_path):
     vision = {"model_type": "vit", **SIZES, "image_size": 16, "patch_size": 8}
     teacher = tiny_tower(2, 32, vision={**vision, "hidden_size": 24})
     student = tiny_tower(1, 16, vision=vision, tokenizer=teacher.tokenizer)
-    terms = [Term(kind, kind, Schedule(1, 1)) for kind in ("cross_entropy", "forward_kl", "feature_match", "contrastive", "tags")]
-    terms.append(Term("switch", "dbild", Schedule(1, 1), path="switch", bridge=True))
+    kinds = ("cross_entropy", "forward_kl", "feature_match", "contrastive", "tags")
+    terms = [make_term(kind, kind, Schedule(1, 1)) for kind in kinds]
+    terms.append(make_term("switch", "dbild", Schedule(1, 1), path="switch", bridge=True))
     samples = tiny_samples(tmp_path, 2, text_only=2)
     dataset = PairDataset(samples, student, teacher, terms)
     pictured, plain = (dataset.collator([dataset[i] for i in part])["batch"] for part in ((0, 1), (2, 3)))

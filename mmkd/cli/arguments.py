@@ -1,0 +1,37 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_recipe(parser: argparse.ArgumentParser, recipe: str, overrides: str | None) -> None:
+    """A recipe and its overrides, which may stand before, between and after options; with the help of both."""
+    parser.add_argument("recipe", help=recipe)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    parser.set_defaults(listed="overrides")
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    return _at_least(0, text)
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return int(text)

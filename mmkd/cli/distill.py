@@ -1,0 +1,56 @@
+"""`mmkd distill`: a recipe or a grid of recipes, to models, summary and report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmkd.cli.arguments import add_recipe, add_seeds
+from mmkd.cli.seeds import run_seeds
+from mmkd.cli.startup import quick_imports
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, "a YAML file, see scripts/recipes", "for example stages.sft.steps=100 seed=1")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
+    add_seeds(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with quick_imports():
+        from mmkd.recipes.reading import load_recipe, read_raw
+
+    if read_raw(arguments.recipe, arguments.overrides).get("kind") == "ablation":
+        return _run_grid(arguments)
+    with quick_imports():  # a recipe imports what it names, and is refused before the rest is imported
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from mmkd.runs.run import distill, table
+    if arguments.dry_run:
+        from mmkd.runs.plan import plan
+
+        print(plan(recipe))
+        return 0
+    if arguments.seeds is not None:
+        run_seeds(recipe, arguments.seeds, distill)
+        return 0
+    summary = distill(recipe)
+    if summary:
+        print(table(summary))
+        if "report" in summary:
+            print(f"report: {summary['report']}")
+    return 0
+
+
+def _run_grid(arguments: argparse.Namespace) -> int:
+    with quick_imports():
+        from mmkd.runs.ablation import ablate, ablation_table, load_grid
+
+    seeds = [] if arguments.seeds is None else [f"seeds=[{arguments.seeds}]"]
+    grid, runs = load_grid(arguments.recipe, [*arguments.overrides, *seeds])
+    if arguments.dry_run:
+        print("\n".join(f"{run.name}: {run.folder}{' (done)' if run.summary else ''}" for run in runs))
+        return 0
+    name = Path(arguments.recipe).stem
+    print(ablation_table(ablate(grid, runs, name)))
+    print(Path(grid.output) / f"{name}.svg")
+    return 0

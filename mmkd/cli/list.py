@@ -1,0 +1,58 @@
+"""`mmkd list`: the cards of a kind, or the names of a kind that recipes and cards can use."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmkd.cli.arguments import names
+from mmkd.registry import PACKAGES
+
+CARDS = ("models", "data", "evaluation")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=[*CARDS, *PACKAGES])
+    parser.add_argument("--search", default="", metavar="WORD", help="only those that have the word somewhere")
+    parser.add_argument(
+        "--imports", type=names, default=[], metavar="MODULE,...", help="modules of your own that register what they bring"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mmkd.registry import import_modules
+
+    import_modules(arguments.imports)
+    lines = _cards(arguments.kind) if arguments.kind in CARDS else _registered(arguments.kind)
+    for line, everything in lines:
+        if arguments.search.lower() in everything.lower():
+            print(line)
+    return 0
+
+
+def _cards(kind: str) -> list[tuple[str, str]]:
+    """A line a card, and the text that is searched."""
+    from mmkd.base.cards import list_cards, read_yaml
+
+    found = []
+    for name, path in list_cards(kind).items():
+        card = read_yaml(path)
+        found.append((f"{name:<32} {card.get('title', '')}", f"{name} {' '.join(map(str, card.values()))}"))
+    return found
+
+
+def _registered(kind: str) -> list[tuple[str, str]]:
+    """Two or three lines a name: what it is, where it comes from and, if it has some, its options."""
+    from mmkd.cli.startup import quick_imports
+
+    with quick_imports():
+        from mmkd.registry import registry
+
+        entries = [registry(kind).about(name) for name in registry(kind).names()]
+    found = []
+    for entry in entries:
+        lines = [f"{entry.name:<32} {entry.summary}".rstrip(), f"    from {entry.source}"]
+        if entry.options:
+            lines.append(f"    options: {', '.join(entry.options)}")
+        text = "\n".join(lines)
+        found.append((text, text))
+    return found

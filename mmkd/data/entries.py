@@ -1,0 +1,157 @@
+"""From a recipe's `data:` entry to training samples: the card, the format, the prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mmkd.base.cards import list_cards, load_card
+from mmkd.data.formats import format_of, read_split
+from mmkd.data.prompts import PromptStyle, render
+from mmkd.data.samples import Question, Sample
+from mmkd.data.source import Source
+from mmkd.data.stream import Stream
+from mmkd.errors import DataError
+
+
+class DataCard(BaseModel):
+    """A data set's card: what its files are and how its questions are put to a model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    title: str
+    imports: tuple[str, ...] = Field((), description="modules that register a format of one's own; imported first")
+    format: str
+    root: str
+    prompt: PromptStyle = "plain"
+    ocr: bool = False
+    files: dict[str, str] | None = None
+    target: Literal["first", "majority", "sampled"] = "first"
+    licence: str = ""
+    source: str = ""
+    notes: str = ""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        format_of(value)
+        return value
+
+
+def resolve(spec: Any) -> dict[str, Any]:
+    """The fields of a recipe's data entry, its card's first and its own over them. Raises DataError."""
+    about = {"name", "title", "imports", "licence", "source", "notes"}
+    card = load_card("data", spec.card, DataCard).model_dump(exclude=about) if spec.card else {}
+    given = {k: v for k, v in spec.model_dump(exclude={"card"}).items() if v is not None}
+    fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", **card, **given}
+    missing = [name for name in ("format", "root") if name not in fields]
+    if missing:
+        raise DataError(f"a data entry lacks {' and '.join(missing)}; give them or name a `card`")
+    return fields
+
+
+def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
+    """Where a data entry's files are: `data_root`/root if that is there, else root itself. Raises DataError."""
+    candidates = [Path(fields["root"]).expanduser()]
+    if data_root is not None:
+        candidates.insert(0, Path(data_root).expanduser() / fields["root"])
+    found = next((folder for folder in candidates if folder.exists()), None)
+    if found is None:
+        raise DataError(
+            f"there is no data folder {' or '.join(map(str, candidates))}; get the data there, or set data_root or the "
+            "entry's root"
+        )
+    return found
+
+
+def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
+    """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
+    stream = stream_of(spec, seed, data_root)
+    if stream is not None:
+        return stream.head()
+    fields = resolve(spec)
+    items = read_split(
+        fields["format"],
+        folder_of(fields, data_root),
+        fields["split"],
+        files=fields["files"],
+        target=fields["target"],
+        limit=fields.get("limit"),
+        image_limit=fields.get("image_limit"),
+        seed=seed,
+    )
+    samples = [_sample(item, fields) for item in items]
+    return _weighted(samples, fields["weight"], seed)
+
+
+def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | None:
+    """The stream of a data entry, None for one whose samples are all read. Raises DataError for what a stream cannot do."""
+    fields = resolve(spec)
+    format = format_of(fields["format"])
+    if format.gives != "stream":
+        return None
+    wrong = [name for name in ("limit", "image_limit") if fields.get(name) is not None]
+    wrong += ["weight"] if fields.get("weight", 1.0) != 1.0 else []
+    if wrong:
+        raise DataError(f"format {fields['format']!r} takes no {' or '.join(wrong)}: nobody knows how many samples there are")
+    source = source_of(fields, data_root)
+    if not format.hub:
+        format.paths(source)  # whether there are any, before training
+
+    def samples(number: int) -> Iterator[Sample]:
+        return (_sample(item, fields) for item in format.stream(source, seed, number))
+
+    return Stream(samples, seed)
+
+
+def source_of(fields: dict[str, Any], data_root: str | None) -> Source:
+    """What the format of a data entry's fields is given to read. Raises DataError."""
+    format = format_of(fields["format"])
+    root = fields["root"] if format.hub else folder_of(fields, data_root)
+    return format.source(root, fields["split"], fields["files"], target=fields["target"])
+
+
+def _sample(item: Question | Sample, fields: dict[str, Any]) -> Sample:
+    if isinstance(item, Sample):
+        return item
+    return render(item, fields["prompt"], with_answer=True, ocr=fields["ocr"])
+
+
+def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
+    """`weight` copies of the set; the fraction is drawn."""
+    whole, part = int(weight), weight - int(weight)
+    drawn = random.Random(f"weight {seed}").sample(samples, round(part * len(samples)))
+    return samples * whole + drawn
+
+
+README_HEAD = """\
+The code is in `mmkd/data`; this folder holds cards only.
+
+# Data sets
+
+A card says what a data set's files are and how its questions are put to a model. A recipe names it (`data: [{card: scienceqa}]`)
+and says where it lies (`data_root=FOLDER`; the card's `root` is looked for inside, then as it stands). Everything of a card
+can be given in the recipe instead, for data of your own: `{format: jsonl, root: my_data, prompt: plain}` reads
+`my_data/train.jsonl` with `{"image": "a.png", "question": "...", "answer": "..."}` a line. Cards of your own go into
+`<folder>/data/`, with `MMKD_CARDS=<folder>`.
+
+| card | what | format | prompt | licence |
+|---|---|---|---|---|
+"""
+README_FOOT = "\nThis table is written by `python -m mmkd.data.entries`; edit the cards, not the table.\n"
+
+
+def readme() -> str:
+    """The text of data/README.md: one row a card."""
+    cards = [load_card("data", name, DataCard) for name in list_cards("data")]
+    rows = [f"| `{c.name}` | {c.title} | {c.format} | {c.prompt} | {c.licence} |" for c in cards]
+    return README_HEAD + "\n".join(rows) + "\n" + README_FOOT
+
+
+if __name__ == "__main__":
+    (Path(__file__).resolve().parents[2] / "data" / "README.md").write_text(readme(), encoding="utf-8")

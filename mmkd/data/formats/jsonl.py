@@ -1,0 +1,85 @@
+"""Questions in JSON lines, for data of one's own."""
+
+from __future__ import annotations
+
+from mmkd.data.annotations import Row
+from mmkd.data.formats import Format
+from mmkd.data.reading import choice_index, choices_of, named_images
+from mmkd.data.samples import Question
+from mmkd.data.source import Source
+from mmkd.errors import DataError
+from mmkd.registry import register
+
+_FIELDS = ("id", "question", "image", "images", "answer", "answers", "choices", "hint", "ocr_tokens")
+
+
+@register("formats", "jsonl")
+class JsonLines(Format):
+    """JSON lines (or a list) of {question, image or images, answer or answers, id, choices, hint, ocr_tokens, categories}.
+
+    Only `question` must be there; rows without answers can be predicted, not trained on. With choices, `answer` is an index
+    (from 0) or one of the choices, word for word. `categories` is an object of strings. Where a file has other names, `files`
+    says so: {"field.question": "text", "field.answer": "label"}, and {"field.categories": "type, level"} names the keys whose
+    values are the categories. "images" is the folder or zip that the rows' names are in.
+    """
+
+    files = {"annotations": "{split}.jsonl"}
+    images = {"images": ("{split}_images.zip", "images/{split}", "images", ".")}
+    values = {f"field.{key}": "" for key in (*_FIELDS, "categories")}
+
+    def read(self, source: Source) -> list[Question]:
+        names = {key: name for key in _FIELDS if (name := source.value(f"field.{key}"))}
+        groups = [name.strip() for name in source.value("field.categories").split(",") if name.strip()]
+        rows = source.rows(names=names)
+        return [_question(source, row, f"{source.split}-{number}", groups) for number, row in enumerate(rows)]
+
+
+def _question(source: Source, row: Row, default: str, groups: list[str]) -> Question:
+    choices = choices_of(row) if row.has("choices") else []
+    answers = _choice_answers(row, choices) if choices else _answers(row)
+    references = tuple(choices[index] for index in answers) if choices else tuple(answers)
+    return Question(
+        id=row.identifier("id", default=default),
+        question=row.text("question"),
+        images=named_images(source, row),
+        answer=references[0] if references else "",
+        references=references,
+        choices=tuple(choices),
+        answer_index=answers[0] if choices and answers else None,
+        hint=row.text("hint", default=""),
+        ocr_tokens=tuple(row.texts("ocr_tokens")) if row.has("ocr_tokens") else (),
+        categories=_categories(row, groups),
+    )
+
+
+def _answers(row: Row) -> list[str]:
+    if row.has("answer") and row.has("answers"):
+        raise DataError(f"{row.where}: both 'answer' and 'answers'; give one answer or a list of them")
+    if row.has("answer"):
+        return [row.text("answer")]
+    if not row.has("answers"):
+        return []
+    answers = row.texts("answers")
+    if not answers:
+        raise DataError(f"{row.where}: 'answers' is empty; leave the key out where there is no answer")
+    return answers
+
+
+def _choice_answers(row: Row, choices: list[str]) -> list[int]:
+    """The answers as indices of the choices."""
+    if row.has("answer") and not isinstance(row.get("answer"), str):
+        return [choice_index(row, "answer", len(choices))]
+    answers = _answers(row)
+    strange = next((answer for answer in answers if answer not in choices), None)
+    if strange is not None:
+        raise DataError(f"{row.where}: answer {strange!r} is none of the choices {choices}")
+    return [choices.index(answer) for answer in answers]
+
+
+def _categories(row: Row, groups: list[str]) -> dict[str, str]:
+    if groups:
+        return {key: row.identifier(key) for key in groups if row.has(key)}
+    if not row.has("categories"):
+        return {}
+    found = Row(row.get("categories"), f"{row.where} categories")
+    return {key: found.text(key) for key in found.value}

@@ -1,0 +1,71 @@
+"""MMBench (Liu et al. 2024), English and Chinese."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.annotations import Row, shown
+from mmkd.data.formats import Format
+from mmkd.data.reading import choice_question, letter_index
+from mmkd.data.samples import ImageRef, Question
+from mmkd.data.source import Source, table
+from mmkd.errors import DataError
+from mmkd.registry import register
+
+CIRCLE = 1_000_000  # rotations of question n have the indices n + k * this
+_SHORTEST_PICTURE = 64  # shorter cells of the picture column are the index of the row that holds it
+
+
+@register("formats", "mmbench")
+class MMBench(Format):
+    """MMBench: mmbench_{split}.tsv with pictures in base64; the category `circle` joins a question's orders of choices."""
+
+    files = {"annotations": "mmbench_{split}.tsv"}
+
+    def read(self, source: Source) -> list[Question]:
+        path = source.path()
+        rows = table(path)
+        place = _picture_rows(rows, path)
+        return [_question(path, Row(row, f"{path} row {n}"), place[n]) for n, row in enumerate(rows)]
+
+
+def _picture_rows(rows: tuple[dict[str, Any], ...], path: Path) -> list[int]:
+    """The row whose cell holds each row's picture: the first with the same content, so that it is seen once."""
+    first: dict[str, int] = {}
+    by_index = {row.get("index", ""): number for number, row in enumerate(rows)}
+    found = []
+    for number, row in enumerate(rows):
+        cell = row.get("image", "")
+        if not cell or (len(cell) <= _SHORTEST_PICTURE and cell not in by_index):
+            raise DataError(f"{path} row {number}: column 'image' is {shown(cell)}, neither base64 nor another row's index")
+        other = by_index[cell] if len(cell) <= _SHORTEST_PICTURE else number
+        found.append(first.setdefault(rows[other].get("image", ""), other))
+    return found
+
+
+def _question(path: Path, row: Row, picture: int) -> Question:
+    index = row.text("index")
+    if not index.isdecimal():
+        raise row.wrong("index", "a whole number")
+    choices = []
+    for letter in "ABCD":
+        if _is_none(row.text(letter, default="")):
+            break
+        choices.append(row.text(letter))
+    hint = row.text("hint", default="")
+    categories = {key: row.text(key) for key in ("category", "l2-category") if not _is_none(row.text(key, default=""))}
+    return choice_question(
+        row,
+        index,
+        choices,
+        letter_index(row, "answer") if not _is_none(row.text("answer", default="")) else None,
+        question=row.text("question") if _is_none(hint) else f"{hint}\n{row.text('question')}",
+        images=(ImageRef(path, f"{picture}/image"),),
+        categories=categories | {"circle": str(int(index) % CIRCLE)},
+    )
+
+
+def _is_none(text: str) -> bool:
+    """An empty cell, or what pandas writes for one."""
+    return text.strip().lower() in ("", "nan", "none")

@@ -1,0 +1,94 @@
+"""Tar shards in WebDataset's layout."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.annotations import parse
+from mmkd.data.formats import Format
+from mmkd.data.reading import asked_and_answered
+from mmkd.data.samples import ImageRef, Question
+from mmkd.data.source import Source
+from mmkd.errors import DataError, ImageError
+from mmkd.registry import register
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@register("formats", "shards")
+class Shards(Format):
+    """A stream of tar shards: 000001.json with "question" and "answer", and 000001.jpg (or png, webp) where it has a picture.
+
+    Shards come in another order in each pass. A resumed run runs past the samples that it had, their headers only.
+    """
+
+    gives = "stream"
+    files = {"shards": "*.tar"}
+
+    def stream(self, source: Source, seed: int, number: int) -> Iterator[Question]:
+        paths = self.paths(source)
+        for path in random.Random(f"shards {seed} {number}").sample(paths, len(paths)):
+            for key, members in _grouped(path):
+                yield _question(path, key, members)
+
+    def paths(self, source: Source) -> list[Path]:
+        try:
+            return super().paths(source)
+        except DataError as error:
+            raise DataError(
+                f"{source.root} has no tar shards; `files: {{shards: PATTERN}}` says how they are called (default: *.tar)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class TarImage(ImageRef):
+    """A picture in a tar shard that is read when it is wanted: `size` bytes from `offset` of the file `root`."""
+
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def file(self) -> Path:
+        return self.root
+
+    def exists(self) -> bool:
+        return self.root.is_file()
+
+    def read_bytes(self) -> bytes:
+        try:
+            with self.root.open("rb") as shard:
+                shard.seek(self.offset)
+                data = shard.read(self.size)
+        except OSError as error:
+            raise ImageError(f"image {self.key} cannot be read: {error}") from error
+        if len(data) < self.size:
+            raise ImageError(f"image {self.key} cannot be read: the shard ends in it; is the download complete?")
+        return data
+
+
+def _question(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> Question:
+    row = members.get(".json")
+    if row is None:
+        raise DataError(f"{path}: {key} has no .json; a sample is {key}.json, and {key}.jpg where it has a picture")
+    text = TarImage(path, row.name, row.offset_data, row.size).read_bytes()
+    where = f"{path}/{row.name}"
+    images = tuple(TarImage(path, m.name, m.offset_data, m.size) for suffix, m in members.items() if suffix in _PICTURES)
+    value: Any = parse(text.decode("utf-8", "replace"), where)
+    return asked_and_answered(f"{path.stem}/{key}", value, images, where)
+
+
+def _grouped(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """(name without suffix, {suffix: member}) of neighbouring members. Only their headers are read."""
+    try:
+        with tarfile.open(path, "r:") as shard:
+            members = (m for m in shard if m.isfile())
+            for key, group in itertools.groupby(members, key=lambda m: m.name.rpartition(".")[0]):
+                yield key, {f".{m.name.rpartition('.')[2].lower()}": m for m in group}
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path} is no whole, uncompressed tar: {error}") from error

@@ -1,0 +1,35 @@
+"""A data entry of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from mmkd.base.schema import Strict
+from mmkd.data.prompts import PromptStyle
+from mmkd.errors import did_you_mean
+from mmkd.registry import registry
+
+
+class DataSpec(Strict):
+    """One data set of a stage: a card by name, or its fields given here (fields given here win over the card's)."""
+
+    card: str | None = None
+    format: str | None = None  # a name of `mmkd list formats`
+    root: str | None = None
+    split: str = "train"
+    prompt: PromptStyle | None = None
+    ocr: bool | None = None
+    files: dict[str, str] | None = None
+    target: Literal["first", "majority", "sampled"] | None = None
+    limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
+    image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions
+    weight: float = Field(1.0, gt=0)  # how many times the set stands in one epoch (fractions by drawing)
+
+    @field_validator("format")
+    @classmethod
+    def known_format(cls, value: str | None) -> str | None:
+        if value is not None and value not in registry("formats"):
+            raise ValueError(f"there is no format {value!r}; {did_you_mean(value, registry('formats'))}")
+        return value

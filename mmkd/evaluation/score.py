@@ -1,0 +1,150 @@
+"""From answers to scored rows (predictions.jsonl) and to the numbers of results.json."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mmkd.errors import DataError
+from mmkd.evaluation.benchmarks import Benchmark
+from mmkd.evaluation.hallucination import NAME as HALLUCINATED
+from mmkd.evaluation.items import Item
+from mmkd.evaluation.metric import further_numbers, metric_of, parser_of
+from mmkd.evaluation.results import group_of
+from mmkd.evaluation.statistics import interval
+
+log = logging.getLogger(__name__)
+
+
+class Scorer:
+    """A benchmark's parser and metrics, put to its questions one by one and then to all rows."""
+
+    def __init__(self, benchmark: Benchmark):
+        self.benchmark = benchmark
+        self.parser, self.metric = parser_of(benchmark.parser), metric_of(benchmark.metric)
+        self.also = {name: metric_of(name) for name in benchmark.also}
+
+    # ---- one question ------------------------------------------------------------------------------------------------
+
+    def row(self, item: Item, answer: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The row of predictions.jsonl for a question and what was answered: {"prediction", "skipped"}."""
+        question = item.question
+        row = {
+            "id": question.id,
+            "question": question.question,
+            "choices": list(question.choices),
+            "prompt": item.prompt,
+            "prediction": None,
+            "parsed": None,
+            "score": None,
+            "references": list(item.references),
+            "categories": {"modality": "image" if question.images else "text", **question.categories},
+            "images": [ref.key for ref in question.images],
+            "group": item.group,
+            "skipped": item.skipped or (answer or {}).get("skipped"),
+        }
+        return row if row["skipped"] else row | self._scored(item, answer["prediction"])
+
+    def _scored(self, item: Item, text: str) -> dict[str, Any]:
+        question = item.question
+        asked = replace(question, references=item.references)
+        parsed = self.parser.parse(text, question.choices)
+        found: dict[str, Any] = {"prediction": text, "parsed": parsed, "score": None}
+        if not item.references:  # nothing to compare with, as in splits that a test server scores
+            return found
+
+        def score(metric: Any, answer: str | None) -> float:
+            return 0.0 if answer is None else metric.score(answer, asked)
+
+        found["score"] = score(self.metric, parsed)
+        also = {name: score(metric, parsed) for name, metric in self.also.items()}
+        if (made_up := self.metric.hallucinated(parsed, question)) is not None:
+            also[HALLUCINATED] = made_up
+        if also:
+            found["also"] = also
+        if self.parser.has_lenient:
+            lenient = self.parser.lenient(text, question.choices)
+            found |= {"score_strict": found["score"], "parsed_lenient": lenient, "score_lenient": score(self.metric, lenient)}
+        return found
+
+    # ---- all questions -----------------------------------------------------------------------------------------------
+
+    def results(self, items: Sequence[Item], rows: Sequence[dict], header: dict[str, Any], limit: int | None) -> dict[str, Any]:
+        """What results.json says of the answers. Raises DataError where nothing could be answered."""
+        benchmark = self.benchmark
+        scored = [row for row in rows if not row["skipped"]]
+        results = header | {
+            "title": benchmark.title,
+            "metric": benchmark.metric,
+            **_headline(scored, self._skipped(rows)),
+            "unparsed_share": sum(row["parsed"] is None for row in scored) / len(scored),
+            "rows": len(rows),
+            "expected_rows": benchmark.expected_rows,
+            "rows_difference": _rows_difference(benchmark, len(rows), limit),
+            "split": benchmark.split,
+            "limit": limit,
+            "prompt": items[0].prompt,
+            "prompt_style": benchmark.prompt_style,
+            "parser": benchmark.parser,
+            "ocr_tokens": benchmark.ocr,
+            "generation": {"do_sample": False, "num_beams": 1, "max_new_tokens": benchmark.max_new_tokens},
+            "reference_scores": [score.model_dump() for score in benchmark.reference_scores],
+            "by": {},
+        }
+        if results["score"] is None:
+            return results
+        results["by"] = {category: _by(scored, category) for category in benchmark.categories}
+        also = {name: _score_of(scored, "also", name) for name in self.also}
+        if checkable := [row for row in scored if HALLUCINATED in row.get("also", {})]:
+            also[HALLUCINATED] = _score_of(checkable, "also", HALLUCINATED)
+        if also:
+            results["also"] = also
+        return results | further_numbers(benchmark.format, self.parser, self.metric, scored)
+
+    def _skipped(self, rows: Sequence[dict]) -> dict[str, int]:
+        """How many questions were skipped, by reason."""
+        reasons = Counter(_short_reason(row) for row in rows if row["skipped"])
+        name = self.benchmark.name
+        if sum(reasons.values()) == len(rows):
+            raise DataError(f"benchmark {name!r}: no question could be answered: {dict(reasons)}")
+        if reasons:
+            log.warning("%s: %d questions skipped: %s", name, sum(reasons.values()), dict(reasons))
+        return dict(reasons)
+
+
+def _headline(scored: Sequence[dict], skipped: dict[str, int]) -> dict[str, Any]:
+    """Score and interval; None in a split whose answers a test server keeps."""
+    score = {"n": len(scored), "score": None, "ci95": None} if scored[0]["score"] is None else _score_of(scored, "score")
+    return score | {"n_skipped": sum(skipped.values()), "skipped": skipped}
+
+
+def _score_of(rows: Sequence[dict], key: str, metric: str | None = None) -> dict[str, Any]:
+    values = [row[key] if metric is None else row[key][metric] for row in rows]
+    mean, low, high = interval(values, [group_of(row) for row in rows])
+    return {"n": len(rows), "score": mean, "ci95": [low, high]}
+
+
+def _by(rows: Sequence[dict], category: str) -> dict[str, dict]:
+    values: dict[str, list[dict]] = {}
+    for row in rows:
+        values.setdefault(row["categories"].get(category, "(none)"), []).append(row)
+    return {value: _score_of(values[value], "score") for value in sorted(values)}
+
+
+def _rows_difference(benchmark: Benchmark, rows: int, limit: int | None) -> str | None:
+    if benchmark.expected_rows is None or rows == benchmark.expected_rows:
+        return None
+    cause = f"limit={limit}" if limit is not None else "another release or a part of the data"
+    expected = benchmark.expected_rows
+    return f"{rows} rows, the card expects {expected} ({cause}): not comparable with published numbers"
+
+
+def _short_reason(row: dict) -> str:
+    """The reason without the picture's path, so that equal reasons are counted together."""
+    reason = row["skipped"]
+    for key in row["images"]:
+        reason = reason.replace(f" {key}", "")
+    return reason.partition(":")[0]

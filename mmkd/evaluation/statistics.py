@@ -1,0 +1,223 @@
+"""How sure a score is, and whether one model is better than another: intervals and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmkd.errors import DataError
+from mmkd.evaluation.results import group_of, read_predictions, same_questions
+
+LEVEL = 0.95
+_CHUNK_BYTES = 32 * 2**20  # of one array of drawn clusters; about three such arrays live at once
+
+Interval = tuple[float, float, float]
+
+
+def _cluster_sums(scores: np.ndarray, groups: Sequence[Hashable] | None) -> np.ndarray:
+    """Sum and count of the scores of every cluster. [C, 2]"""
+    if groups is None:
+        return np.stack([scores, np.ones_like(scores)], axis=1)
+    if len(groups) != len(scores):
+        raise DataError(f"{len(scores)} scores but {len(groups)} groups; give one group a score")
+    places: dict[Hashable, int] = {}
+    index = np.array([places.setdefault(group, len(places)) for group in groups])
+    return np.stack([np.bincount(index, weights=scores), np.bincount(index)], axis=1)
+
+
+def _resampled_means(clusters: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of `n_boot` draws of C clusters with replacement. clusters [C, 2] -> [n_boot]"""
+    count = len(clusters)
+    kinds, multiplicity = np.unique(clusters, axis=0, return_counts=True)
+    # Clusters of equal sum and count are interchangeable: drawing how often each kind comes is the same
+    # draw, and with the few kinds that right/wrong scores make it is far less work.
+    if len(kinds) * 8 <= count:
+        totals = rng.multinomial(count, multiplicity / count, size=n_boot) @ kinds  # [n_boot, 2]
+        return totals[:, 0] / totals[:, 1]
+    step = max(1, _CHUNK_BYTES // (8 * count))
+    means = np.empty(n_boot)
+    for start in range(0, n_boot, step):
+        drawn = rng.integers(0, count, size=(min(step, n_boot - start), count))  # [chunk, C]
+        sums = clusters[:, 0][drawn].sum(axis=1)
+        means[start : start + len(drawn)] = sums / clusters[:, 1][drawn].sum(axis=1)
+    return means
+
+
+def interval(
+    scores: Sequence[float], groups: Sequence[Hashable] | None = None, n_boot: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of the scores with its 95 % interval: (mean, low, high), by the percentile bootstrap.
+
+    With `groups`, whole groups are drawn (a cluster bootstrap): questions on one picture are not
+    independent, since a model that misreads the picture misses several of them.  Drawing questions one by
+    one would make the interval too narrow.  Give the picture as the group, a question without a picture its
+    own.
+
+    The interval says how the score would vary with other questions of the same kind, not with another
+    training seed. With few groups (below about 30), or with all scores equal (a width of zero), it is too
+    optimistic. Raises DataError when there is nothing to score, on a score that is not finite, on groups of
+    another length.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise DataError(f"an interval needs a list of scores, got shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise DataError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite numbers")
+    means = _resampled_means(_cluster_sums(values, groups), n_boot, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+def paired_difference(
+    a: Sequence[float],
+    b: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    n_boot: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of a - b over the same questions, with its interval; much narrower than two intervals side by
+    side.
+
+    See `interval`.  Raises DataError when the two are not equally long.
+    """
+    if len(a) != len(b):
+        raise DataError(f"a paired difference needs the same questions: {len(a)} scores against {len(b)}")
+    return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), groups, n_boot, seed)
+
+
+def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str | None]) -> float:
+    """Share of questions with the same answer, right or wrong, but for case and white space around it."""
+    if len(a_predictions) != len(b_predictions) or not len(a_predictions):
+        raise DataError(
+            f"agreement needs the same questions, at least one: {len(a_predictions)} against "
+            f"{len(b_predictions)}"
+        )
+    plain = [[(text or "").strip().casefold() for text in side] for side in (a_predictions, b_predictions)]
+    return sum(x == y for x, y in zip(*plain, strict=True)) / len(a_predictions)
+
+
+# ---- models on the same questions -----------------------------------------------------------------------------------
+
+
+def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, seed: int = 0) -> dict:
+    """Models on the same questions: {model name: path of its predictions.jsonl} -> one comparison.
+
+    Questions that any model skipped are left out for all, and counted.  Returns
+        n, n_skipped                       questions compared and left out
+        models      {name: {"score", "ci95"}}
+        differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   student first, then
+                                           in the order given; the last two count questions that one has fully right and the
+                                           other has not
+        fidelity    {name: agreement}      with the teacher, where there is one
+        beats_teacher {name: ids}          that a model has fully right and the teacher has not, where there is one
+        student_beats_teacher              the student's, if both are there
+        verdict                            in words: is the student better than its control?
+    Scores are 0..1.  Raises DataError when ids differ or nothing is left.
+    """
+    if not predictions:
+        raise DataError("there is nothing to compare; give at least one model's predictions")
+    runs = {name: read_predictions(path) for name, path in predictions.items()}
+    ids = same_questions(runs)
+    kept = _answered_by_all(runs, ids)
+    groups = [group_of(next(iter(runs.values()))[i]) for i in kept]
+    scores = {name: [run[i].get("score") for i in kept] for name, run in runs.items()}
+    unscored = [name for name, values in scores.items() if None in values]
+    if unscored:
+        raise DataError(f"{', '.join(unscored)}: questions without a score cannot be compared; use a split with answers")
+    answers = {name: [run[i].get("prediction") for i in kept] for name, run in runs.items()}
+    models = {}
+    for name, values in scores.items():
+        mean, low, high = interval(values, groups, n_boot, seed)
+        models[name] = {"score": mean, "ci95": [low, high]}
+    differences = {}
+    for a, b in _pairs(list(runs)):
+        mean, low, high = paired_difference(scores[a], scores[b], groups, n_boot, seed)
+        differences[f"{a} - {b}"] = {
+            "difference": mean,
+            "ci95": [low, high],
+            "agreement": agreement(answers[a], answers[b]),
+            "only_first": len(_won(scores[a], scores[b], kept)),
+            "only_second": len(_won(scores[b], scores[a], kept)),
+        }
+    return {
+        "n": len(kept),
+        "n_skipped": len(ids) - len(kept),
+        "models": models,
+        "differences": differences,
+        **_with_teacher(scores, differences, kept),
+        "verdict": verdict(differences.get("student - control")),
+    }
+
+
+def _answered_by_all(runs: Mapping[str, Mapping[str, dict]], ids: Sequence[str]) -> list[str]:
+    """The ids that no model skipped. Raises DataError where there are none."""
+    kept = [i for i in ids if not any(run[i].get("skipped") for run in runs.values())]
+    if not kept:
+        raise DataError(f"none of {len(ids)} questions was answered by all of {', '.join(runs)}")
+    return kept
+
+
+def _with_teacher(scores: Mapping[str, Sequence[float]], differences: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+    """How the models stand to the one that is called teacher: "fidelity", "beats_teacher", "student_beats_teacher"."""
+    others = [name for name in scores if name != "teacher"] if "teacher" in scores else []
+    beats = {name: _won(scores[name], scores["teacher"], ids) for name in others}
+    found = {"fidelity": {name: differences[f"{name} - teacher"]["agreement"] for name in others}, "beats_teacher": beats}
+    return found | ({"student_beats_teacher": beats["student"]} if "student" in beats else {})
+
+
+RIGHT = 0.995  # a score from here on is fully right; soft accuracies are sums of thirds
+
+
+def _won(first: Sequence[float], second: Sequence[float], ids: Sequence[str]) -> list[str]:
+    """The ids that the first has fully right and the second has not."""
+    return [i for i, a, b in zip(ids, first, second, strict=True) if a >= RIGHT > b]
+
+
+def modality_importance(seen: Mapping[str, Mapping], blind: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Which questions need their picture: rows of an evaluation and of the same with the pictures taken away.
+
+    Among the questions with a picture that both answered: "both" (right without it, too), "needs_image" (right only with
+    it), "hurt_by_image" (right only without), "neither", each a share; "blind_score" is the mean score without pictures,
+    "gain" the mean difference, "ids" those that need the picture. Only {"n": 0} where none has a picture.
+    Raises DataError when the two hold other questions.
+    """
+    ids = same_questions({"with pictures": seen, "without": blind})
+    kept = [
+        i for i in ids
+        if seen[i].get("images") and seen[i].get("score") is not None and blind[i].get("score") is not None
+    ]  # fmt: skip
+    if not kept:
+        return {"n": 0}
+    a, b = [seen[i]["score"] for i in kept], [blind[i]["score"] for i in kept]
+    needs, hurt = _won(a, b, kept), _won(b, a, kept)
+    both = sum(x >= RIGHT and y >= RIGHT for x, y in zip(a, b, strict=True))
+    count = len(kept)
+    shares = {"both": both, "needs_image": len(needs), "hurt_by_image": len(hurt)}
+    shares["neither"] = count - sum(shares.values())
+    means = {"blind_score": math.fsum(b) / count, "gain": (math.fsum(a) - math.fsum(b)) / count}
+    return {"n": count, **{name: value / count for name, value in shares.items()}, **means, "ids": needs}
+
+
+def _pairs(names: list[str]) -> list[tuple[str, str]]:
+    """Every pair once, the student always first and the teacher always last."""
+    rank = {"student": -1, "teacher": len(names)}
+    names = sorted(names, key=lambda name: rank.get(name, names.index(name)))
+    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+
+def verdict(difference: Mapping | None) -> str:
+    """The paired difference of student and control in words; `difference` as in `compare_runs`, or None."""
+    if difference is None:
+        return "no control was evaluated: the effect of the teacher is not known"
+    low, high = (100 * bound for bound in difference["ci95"])
+    points = 100 * difference["difference"]
+    span = f"[{low:+.1f}, {high:+.1f}]"
+    if low > 0:
+        return f"student leads its control by {points:.1f} points {span}"
+    if high < 0:
+        return f"student is behind its control by {-points:.1f} points {span}: no better than its control"
+    return f"student is no better than its control: {points:+.1f} points {span}"

@@ -1,0 +1,184 @@
+"""Reads a recipe: what it extends, overrides, environment variables, imports, then every error at once.
+
+Experiments are overrides on the command line (`stages.sft.terms.kl.weight=2`), not copies of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mmkd.base.schema import is_number
+from mmkd.base.yaml_files import Loader, read_mapping
+from mmkd.errors import RecipeError, did_you_mean
+from mmkd.recipes.recipe import Recipe
+from mmkd.registry import import_modules
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe at `path` with `key=value` overrides. Raises RecipeError with every error at once."""
+    raw = read_raw(path, overrides)
+    if "kind" in raw:
+        raise RecipeError(f"{path} is a recipe of kind {raw['kind']!r}, for dual encoders; run it with: mmkd rank {path}")
+    return validate(raw, str(path), Recipe)
+
+
+def read_raw(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The keys and values of a recipe with what it extends, overrides and environment variables. Raises RecipeError."""
+    raw = read_mapping(Path(path), "recipe", RecipeError)
+    if "extends" in raw:
+        parent = Path(path).parent / str(raw.pop("extends"))
+        base = read_mapping(parent, "recipe", RecipeError)
+        if "extends" in base:
+            raise RecipeError(f"{parent} extends another recipe; `extends` goes one level deep")
+        raw = _merge(base, raw)
+    for override in overrides or []:
+        _apply(raw, override)
+    return _expand(raw, str(path))
+
+
+def _merge(base: Any, top: Any, key: str = "") -> Any:
+    if isinstance(base, dict) and isinstance(top, dict):
+        changed = {k: _weighted(base[k], v, key) if k in base else v for k, v in top.items()}
+        return {**base, **{k: _merge(base[k], v, k) if k in base else v for k, v in changed.items()}}
+    return top
+
+
+def _weighted(old: Any, new: Any, parent: str) -> Any:
+    """A number in the place of a term written out is its new weight, not a new term."""
+    is_term = parent in ("terms", "control_terms") and isinstance(old, dict)
+    return {**old, "weight": new} if is_term and is_number(new) else new
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Sets one dotted key; numbers index lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")) or key != key.strip() or text.startswith("="):
+        raise RecipeError(f"override {override!r} is not key=value, for example seed=1")
+    try:
+        value = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of override {override!r} is not YAML: {error}") from error
+    *path, last = key.split(".")
+    place: Any = raw
+    for step in path:
+        if isinstance(place, list):
+            place = place[_index(step, place, override)]
+            continue
+        if not isinstance(place, dict):
+            break
+        if not isinstance(place.get(step), dict | list):
+            place[step] = {"weight": place[step]} if is_number(place.get(step)) else {}
+        place = place[step]
+    if isinstance(place, list):
+        place[_index(last, place, override)] = value
+    elif isinstance(place, dict):
+        place[last] = _weighted(place.get(last), value, path[-1] if path else "")
+    else:
+        raise RecipeError(f"override {override!r} goes into {place!r}, which holds no keys")
+
+
+def _index(step: str, place: list, override: str) -> int:
+    if not step.isdigit() or int(step) >= len(place):
+        raise RecipeError(f"override {override!r}: {step!r} is no index of a list of {len(place)}")
+    return int(step)
+
+
+def _expand(value: Any, where: str = "") -> Any:
+    """Environment variables in strings: ${NAME} and ${NAME:-default}. Raises RecipeError that lists all that are not set."""
+    missing: list[str] = []
+
+    def replace(text: str, path: str) -> str:
+        def found(match: re.Match) -> str:
+            name, default = match["name"], match["default"]
+            if name not in os.environ and default is None:
+                missing.append(f"  {path}: the environment variable {name} is not set; set it or write ${{{name}:-default}}")
+            return os.environ.get(name, default or "")
+
+        return _VARIABLE.sub(found, text)
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, dict):
+            return {k: walk(v, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
+        if isinstance(value, list):
+            return [walk(v, f"{path}.{i}") for i, v in enumerate(value)]
+        return replace(value, path) if isinstance(value, str) else value
+
+    expanded = walk(value, "")
+    if missing:
+        raise RecipeError(f"{where} has {_errors(len(missing))}:\n" + "\n".join(missing))
+    return expanded
+
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
+
+
+def _errors(count: int) -> str:
+    return f"{count} error{'s' * (count > 1)}"
+
+
+def validate(raw: dict[str, Any], where: str, model: type[Model]) -> Model:
+    """`raw` as an instance of a recipe's model, after the modules that it imports. Raises RecipeError that lists every error."""
+    import_named(raw, where)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e, model) for e in error.errors()]
+        raise RecipeError(f"{where} has {_errors(len(lines))}:\n" + "\n".join(lines)) from error
+
+
+def import_named(raw: dict[str, Any], where: str) -> None:
+    """Imports the modules of the key `imports`, also looked for beside the recipe. Raises RegistryError."""
+    names = raw.get("imports", [])
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):  # else validation says what is wrong
+        import_modules(names, [Path(where).parent] if Path(where).is_file() else [])
+
+
+def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
+    path = ".".join(str(p) for p in error["loc"])
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return f"  {path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1], model))}"
+    if kind == "missing":
+        return f"  {path}: missing"
+    if kind == "invalid_key":
+        return (
+            f"  {path}: the key {error['input']!r} is not text; YAML reads on, off, yes and no as true and false "
+            "(the field of a term is called `positions`)"
+        )
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if kind == "value_error" else f" (given: {error['input']!r})"
+    return f"  {path or 'recipe'}: {message}{given}"
+
+
+def _fields_at(loc: tuple, model: Any) -> list[str]:
+    """Names that are allowed at a place of the recipe, for suggestions."""
+    for step in loc:
+        field = model.model_fields.get(str(step))
+        if field is not None:
+            model = _inner_model(field.annotation) or model
+        # a step that is no field is a name or an index inside a dict or list of models: the model stays
+    return list(model.model_fields)
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _inner_model(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"; {did_you_mean(name, known)}" if known else ""

@@ -1,0 +1,103 @@
+"""The training loop of ranking and of matching: transformers' Trainer with a log of each term and marked checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mmkd.base.distributed import wait_for_all
+from mmkd.retrieval.batches import PairBatch, PairDataset
+from mmkd.retrieval.recipe import StepSpec
+from mmkd.train.guards import freeze_unreached_by
+from mmkd.train.trainer import COMPLETE, TermLog
+
+WEIGHTS = "model.safetensors"  # the name under which the Trainer looks for them
+
+
+class PairTrainer(Trainer):
+    """Trains a module that takes a `PairBatch` and gives its loss and {term: (sum, count)}.
+
+    A contrastive pool is the batch, so a batch is never cut into micro-batches. Each process gives the loss of its own queries,
+    divided by the number of all.
+    """
+
+    def __init__(self, model: nn.Module, dataset: PairDataset, optimiser: StepSpec, arguments: TrainingArguments, log: Path):
+        self.optimiser = optimiser
+        self._sums: dict[str, Tensor] = {}
+        callbacks = [TermLog(log, arguments.run_name), MarkComplete()]
+        super().__init__(model, arguments, data_collator=dataset.collate, train_dataset=dataset, callbacks=callbacks)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, PairBatch], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, terms = model(inputs["batch"].to(self.args.device, non_blocking=True))
+        for name, (total, count) in terms.items():
+            seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
+            self._sums[name] = self._sums[name] + seen if name in self._sums else seen
+        loss = loss * self.args.world_size  # data-parallel wrappers average gradients, which are to be summed
+        return (loss, terms) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for name in sorted(self._sums):
+                total, count = self.accelerator.reduce(self._sums[name], reduction="sum").tolist()
+                logs[name] = total / max(1.0, count)
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's own, which would import `datasets` and pandas only to see that the data is none of theirs."""
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            sampler=RandomSampler(self.train_dataset),
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = adamw(self.model, self.optimiser)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the weights, those that several names share once."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+
+
+class MarkComplete(TrainerCallback):
+    """Marks checkpoints that all processes have written; one without the mark was interrupted."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_all()
+        if args.should_save:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def adamw(model: nn.Module, spec: StepSpec) -> torch.optim.Optimizer:
+    """AdamW without weight decay on norms, biases, the temperature and other vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
+
+
+def freeze_unreached(model: nn.Module, batch: PairBatch) -> list[str]:
+    """Takes parameters that the loss does not reach out of training, since data-parallel training would wait for their
+    gradients; returns their names."""
+    model.train()
+    loss, _ = model(batch)
+    return freeze_unreached_by(model, loss)

@@ -1,0 +1,80 @@
+"""The teachers and the student of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mmkd.recipes.recipe import Recipe
+from mmkd.registry import import_modules, registry
+from mmkd.teachers.live import as_teachers
+from mmkd.teachers.opening import Opening
+from mmkd.teachers.teacher import Teacher
+from mmkd.terms.spec import build_terms
+from mmkd.terms.term import terms_of_teacher
+from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.spec import AssembleSpec
+from mmkd.towers.tower import Tower
+
+
+def openings(recipe: Recipe) -> dict[str, Opening]:
+    """What each teacher of a recipe is opened for."""
+    specs = recipe.teacher_specs
+    terms = {stage: build_terms(spec.terms) for stage, spec in recipe.stages.items()}
+    found = {}
+    for name in specs:
+        own = {stage: terms_of_teacher(its, name, specs) for stage, its in terms.items()}
+        precision = {stage: recipe.stages[stage].precision for stage, its in own.items() if its}
+        found[name] = Opening(name, recipe.max_length, own, precision)
+    return found
+
+
+def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
+    """The teachers of a recipe by name. Raises DataError, TowerError."""
+    opened = openings(recipe)
+    return {
+        name: registry("teachers").get(spec.registered).open(spec, opened[name]) for name, spec in recipe.teacher_specs.items()
+    }
+
+
+def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: list[str]) -> Tower:
+    """The student before its first stage. `texts` train its tokenizer where the recipe asks for one."""
+    spec, teachers = recipe.student, as_teachers(teachers)
+    if spec.model is not None:
+        return load_student(recipe, spec.model)
+    parts = spec.assemble
+    if parts.import_module:
+        import_modules([parts.import_module])
+    size = parts.vision.image_size
+    vision = {k: v for k, v in parts.vision.model_dump(exclude={"image_size"}).items() if v is not None}
+    tower = assemble(
+        VisionSpec(**vision, image_size=(size, size) if isinstance(size, int) else size),
+        LanguageSpec(**parts.language.model_dump()),
+        projector=parts.projector,
+        projector_options=parts.projector_options,
+        tokenizer=_tokenizer(parts, teachers, texts),
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+        dtype=torch.float32 if spec.dtype == "auto" else dtype_of(spec.dtype),
+    )
+    return to_device(tower)
+
+
+def load_student(recipe: Recipe, folder: Any) -> Tower:
+    """A student from a folder or hub id, as the recipe has it. Raises TowerError."""
+    spec = recipe.student
+    return to_device(
+        Tower.load(folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length)
+    )
+
+
+def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: list[str]) -> Any:
+    spec = parts.tokenizer
+    if spec is None:
+        return None
+    if spec.vocab_size is not None:
+        return train_tokenizer(texts, spec.vocab_size)
+    return next(iter(teachers.values())).tokenizer if spec.source == "teacher" else load_tokenizer(spec.source)

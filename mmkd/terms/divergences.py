@@ -1,0 +1,85 @@
+"""Cross-entropy and divergences between the next-token distributions of student and teacher, on rows of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mmkd import losses
+from mmkd.registry import register
+from mmkd.terms.signals import Signals
+from mmkd.terms.term import RowTerm
+
+
+@register("terms", "cross_entropy")
+@dataclass(frozen=True)
+class CrossEntropy(RowTerm):
+    """Cross-entropy with the tokens of the data: ordinary fine-tuning."""
+
+    teacher_logits: ClassVar[bool] = False
+    memory_factor: ClassVar[int] = 2
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        return losses.CrossEntropy()
+
+
+@register("terms", "forward_kl")
+@dataclass(frozen=True)
+class ForwardKL(RowTerm):
+    """KL(teacher || student), times the square of the temperature."""
+
+    temperature: float = 1.0
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        return losses.ForwardKL(self.temperature)
+
+    def top_k_loss(self) -> Callable[..., Any] | str:
+        if self.temperature != 1:
+            return f"temperature {self.temperature} needs all of the teacher's logits"
+        return losses.TopKForwardKL()
+
+
+@register("terms", "reverse_kl")
+@dataclass(frozen=True)
+class ReverseKL(RowTerm):
+    """KL(student || teacher), times the square of the temperature."""
+
+    temperature: float = 1.0
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        return losses.ReverseKL(self.temperature)
+
+
+@register("terms", "jsd")
+@dataclass(frozen=True)
+class JSD(RowTerm):
+    """Generalised Jensen-Shannon divergence; beta 0 is forward KL, 1 is reverse KL."""
+
+    memory_factor: ClassVar[int] = 10
+
+    beta: float = 0.5
+    temperature: float = 1.0
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        return losses.JSD(self.beta, self.temperature)
+
+
+@register("terms", "dbild")
+@dataclass(frozen=True)
+class DBiLD(RowTerm):
+    """Switch-KD's divergence between the differences of the largest logits, with the knee as k (DBiLD)."""
+
+    temperature: float = 3.0
+    window: int = 64
+    min_k: int = 4
+    max_k: int | None = None
+    direction: str = "reverse"  # or "forward"
+    tau_squared: bool = False
+    fixed_k: int | None = None
+    inclusive: bool = True
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        return losses.DBiLD(
+            self.temperature, self.window, self.min_k, self.max_k, self.direction, self.tau_squared, self.fixed_k, self.inclusive
+        )

@@ -1,0 +1,158 @@
+"""Terms on pictures: features, relations between visual tokens, and two that align a vision encoder from random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmkd import losses
+from mmkd.registry import register
+from mmkd.terms.bridge import Bridge
+from mmkd.terms.signals import Signals
+from mmkd.terms.term import Pair, Term
+
+
+@register("terms", "feature_match")
+@dataclass(frozen=True)
+class FeatureMatch(Term):
+    """Distance of the student's vision features to the teacher's, through a trained map; mean over images."""
+
+    needs: ClassVar[tuple[str, ...]] = ("student.features", "teacher.features")
+    count: ClassVar[str] = "image"
+
+    distance: Literal["cosine", "mse", "smooth_l1"] = "cosine"
+
+    def extra(self, pair: Pair) -> nn.Module | None:
+        return None if pair.teacher is None else Bridge(pair.student.feature_width, pair.teacher.feature_width)
+
+    def loss(self, signals: Signals) -> Tensor:
+        total = signals.zero
+        for own, other in zip(signals["student.features"], signals["teacher.features"], strict=True):
+            total = total + losses.feature_match(signals.extra(own, len(other)), other, self.distance).mean()
+        return total
+
+    def dummy(self, signals: Signals, features: Tensor) -> Tensor:
+        return signals.extra(features, len(features)).sum() * 0.0
+
+
+@register("terms", "relation")
+@dataclass(frozen=True)
+class Relation(Term):
+    """LLaVA-KD's RDist: one minus the cosine of the Gram matrices of visual tokens; mean over images."""
+
+    count: ClassVar[str] = "image"
+
+    source: Literal["logits", "hidden"] = "logits"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        rows = ("student.visual_rows", "teacher.visual_rows")
+        return (*rows, "student.gram", "teacher.gram") if self.source == "logits" else rows
+
+    def check(self, pair: Pair) -> list[str]:
+        rules = [pair.student.logit_rule, *([pair.teacher.logit_rule] if pair.teacher is not None else [])]
+        if self.source == "logits" and any(cap is not None for _, cap in rules):
+            return [
+                "relation goes through the heads' Gram matrices, which a soft cap on the logits does not allow; compare the "
+                "hidden states themselves with `source: hidden`"
+            ]
+        return []
+
+    def loss(self, signals: Signals) -> Tensor:
+        grams = (signals["student.gram"], signals["teacher.gram"]) if self.source == "logits" else (None, None)
+        total = signals.zero
+        for own, other in zip(signals["student.visual_rows"], signals["teacher.visual_rows"], strict=True):
+            total = total + losses.relation_from_hidden(own, grams[0], other, grams[1], self.source)
+        return total
+
+
+@register("terms", "contrastive")
+@dataclass(frozen=True)
+class Contrastive(Term):
+    """Image-text contrastive loss between visual tokens and the answer's embeddings; negatives are the micro-batch's.
+
+    Similarity by late interaction (FILIP, arXiv 2111.07783): each answer token looks for its best visual token, in the language
+    model's own embedding space; the mean over answer tokens. It teaches encoder, projector and embeddings that a visual token
+    and the word for what it shows are near, which a language model's attention can use from the start.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("student.tokens",)
+    count: ClassVar[str] = "pictured"
+
+    def extra(self, pair: Pair) -> nn.Module:
+        return Temperature()
+
+    def loss(self, signals: Signals) -> Tensor:
+        inputs = signals.inputs
+        pictured = [b for b, n in enumerate(inputs.images) if n]
+        if not pictured:
+            return signals.zero
+        first = [sum(inputs.images[:b]) for b in pictured]  # a sample's first image stands for it
+        visual = F.normalize(torch.stack([signals["student.tokens"][i] for i in first]).float(), dim=-1)  # [n, N, D]
+        answers, given = (x.to(signals.device, non_blocking=True) for x in _packed(inputs.targets[pictured]))  # [n, T]
+        words = F.normalize(signals.student.model.get_input_embeddings()(answers).float(), dim=-1)  # [n, T, D]
+        best = torch.stack([(words @ image.T).amax(-1) for image in visual])  # [n images, n texts, T]
+        similarities = (best * given).sum(-1) / given.sum(-1)  # [n, n]
+        positives = (answers[:, None] == answers[None, :]).all(-1)  # equal answers are positives of one another
+        tau = signals.extra()
+        both = losses.contrastive(similarities, positives, tau) + losses.contrastive(similarities.T, positives, tau)
+        return both.sum() / 2
+
+    def dummy(self, signals: Signals, features: Tensor) -> Tensor:
+        first = signals.inputs.input_ids[:1, :1].to(signals.device)
+        return (signals.extra() + signals.student.model.get_input_embeddings()(first).sum()) * 0.0
+
+
+@register("terms", "tags")
+@dataclass(frozen=True)
+class Tags(Term):
+    """Which words the answer has, told from the picture alone; each word looks for its best place in the picture.
+
+    It teaches the vision encoder only.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("student.features",)
+    count: ClassVar[str] = "pictured"
+
+    def extra(self, pair: Pair) -> nn.Module:
+        head = nn.Linear(pair.student.feature_width, pair.student.vocabulary)
+        nn.init.constant_(head.bias, -3.0)  # most words are absent
+        return head
+
+    def loss(self, signals: Signals) -> Tensor:
+        inputs = signals.inputs
+        pictured = [b for b, n in enumerate(inputs.images) if n]
+        if not pictured:
+            return signals.zero
+        first = [sum(inputs.images[:b]) for b in pictured]
+        features = torch.stack([signals["student.features"][i] for i in first])  # [n, N, Dv]
+        answers, given = _packed(inputs.targets[pictured])  # [n, T]
+        present = torch.zeros(len(first), signals.extra.out_features, dtype=torch.bool)  # [n, V]
+        present[torch.arange(len(first))[:, None].expand_as(answers)[given], answers[given]] = True
+        return losses.tags(signals.extra(features).amax(1), present.to(features.device, non_blocking=True)).sum()
+
+    def dummy(self, signals: Signals, features: Tensor) -> Tensor:
+        return signals.extra(features).sum() * 0.0
+
+
+class Temperature(nn.Module):
+    """The contrastive temperature, learned, kept in [0.001, 0.5] (starts at 0.07 as in CLIP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # FSDP2 takes no scalars
+
+    def forward(self) -> Tensor:
+        return (-self.log_scale).exp().clamp(0.001, 0.5).squeeze()
+
+
+def _packed(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Answer tokens moved to the front, 0 behind them, and which places hold one. [n, L] -> [n, T], [n, T] bool"""
+    rows = [row[row >= 0] for row in targets]
+    answers = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    given = nn.utils.rnn.pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return answers, given

@@ -1,0 +1,46 @@
+"""`mmkd check`: whether a model, or tiny models of all families, work as towers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mmkd.cli.arguments import positive
+from mmkd.cli.startup import quick_imports
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="folder or hub id of an image-text model")
+    parser.add_argument("--families", nargs="*", metavar="NAME", help="instead: tiny models of all families, or of these")
+    parser.add_argument("--json", metavar="FILE", help="write the families' results there")
+    parser.add_argument(
+        "--workers", type=positive, default=None, metavar="N", help="families at a time (default: processor cores)"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.families is not None:
+        return _check_families(arguments)
+    if arguments.model is None:
+        from mmkd.errors import DataError
+
+        raise DataError("give a model to check, or --families")
+    with quick_imports():
+        from mmkd.testing import check_tower
+        from mmkd.towers.tower import Tower
+
+    facts = check_tower(Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code))
+    print(json.dumps(facts, indent=1))
+    return 0
+
+
+def _check_families(arguments: argparse.Namespace) -> int:
+    from mmkd.testing.family_check import check_families, families_table, write_results
+
+    results = check_families(arguments.families, workers=arguments.workers)
+    if arguments.json:
+        write_results(results, Path(arguments.json))
+    print(families_table(results))
+    return 0

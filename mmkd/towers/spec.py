@@ -1,0 +1,72 @@
+"""How a recipe describes a student: a model, or parts to be put together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmkd.base.schema import Strict, is_default, one_of
+
+PARTS = ("vision", "projector", "language")
+
+
+class VisionConfig(Strict):
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    image_size: int | tuple[int, int] | None = None
+    feature_layer: int | None = None
+    mean: list[float] | None = Field(None, min_length=3, max_length=3)
+    std: list[float] | None = Field(None, min_length=3, max_length=3)
+
+    @model_validator(mode="after")
+    def one_origin(self) -> VisionConfig:
+        return one_of(self, source="pretrained weights", config="random weights")
+
+
+class LanguageConfig(Strict):
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    chat_template: str | None = None
+
+    @model_validator(mode="after")
+    def one_origin(self) -> LanguageConfig:
+        return one_of(self, source="pretrained weights", config="random weights")
+
+
+class TokenizerConfig(Strict):
+    """Tokenizer of a language model with random weights: the teacher's, one from a folder, or one trained on the data."""
+
+    source: str | None = None  # "teacher", a folder or a hub id
+    vocab_size: int | None = Field(None, gt=0)  # train a byte-level BPE of this size on the stages' texts
+
+    @model_validator(mode="after")
+    def one_origin(self) -> TokenizerConfig:
+        return one_of(self, source='"teacher", a folder or a hub id', vocab_size="train one")
+
+
+class AssembleSpec(Strict):
+    vision: VisionConfig
+    language: LanguageConfig
+    projector: Literal["mlp", "linear", "average_pool", "pixel_shuffle", "ldp", "resampler"] = "mlp"
+    # Of those that give fewer tokens: `factor`, the side of the squares, and `queries`, of the resampler.
+    projector_options: dict[Literal["factor", "queries"], int] = Field(default_factory=dict, exclude_if=is_default({}))
+    tokenizer: TokenizerConfig | None = None
+    import_module: str | None = None  # a Python module that registers your own encoder
+
+    @model_validator(mode="after")
+    def tokenizer_is_known(self) -> AssembleSpec:
+        if self.language.config is not None and self.tokenizer is None:
+            raise ValueError("a language model from `config` needs `tokenizer:`, for example {source: teacher}")
+        return self
+
+
+class StudentSpec(Strict):
+    model: str | None = None
+    assemble: AssembleSpec | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def one_origin(self) -> StudentSpec:
+        return one_of(self, model="a folder or hub id", assemble="parts")

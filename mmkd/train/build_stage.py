@@ -1,0 +1,77 @@
+"""One stage, put together: the only place where student, teachers, terms and data become what is trained.
+
+The dry run, `mmkd estimate`, `mmkd cache` and the run itself all use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mmkd.data.samples import Sample
+from mmkd.errors import DataError
+from mmkd.teachers.live import as_teachers
+from mmkd.teachers.teacher import Teacher
+from mmkd.terms.spec import build_terms
+from mmkd.terms.term import Term, terms_of_teacher
+from mmkd.towers.tower import Tower
+from mmkd.towers.upcycle import Receipt
+from mmkd.train.collate import PairDataset
+from mmkd.train.distiller import Distiller
+from mmkd.train.experts import upcycled
+from mmkd.train.preference import PreferenceDataset
+from mmkd.train.spec import StageSpec, TrainSpec
+from mmkd.train.trainable import add_lora, remove_lora, set_trainable
+
+
+@dataclass
+class Stage:
+    """A stage as it is trained.
+
+    student: made sparse and with adapters where the stage says so.  teachers: those that are read in each step.
+    receipt: of making it sparse.
+    """
+
+    name: str
+    spec: StageSpec
+    student: Tower
+    teachers: dict[str, Teacher]
+    terms: list[Term]
+    dataset: PairDataset
+    distiller: Distiller
+    receipt: Receipt | None = None
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether its samples are pairs of a chosen and a rejected answer."""
+        return any(t.needs_pairs for t in self.terms)
+
+    def leave(self) -> None:
+        """Takes away what only this stage adds to its student, for who does not train it."""
+        if self.spec.lora is not None:
+            remove_lora(self.student)
+
+
+def build_stage(
+    name: str, spec: StageSpec, settings: TrainSpec, student: Tower, teachers: Mapping[str, Teacher] | Teacher | Tower | None,
+    samples: Sequence[Sample],
+) -> Stage:  # fmt: skip
+    """Puts a stage together on `student`, which is changed. Raises DataError, TowerError."""
+    terms, teachers = build_terms(spec.terms), as_teachers(teachers)
+    needed = {n: teacher for n, teacher in teachers.items() if terms_of_teacher(terms, n, teachers)}
+    student, receipt = upcycled(spec, student, settings.seed)
+    if spec.lora is not None:
+        add_lora(student, spec.lora)
+    set_trainable(student, spec)
+    kind = PreferenceDataset if any(t.needs_pairs for t in terms) else PairDataset
+    skipped = int(settings.guards.max_skipped_images * len(samples))
+    dataset = kind(samples, student, needed, terms, max_skipped=skipped, workers=settings.workers)
+    distiller = Distiller(student, needed, terms, chunk_bytes=settings.chunk_bytes, compiled=settings.compile)
+    return Stage(name, spec, student, needed, terms, dataset, distiller, receipt)
+
+
+def check_steps(stage: Stage, micro_batches: int, processes: int) -> None:
+    """Raises DataError for terms that cannot have steps of so many micro-batches and processes."""
+    wrong = [f"terms.{t.name}.{error}" for t in stage.terms for error in t.check_step(micro_batches, processes)]
+    if wrong:
+        raise DataError("; ".join(wrong))

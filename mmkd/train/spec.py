@@ -1,0 +1,151 @@
+"""How a recipe describes its stages: data, terms, what is trained, by which optimiser, how long."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mmkd.base.schema import Strict, is_default, is_number, one_of
+from mmkd.data.samplers.spec import SamplerSpec
+from mmkd.data.spec import DataSpec
+from mmkd.errors import did_you_mean
+from mmkd.registry import registry
+from mmkd.terms.spec import TermSpec
+from mmkd.towers.spec import PARTS
+
+TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
+
+
+class AdamWSpec(Strict):
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)  # share of the stage's steps
+    max_grad_norm: float = Field(1.0, ge=0)
+
+
+class OptimiserSpec(AdamWSpec):
+    learning_rates: dict[Literal[PARTS], float] = Field({})  # type: ignore[valid-type]  # per part, over learning_rate
+    batch_size: int = Field(32, gt=0)  # samples a step, over all processes and micro-batches
+    micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
+
+
+class LoraSpec(Strict):
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    dora: bool = False
+
+
+class UpcycleSpec(Strict):
+    """Makes the student sparse before its stage: experts copied from its feed-forward layers (LLaVA-MoD's values)."""
+
+    experts: int = Field(4, ge=2)
+    top_k: int = Field(2, ge=1)
+    layers: Literal["every-other", "all"] | list[int] = "every-other"
+
+    @model_validator(mode="after")
+    def enough_experts(self) -> UpcycleSpec:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts; lower it or raise experts")
+        return self
+
+
+class LoopSpec(Strict):
+    """How long training lasts, in which precision, and how often it is kept and logged."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    save_every: int = Field(200, gt=0)
+    log_every: int = Field(20, gt=0)
+
+    @model_validator(mode="after")
+    def one_length(self) -> LoopSpec:
+        return one_of(self, epochs="", steps="")
+
+
+class StageSpec(LoopSpec):
+    data: list[DataSpec] = Field(min_length=1)
+    upcycle: UpcycleSpec | None = None
+    train: list[Literal[TRAINABLE]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
+    lora: LoraSpec | None = None  # on the language model
+    terms: dict[str, TermSpec] = Field(min_length=1)
+    control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
+    optimiser: OptimiserSpec = OptimiserSpec()
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False  # short for `sampler: {kind: length}`
+    sampler: SamplerSpec | None = Field(None, exclude_if=is_default(None))  # the order of the samples; default: shuffle
+    # Shares of where a step's answers come from; "data": the answers of the data.
+    answers: dict[str, float] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
+
+    @field_validator("terms", "control_terms", mode="before")
+    @classmethod
+    def short_forms(cls, terms: Any) -> Any:
+        """`cross_entropy: 1.0` means {kind: cross_entropy, weight: 1.0}; a kind left out is the term's name."""
+        if not isinstance(terms, dict):
+            return terms
+        long = {}
+        for name, spec in terms.items():
+            spec = {"weight": spec} if is_number(spec) else spec
+            long[name] = {"kind": name, **spec} if isinstance(spec, dict) else spec
+        return {name: spec for name, spec in long.items() if not (isinstance(spec, dict) and spec.get("weight") == 0)}
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def by_name(cls, given: Any) -> Any:
+        """`sampler: length` means {kind: length}."""
+        return {"kind": given} if isinstance(given, str) else given
+
+    @field_validator("answers")
+    @classmethod
+    def shares(cls, given: dict[str, float]) -> dict[str, float]:
+        unknown = [name for name in given if name not in registry("answers")]
+        if unknown:
+            raise ValueError(f"there is no answer source {unknown[0]!r}; {did_you_mean(unknown[0], registry('answers'))}")
+        if min(given.values(), default=0.0) < 0 or abs(sum(given.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares {given} must not be negative and add up to 1")
+        return given
+
+    @property
+    def order(self) -> SamplerSpec:
+        """The order of the samples."""
+        return self.sampler or SamplerSpec(kind="length" if self.group_by_length else "shuffle")
+
+    @model_validator(mode="after")
+    def consistent(self) -> StageSpec:
+        if self.group_by_length and self.sampler is not None:
+            raise ValueError("give either `group_by_length` or `sampler`")
+        if self.lora is not None and ("mlp" in self.train or self.upcycle is not None):
+            raise ValueError("LoRA's adapters do not reach experts; take `lora` out of a stage with `upcycle` or `train: [mlp]`")
+        if any(t.path == "switch" for t in self.terms.values()) and "vision" not in self.train:
+            raise ValueError(
+                "the visual switch teaches only the vision encoder, which this stage does not train, so its loss would be a "
+                "constant; add `vision` to `train` or take the switch term out"
+            )
+        return self
+
+
+class GuardSpec(Strict):
+    """Checks before step 1; each can be told off by name, with the reason in the recipe's comment."""
+
+    pixels_matter: bool = True
+    teacher_is_better: bool = True
+    samples: int = Field(32, gt=1)
+    max_skipped_images: float = Field(0.01, ge=0, le=1)  # share of a training set that may be unreadable
+
+
+class TrainSpec(Strict):
+    """What holds for every stage of a recipe."""
+
+    seed: int = 0
+    max_length: int = Field(2048, gt=1)
+    chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
+    compile: bool = Field(False, exclude_if=is_default(False))  # the row engine's loss maths, by torch.compile
+    workers: int = Field(0, ge=0)  # processes that read and resize pictures, beside each training process
+    guards: GuardSpec = GuardSpec()
