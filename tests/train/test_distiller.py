@@ -510,6 +510,7 @@ def test_two_teachers_give_the_sum_of_two_runs_with_one(tmp_path):
     assert both == pytest.approx(sum(loss for loss, _, _ in alone), rel=1e-12)
     assert {name for _, _, part in alone for name in part} == set(log)
     assert float(log["forward_kl_first"][0]) != pytest.approx(float(log["forward_kl_second"][0]))
+    # Llama's norms compute in float32, also on the way back; a key's bias has no gradient but rounding.
+    atol = 1e-7 * max(float(gradient.abs().max()) for gradient in together.values())
     for name, gradient in together.items():
-        # Llama's norms compute in float32, also on the way back.
-        torch.testing.assert_close(gradient, sum(part[name] for _, part, _ in alone), rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(gradient, sum(part[name] for _, part, _ in alone), rtol=1e-6, atol=atol, msg=name)
