@@ -88,6 +88,8 @@ class Term:
     count: ClassVar[str] = "sample"  # which global count divides the sum, see mmkd.engine.positions
     same_tokens: ClassVar[bool] = True  # student and teacher must predict the same answer tokens
     memory_factor: ClassVar[int] = 6  # float32 tensors [rows, V] that a naive computation keeps beside the logits
+    origin: ClassVar[str] = ""  # paper and equation, for the table of methods
+    status: ClassVar[str] = ""  # "confirmed" by the origin, or "our choice: ..." of what it leaves open
 
     # ---- what is asked ----
 
