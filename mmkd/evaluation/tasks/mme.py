@@ -11,6 +11,7 @@ from mmkd.data.formats.mme import TASKS
 from mmkd.data.samples import Question
 from mmkd.errors import DataError
 from mmkd.evaluation.metric import Metric
+from mmkd.evaluation.results import answer_of
 from mmkd.evaluation.tasks.general import exact_match
 from mmkd.registry import register
 
@@ -43,7 +44,7 @@ def mme_numbers(rows: Sequence[Mapping]) -> dict[str, Any]:
     tasks: dict[str, list[tuple[str, str, str]]] = {}
     for row in whole:
         task = row["categories"].get("task", "all")
-        tasks.setdefault(task, []).append((_picture(row), row["prediction"], row["references"][0]))
+        tasks.setdefault(task, []).append((_picture(row), answer_of(row) or "", row["references"][0]))
     numbers: dict[str, Any] = mme(tasks)
     for part, names in TASKS.items():
         if any(name in tasks for name in names):
