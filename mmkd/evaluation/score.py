@@ -111,6 +111,9 @@ class Scorer:
             also[HALLUCINATED] = _score_of(checkable, "also", HALLUCINATED)
         if also:
             results["also"] = also
+        if self.parser.has_lenient:
+            lenient = _score_of(scored, "score_lenient")
+            results |= {"score_lenient": lenient["score"], "ci95_lenient": lenient["ci95"]}
         return results | further_numbers(benchmark.format, self.parser, self.metric, scored)
 
     def _unclosed(self, scored: Sequence[dict]) -> int:
