@@ -187,9 +187,9 @@ def exchanges(step: Callable[[], None]) -> list[tuple[int, float, float]]:
     found = []
     for _ in range(PROFILED):
         dist.barrier()
-        with profile(activities=[ProfilerActivity.CPU]) as told:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
             step()
-        spans = sorted((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in told.events() if e.name.startswith("gloo:"))
+        spans = sorted((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in recorded.events() if e.name.startswith("gloo:"))
         own, free = [], 0.0
         for start, end in spans:
             own.append(max(0.0, end - max(start, free)))

@@ -62,7 +62,7 @@ HEAD_ROWS = 64  # rows of logits at a time where the teacher runs alone
 
 
 class WideTower(Tower):
-    """A tower whose tokenizer is small and whose vocabulary is said to be all of its head."""
+    """A tower whose tokenizer is small and whose vocabulary is taken to be all of its head."""
 
     @property
     def vocabulary(self) -> int:
