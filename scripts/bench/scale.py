@@ -189,7 +189,8 @@ def exchanges(step: Callable[[], None]) -> list[tuple[int, float, float]]:
         dist.barrier()
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             step()
-        spans = sorted((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in recorded.events() if e.name.startswith("gloo:"))
+        exchanged = [e for e in recorded.events() if e.name.startswith("gloo:")]
+        spans = sorted((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in exchanged)
         own, free = [], 0.0
         for start, end in spans:
             own.append(max(0.0, end - max(start, free)))
