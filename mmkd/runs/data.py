@@ -48,6 +48,14 @@ def data_state(recipe: Recipe, stage: StageSpec) -> list:
     return [*files, samples_fingerprint(stage_samples(recipe, stage))]
 
 
+def files_of(recipe: Recipe) -> dict[str, dict[str, dict[str, str]]]:
+    """By stage and data entry the annotation files with the hashes of their contents."""
+    return {
+        name: {str(number): fingerprint(spec, recipe.data_root)["files"] for number, spec in enumerate(stage.data)}
+        for name, stage in recipe.stages.items()
+    }
+
+
 def all_samples(recipe: Recipe) -> dict[str, list[Sample]]:
     """The samples of every stage. Raises DataError for what is wrong with them."""
     samples = {name: stage_samples(recipe, stage) for name, stage in recipe.stages.items()}
