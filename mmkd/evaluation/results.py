@@ -61,6 +61,7 @@ class Results(_Part):
     thinking_share: Share = 0.0
     unclosed_thinking_share: Share = 0.0
     score_lenient: Share | None = None
+    neither_share: Share | None = None
     parameters: dict[str, Bytes] = {}
     seconds: Positive = 0.0
     model_fingerprint: str = ""

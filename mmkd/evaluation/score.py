@@ -28,6 +28,7 @@ class Scorer:
         self.benchmark = benchmark
         self._opens, self._by_likelihood = opens_thinking, by_likelihood
         self.parser, self.metric = parser_of(benchmark.parser), metric_of(benchmark.metric)
+        self._has_lenient = self.parser.has_lenient or self.metric.has_lenient
         self.also = {name: metric_of(name) for name in benchmark.also}
 
     # ---- one question ------------------------------------------------------------------------------------------------
@@ -72,9 +73,10 @@ class Scorer:
             also[HALLUCINATED] = made_up
         if also:
             found["also"] = also
-        if self.parser.has_lenient:
-            lenient = None if answer is None else self.parser.lenient(answer, question.choices)
-            found |= {"score_strict": found["score"], "parsed_lenient": lenient, "score_lenient": score(self.metric, lenient)}
+        if self._has_lenient:
+            lenient = self.parser.lenient(answer, question.choices) if self.parser.has_lenient and answer is not None else parsed
+            beside = 0.0 if lenient is None else self.metric.score_lenient(lenient, asked)
+            found |= {"score_strict": found["score"], "parsed_lenient": lenient, "score_lenient": beside}
         return found
 
     # ---- all questions -----------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ class Scorer:
             also[HALLUCINATED] = _score_of(checkable, "also", HALLUCINATED)
         if also:
             results["also"] = also
-        if self.parser.has_lenient:
+        if self._has_lenient:
             lenient = _score_of(scored, "score_lenient")
             results |= {"score_lenient": lenient["score"], "ci95_lenient": lenient["ci95"]}
         return results | further_numbers(benchmark.format, self.parser, self.metric, scored)

@@ -13,10 +13,18 @@ from mmkd.errors import DataError
 from mmkd.evaluation.metric import Metric
 from mmkd.evaluation.results import answer_of
 from mmkd.evaluation.tasks.general import exact_match
+from mmkd.evaluation.tasks.yes_no import YesNo, neither_share
 from mmkd.registry import register
 
 
 @register("parsers", "mme")
+class MMEAnswers(YesNo):
+    """MME's own rule; the score by a reader's rule stands beside it."""
+
+    def parse(self, text: str, choices: Sequence[str]) -> str:
+        return mme_parse(text)
+
+
 def mme_parse(text: str) -> str:
     """What MME's own tool finds in the first four characters: "yes", else "no", else "other"; any case."""
     head = text.lower()[:4]
@@ -31,7 +39,7 @@ class MME(Metric):
         return exact_match(answer, question.references)
 
     def aggregate(self, rows: Sequence[Mapping]) -> dict[str, Any]:
-        return {"mme": mme_numbers(rows)}
+        return {"mme": mme_numbers(rows), "neither_share": neither_share(rows)}
 
 
 def mme_numbers(rows: Sequence[Mapping]) -> dict[str, Any]:

@@ -11,10 +11,18 @@ from mmkd.errors import DataError
 from mmkd.evaluation.metric import Metric
 from mmkd.evaluation.results import answer_of
 from mmkd.evaluation.tasks.general import exact_match
+from mmkd.evaluation.tasks.yes_no import YesNo, neither_share
 from mmkd.registry import register
 
 
 @register("parsers", "pope")
+class POPEAnswers(YesNo):
+    """POPE's own rule; the score by a reader's rule stands beside it."""
+
+    def parse(self, text: str, choices: Sequence[str]) -> str:
+        return pope_parse(text)
+
+
 def pope_parse(text: str) -> str:
     """Either "yes" or "no", by POPE's rule (`llava/eval/eval_pope.py`), which never fails.
 
@@ -37,7 +45,7 @@ class POPE(Metric):
         return float(answer == "yes") if question.references == ("no",) else None
 
     def aggregate(self, rows: Sequence[Mapping]) -> dict[str, Any]:
-        return {"pope": pope_numbers(rows)}
+        return {"pope": pope_numbers(rows), "neither_share": neither_share(rows)}
 
 
 def pope_numbers(rows: Sequence[Mapping]) -> dict[str, Any]:
