@@ -56,7 +56,8 @@ def headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
     behind = [b["name"] for b in compared if b["difference"]["ci95"][1] < 0]
     mood = "bad" if not ahead else "open" if behind else "good"
     if len(compared) == 1:
-        return {"text": f"On {compared[0]['name']} {compared[0]['verdict']}.".replace(" student", " the student", 1), "mood": mood}
+        words = compared[0]["verdict"].replace("student", "the student", 1)
+        return {"text": f"On {compared[0]['name']} {words}.", "mood": mood}
     text = f"Student and control show no difference on any of {len(compared)} benchmarks"
     if ahead:
         text = (
