@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mmkd import losses
 from mmkd.registry import register
@@ -25,3 +25,19 @@ class AdaptiveKL(RowTerm):
 
     def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
         return losses.AdaptiveKL(self.mu, self.temperature)
+
+
+@register("terms", "topkld")
+@dataclass(frozen=True)
+class TopKLD(RowTerm):
+    """Reverse KL on the teacher's k likeliest tokens, forward KL on all others."""
+
+    origin: ClassVar[str] = "TopKLD (arXiv 2501.06218)"
+    status: ClassVar[str] = "our choice: formula (generalised KLs), k = 50, a temperature"
+
+    k: int = 50
+    temperature: float = 1.0
+    form: Literal["generalised", "plain"] = "generalised"
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        return losses.TopKLD(self.k, self.temperature, self.form)
