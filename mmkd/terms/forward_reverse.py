@@ -41,3 +41,20 @@ class TopKLD(RowTerm):
 
     def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
         return losses.TopKLD(self.k, self.temperature, self.form)
+
+
+@register("terms", "bd_kd")
+@dataclass(frozen=True)
+class BDKD(RowTerm):
+    """Forward plus reverse KL, each row's weights by whether the student is surer than the teacher."""
+
+    origin: ClassVar[str] = "BD-KD (arXiv 2212.12965)"
+    status: ClassVar[str] = "our choice: which KL is raised, by one factor; weights 1, 1 and 2; a token as the sample"
+
+    a: float = 1.0
+    b: float = 1.0
+    boost: float = 2.0
+    temperature: float = 1.0
+
+    def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
+        return losses.BDKD(self.a, self.b, self.boost, self.temperature)
