@@ -64,6 +64,7 @@ class BatchSignals:
 
     @cached_property
     def _read(self) -> tuple[Tensor, dict[int, Routing]]:
+        _ = self.dummy  # also in a pass for sums over the step (`Term.step_sums`) the processes keep step
         with recorded_routing(self.student) as routing:
             return self.student.read(self.batch.student, self.seen), routing  # [B, L, Ds]
 
@@ -199,7 +200,7 @@ class TermSignals(Signals):
         part = own.batch.on_host.teachers.get(self._name)
         self.teacher_inputs = part.inputs if part is not None else None
         self.global_counts, self.chunk_bytes = divisors, own.chunk_bytes
-        self.step_sums = own.batch.step_sums.get(term.name)
+        self.step_sums = own.batch.on_host.step_sums.get(term.name)  # a batch moved ahead of its step has none of its own
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._term.needs:
