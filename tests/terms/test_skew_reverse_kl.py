@@ -29,5 +29,5 @@ def test_it_stays_below_its_bound():
 
 
 def test_what_it_refuses():
-    assert_refused_by_top_k(term("skew_reverse_kl"), "skew_reverse_kl: skew_reverse_kl needs all of the teacher's logits, the cache has top-8")
+    assert_refused_by_top_k(term("skew_reverse_kl"), "skew_reverse_kl needs all of the teacher's logits, the cache has top-8")
     assert_refused_options("skew_reverse_kl", "lam is 1.0; it must lie in", lam=1.0)
