@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmkd.cli.arguments import add_recipe, add_seeds
 from mmkd.cli.seeds import run_seeds
-from mmkd.cli.startup import model_imports, quick_imports
+from mmkd.cli.startup import quick_imports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_grid(arguments)
     with quick_imports():  # a recipe imports what it names, and is refused before the rest is imported
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-    with model_imports():
         from mmkd.runs.run import distill, table
     if arguments.dry_run:
         from mmkd.runs.plan import plan

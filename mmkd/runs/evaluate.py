@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.base.distributed import is_main_process
-from mmkd.base.startup import list_models_once, quick_imports
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, Answerer, refuse_unscored, write_object
 from mmkd.evaluation.answer import evaluate as evaluate_benchmark
@@ -131,12 +130,8 @@ def _check_data(benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> 
 
 
 def _load_tower(model: str | Path, options: EvaluationOptions) -> Answerer:
-    with quick_imports():
-        list_models_once()
-        from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401  which `Tower.load` imports
-
-        from mmkd.towers.loading import dtype_of, to_device
-        from mmkd.towers.tower import Tower
+    from mmkd.towers.loading import dtype_of, to_device
+    from mmkd.towers.tower import Tower
 
     dtype = dtype_of(options.dtype)
     tower = Tower.load(model, dtype=dtype, quantise=options.quantise, trust_remote_code=options.trust_remote_code)
@@ -211,9 +206,8 @@ def _retrieve(model: Any, names: Sequence[str], options: EvaluationOptions) -> d
     for card in cards:
         card.read(options.data_root, options.limit)
     if isinstance(model, str | Path):
-        with quick_imports():
-            from mmkd.retrieval.dual_encoders import load_dual
-            from mmkd.towers.loading import device_of_process, dtype_of
+        from mmkd.retrieval.dual_encoders import load_dual
+        from mmkd.towers.loading import device_of_process, dtype_of
 
         dual = load_dual(model, dtype=dtype_of(options.dtype), trust_remote_code=options.trust_remote_code)
         dual.to(device_of_process())

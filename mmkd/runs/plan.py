@@ -62,7 +62,7 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     lines = [
         f"stage {stage.name}: {len(samples):,} samples, {steps:,} steps of {batch}, trains {', '.join(spec.train)} "
         f"({trained:,} parameters)",
-        "  terms: " + ", ".join(_term(t) for t in stage.terms),
+        "  terms: " + ", ".join(term_text(t) for t in stage.terms),
         f"  a step: about {rows:,} rows of {student.vocabulary:,} logits",
         f"  memory: gradients and optimiser {bytes_text(optimiser)}, losses {bytes_text(ours)} "
         f"(a naive computation: {bytes_text(naive)})",
@@ -72,9 +72,11 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     return lines
 
 
-def _term(term: Term) -> str:
+def term_text(term: Term) -> str:
+    """A term by name and kind, with the rows that it counts on, where it counts on rows, and its teacher, of several."""
+    rows = f" on {term.positions}" if term.is_row_term else ""
     compared = f" with {term.place.teacher}" if term.place.teacher else ""
-    return f"{term.name} ({term.kind} on {term.positions}{', switched' if term.switched else ''}{compared})"
+    return f"{term.name} ({term.kind}{rows}{', switched' if term.switched else ''}{compared})"
 
 
 def _rows(student: Tower, encoded: list[Encoded], terms: list[Term], batch: int) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -72,13 +73,11 @@ def teacher_files(model: str) -> dict[str, list] | None:
     if folder.is_dir():
         kept = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _MODEL_FILES]
         return {p.name: [p.stat().st_size, p.stat().st_mtime_ns, ""] for p in kept}
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
+        config = try_to_load_from_cache(model, "config.json")
+    except ValueError:  # no name that a repository can have
         return None
-    return {"commit": [config._commit_hash]}
+    return {"commit": [Path(config).parent.name]} if isinstance(config, str) else None
 
 
 def with_hashes(model: str, files: dict[str, list]) -> dict[str, list]:

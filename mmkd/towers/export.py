@@ -13,7 +13,7 @@ from torch import nn
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its LoRA adapters, if it has any, merged into plain weights. The model itself is not changed."""
-    if not getattr(model, "_hf_peft_config_loaded", False) and not _has_adapters(model):
+    if not _has_adapters(model):
         yield model
         return
     yield _merge(copy.deepcopy(model))
@@ -35,5 +35,5 @@ def _merge(model: nn.Module) -> nn.Module:
         layer.merge()
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], layer.get_base_layer())
-    model._hf_peft_config_loaded = False
+    model._hf_peft_config_loaded = False  # else `save_pretrained` would look for adapters
     return model
