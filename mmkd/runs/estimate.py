@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.samples import Sample
+from mmkd.engine.positions import rows_at
 from mmkd.errors import DataError, RecipeError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import all_samples, texts_of
@@ -195,9 +196,10 @@ def _synchronise(batch: Batch) -> None:
 
 def _row_count(batch: Batch, terms: Sequence[Term]) -> int:
     """Rows of logits of a micro-batch."""
-    positions = {t.positions for t in terms if t.is_row_term} | ({"response"} if any(t.needs_pairs for t in terms) else set())
-    twice = 1 + any(t.needs_pairs for t in terms)  # the rejected answers too
-    return twice * sum(int(getattr(batch.on_host.student, name).sum()) for name in positions)
+    pairs = any(t.needs_pairs for t in terms)
+    positions = {t.positions for t in terms if t.reads_logits and not t.needs_pairs} | ({"response"} if pairs else set())
+    twice = 1 + pairs  # the rejected answers too
+    return twice * sum(int(rows_at(batch.on_host.student, name).sum()) for name in positions)
 
 
 def _weights(tower: Tower) -> int:

@@ -74,14 +74,14 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
 
 def term_text(term: Term) -> str:
     """A term by name and kind, with the rows that it counts on, where it counts on rows, and its teacher, of several."""
-    rows = f" on {term.positions}" if term.is_row_term else ""
+    rows = f" on {term.positions}" if term.reads_logits and not term.needs_pairs else ""
     compared = f" with {term.place.teacher}" if term.place.teacher else ""
     return f"{term.name} ({term.kind}{rows}{', switched' if term.switched else ''}{compared})"
 
 
 def _rows(student: Tower, encoded: list[Encoded], terms: list[Term], batch: int) -> int:
     """Rows of logits a step, from the probed samples."""
-    positions = [*{t.positions for t in terms if t.is_row_term}]
+    positions = [*{t.positions for t in terms if t.reads_logits and not t.needs_pairs}]
     if any(t.needs_pairs for t in terms):
         positions += ["response", "response"]  # the rejected answers are about as long as the chosen ones
     inputs = student.collate(encoded)
@@ -92,7 +92,7 @@ def loss_memory(
     student: Tower, teachers: Mapping[str, Teacher], terms: Sequence[Term], rows: int, budget: int
 ) -> tuple[int, int]:
     """(ours, naive) bytes at the peak of the row losses. Ours: one chunk, the stored hidden rows, the head's gradient."""
-    row_terms = [t for t in terms if t.is_row_term or t.needs_pairs]
+    row_terms = [t for t in terms if t.reads_logits]
     if not row_terms:
         return 0, 0
     size = 4

@@ -125,6 +125,11 @@ class Term:
         return False
 
     @property
+    def reads_logits(self) -> bool:
+        """Whether logits of rows are made for it."""
+        return self.asks("student.rows") or self.switched or self.needs_pairs
+
+    @property
     def switched(self) -> bool:
         return self.asks("switch")
 
