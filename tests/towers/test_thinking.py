@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-
 from tiny import tiny_tower
 
 from mmkd.towers.samples import Sample, Turn
