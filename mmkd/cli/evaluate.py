@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--importance", action="store_true", help="ask with and without pictures: which questions need them")
     parser.add_argument("--choices", default="generation", choices=["generation", "likelihood"], help="of multiple choice")
     parser.add_argument("--submission", action="store_true", help="write the test servers' files")
+    parser.add_argument(
+        "--missing-pictures", type=float, default=0.01, metavar="SHARE",
+        help="share of a benchmark's pictures that may be missing; above it nothing is asked (default: 0.01)",
+    )  # fmt: skip
     parser.add_argument("--cache-mb", type=int, default=1024, help="room for visual tokens of pictures with open questions")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--quantise", default=None, choices=["8bit", "4bit"])

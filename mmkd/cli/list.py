@@ -12,6 +12,7 @@ CARDS = ("models", "data", "evaluation")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=[*CARDS, *PACKAGES])
+    parser.add_argument("name", nargs="?", help="of a benchmark: its layout, prompt, notes, published scores")
     parser.add_argument("--search", default="", metavar="WORD", help="only those that have the word somewhere")
     parser.add_argument(
         "--imports", type=names, default=[], metavar="MODULE,...", help="modules of your own that register what they bring"
@@ -22,6 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
     from mmkd.registry import import_modules
 
     import_modules(arguments.imports)
+    if arguments.name:
+        print(_benchmark(arguments.kind, arguments.name))
+        return 0
     lines = _cards(arguments.kind) if arguments.kind in CARDS else _registered(arguments.kind)
     for line, everything in lines:
         if arguments.search.lower() in everything.lower():
@@ -38,6 +42,31 @@ def _cards(kind: str) -> list[tuple[str, str]]:
         card = read_yaml(path)
         found.append((f"{name:<32} {card.get('title', '')}", f"{name} {' '.join(map(str, card.values()))}"))
     return found
+
+
+def _benchmark(kind: str, name: str) -> str:
+    """All that a benchmark's card says to a reader."""
+    from mmkd.cli.startup import quick_imports
+    from mmkd.errors import DataError
+
+    if kind != "evaluation":
+        raise DataError(f"only benchmarks are shown by name: `mmkd list evaluation {name}`; try --search {name}")
+    with quick_imports():
+        from mmkd.evaluation.benchmarks import load_benchmark
+
+        card = load_benchmark(name)
+        layout = card.layout()
+    rows = f", {card.expected_rows:,} questions" if card.expected_rows else ""
+    added = "".join(f", {text!r}" for text in (card.remark, card.instruction) if text)
+    return "\n".join([
+        f"{card.name}: {card.title}",
+        f"  data      {card.root} below --data-root, split {card.split}{rows}, format {card.format}",
+        f"  layout    {layout}",
+        f"  prompt    style {card.prompt_style}{', with OCR tokens' if card.ocr else ''}{added}",
+        f"  scored    parser {card.parser}, {', '.join((card.metric, *card.also))}; up to {card.max_new_tokens} new tokens",
+        *(f"  published {score.score:g} {score.model} ({score.subset}); {score.source}" for score in card.reference_scores),
+        f"  notes     {card.notes.strip() or 'none'}",
+    ])  # fmt: skip
 
 
 def _registered(kind: str) -> list[tuple[str, str]]:

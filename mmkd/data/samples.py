@@ -25,6 +25,7 @@ from mmkd.towers.samples import Sample, Turn
 
 __all__ = [
     "IMAGE_MARKER", "TABLES", "ImageRef", "Question", "Sample", "Turn", "archive_members", "check_images",
+    "missing_images",
 ]  # fmt: skip
 
 # Where LLaVA's data files and prompts place an image. Turns carry a count instead, so no text may hold it.
@@ -201,17 +202,22 @@ class Question:
     categories: dict[str, str] = field(default_factory=dict)
 
 
+def missing_images(items: Iterable[Question | Sample]) -> tuple[list[str], int]:
+    """The keys of the pictures that are not there, in order, and how many pictures there should be; see `check_images`."""
+    refs = {ref.key: ref for item in items for ref in item.images}
+    return [key for key, ref in refs.items() if not ref.exists()], len(refs)
+
+
 def check_images(items: Iterable[Question | Sample], *, allowed_missing: int = 0) -> int:
     """The number of pictures that are not there; more than `allowed_missing` raise DataError.
 
     A picture counts once however many questions it has. Looks only for the file or the archive's member; nothing is decoded.
     """
-    refs = {ref.key: ref for item in items for ref in item.images}
-    missing = [key for key, ref in refs.items() if not ref.exists()]
+    missing, count = missing_images(items)
     if len(missing) > allowed_missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(
-            f"{len(missing)} of {len(refs)} images are missing (allowed: {allowed_missing}): {names}; "
+            f"{len(missing)} of {count} images are missing (allowed: {allowed_missing}): {names}; "
             "complete the download or correct the pattern of the images"
         )
     return len(missing)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
-from mmkd.data.formats import read_questions, refuse_other_than_questions
+from mmkd.data.formats import format_of, read_questions, refuse_other_than_questions
 from mmkd.data.prompts import PromptStyle, by_letter, letter_of, render
 from mmkd.data.samples import Question, Sample
 from mmkd.errors import DataError, did_you_mean
@@ -108,6 +108,10 @@ class Benchmark(BaseModel):
         """
         folder = self.data_folder(data_root)
         return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
+
+    def layout(self) -> str:
+        """The files and pictures that the format looks for in the data's folder, in words."""
+        return format_of(self.format).layout(self.split, self.files)
 
     def by_letter(self, question: Question) -> bool:
         """Whether the answer is the letter of a choice."""

@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmkd.data.annotations import shown
-from mmkd.data.samples import ImageRef, Question, Sample
+from mmkd.data.samples import ImageRef, Question, Sample, missing_images
 from mmkd.errors import DataError, ImageError
 from mmkd.evaluation.benchmarks import Benchmark
+
+MISSING_PICTURES = 0.01  # share of a benchmark's pictures that may be missing; a score over fewer is another benchmark's
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,20 @@ def refuse_unscored(benchmark: Benchmark, questions: Sequence[Question], submiss
         raise DataError(
             f"benchmark {benchmark.name!r}: {len(hidden)} of {len(questions)} questions have no answer to score against "
             f"(first: {shown(hidden[0].id)}); {way}"
+        )
+
+
+def refuse_missing_pictures(
+    benchmark: Benchmark, questions: Sequence[Question], data_root: Path | str | None, allowed: float = MISSING_PICTURES
+) -> None:
+    """Raises DataError where more than the share `allowed` of the pictures is not there; nothing is decoded."""
+    missing, count = missing_images(questions)
+    if len(missing) > allowed * count:
+        raise DataError(
+            f"benchmark {benchmark.name!r}: {len(missing)} of {count} pictures are not there, the first is {missing[0]}; at most "
+            f"{100 * allowed:g} % may be missing. Format {benchmark.format!r} looks in "
+            f"{benchmark.data_folder(data_root)} for {benchmark.layout()}. "
+            "Put the pictures there, name their place in the card's `files`, or give --missing-pictures a larger share"
         )
 
 

@@ -13,6 +13,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS, Answerer, refuse_unscored, write_object
 from mmkd.evaluation.answer import evaluate as evaluate_benchmark
 from mmkd.evaluation.benchmarks import Benchmark, load_benchmark
+from mmkd.evaluation.items import MISSING_PICTURES, refuse_missing_pictures
 from mmkd.evaluation.processes import Processes
 from mmkd.evaluation.results import read_predictions
 from mmkd.evaluation.statistics import modality_importance
@@ -31,8 +32,9 @@ class EvaluationOptions:
     (None: runs/evaluation/MODEL).  limit: a random part of so many questions, the same every time.  split: in place of the
     benchmarks' own.  blind: without the pictures.  importance: with and without, to tell which questions need them.
     choices: how multiple choice is answered, "generation" or "likelihood".  submission: also write the test servers' files.
-    cache_mb: room for visual tokens of pictures with open questions.  dtype, quantise ("8bit", "4bit"), trust_remote_code:
-    how the model is loaded.  show: is given each line for the reader as soon as it is known.
+    missing_pictures: the share of a benchmark's pictures that may be missing (their questions are left out and counted); above it
+    nothing is asked.  cache_mb: room for visual tokens of pictures with open questions.  dtype, quantise ("8bit", "4bit"),
+    trust_remote_code: how the model is loaded.  show: is given each line for the reader as soon as it is known.
     """
 
     data_root: str | Path | None = None
@@ -44,6 +46,7 @@ class EvaluationOptions:
     importance: bool = False
     choices: str = "generation"
     submission: bool = False
+    missing_pictures: float = MISSING_PICTURES
     cache_mb: int = 1024
     dtype: str = "auto"
     quantise: str | None = None
@@ -61,6 +64,8 @@ def evaluate(model: Any, benchmarks: str | Path | Sequence[str | Path], **option
     Raises DataError, TowerError.
     """
     chosen = EvaluationOptions(**options)
+    if not 0 <= chosen.missing_pictures <= 1:
+        raise DataError(f"missing_pictures is {chosen.missing_pictures}; it is a share, from 0 to 1")
     if chosen.blind and chosen.importance:
         raise DataError("--importance asks with and without pictures; leave --blind out")
     names = [str(name) for name in ([benchmarks] if isinstance(benchmarks, str | Path) else benchmarks)]
@@ -123,6 +128,8 @@ def _check_data(benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> 
         try:
             questions = benchmark.read(options.data_root, options.limit)
             refuse_unscored(benchmark, questions, options.submission and benchmark.submission is not None)
+            if not options.blind:
+                refuse_missing_pictures(benchmark, questions, options.data_root, options.missing_pictures)
         except DataError as error:
             problems.append(f"{benchmark.name}: {error}")
     if problems:

@@ -66,3 +66,16 @@ def test_a_module_that_is_not_there(own, capsys):
 def test_cards_are_listed(kind, name, capsys):
     assert main(["list", kind]) == 0
     assert name in capsys.readouterr().out
+
+
+def test_a_benchmark_by_its_name(capsys: pytest.CaptureFixture) -> None:
+    assert main(["list", "evaluation", "vizwiz"]) == 0
+    out = capsys.readouterr().out
+    assert "vizwiz: VizWiz test, scored by its server" in out
+    assert "split test, 8,000 questions, format vizwiz" in out and "annotations: test.json" in out
+    assert "respond with 'Unanswerable'" in out and "up to 16 new tokens" in out
+    assert "published 41.5 LLaVA-KD Qwen2.5-0.5B" in out and "https://vizwiz.org" in out
+    assert main(["list", "evaluation", "vizwix"]) == 2
+    assert "'vizwiz'" in capsys.readouterr().err
+    assert main(["list", "formats", "vizwiz"]) == 2
+    assert "mmkd list evaluation vizwiz" in capsys.readouterr().err

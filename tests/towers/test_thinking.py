@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from tiny import tiny_tower
 
+from mmkd.towers.samples import Sample, Turn
 from mmkd.towers.thinking import CLOSED, PAIRS, UNCLOSED, decode_answers, ends_within, without_thinking
 
 
@@ -68,3 +70,13 @@ def test_marks_that_are_special_tokens_stay() -> None:
     plain = Words()
     plain.special = {0, 5}
     assert decode_answers(plain, [[0, 3, 5]]) == ["A"]
+
+
+def test_a_tower_whose_template_opens_thinking() -> None:
+    tower = tiny_tower()
+    asked = Sample("1", (), (Turn("user", "Which?"),))
+    assert not tower.opens_thinking(asked)
+    template = tower.preparer.processor.chat_template
+    for added, opens in (("<think>\\n", True), ("<think>\\n\\n</think>\\n\\n", False)):
+        tower.preparer.processor.chat_template = template + "{% if add_generation_prompt %}" + added + "{% endif %}"
+        assert tower.opens_thinking(asked) == opens

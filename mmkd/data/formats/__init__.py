@@ -87,6 +87,12 @@ class Format:
         """The files that `read` reads, pictures not among them. Raises DataError where one is missing."""
         return [path for key in self.files if source.has(key) for path in source.paths(key)]
 
+    def layout(self, split: str, files: Mapping[str, str] | None = None) -> str:
+        """Which files and pictures are looked for below the root, in words; of a format without fixed names its docstring."""
+        source = Source("", split, self.files, self.images, self.values, files)
+        names = [f"{key}: {source.names(key)}" for key in (*self.files, *self.images) if source.has(key)]
+        return "; ".join(names) or (type(self).__doc__ or "").partition("\n")[0].strip()
+
     def source(
         self, root: Path | str, split: str, files: Mapping[str, str] | None = None, *, target: str = "first", seed: int = 0
     ) -> Source:
