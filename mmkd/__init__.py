@@ -21,7 +21,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "load_recipe": "mmkd.recipes.recipe",
+    "load_recipe": "mmkd.recipes.reading",
     "distill": "mmkd.runs.run",
     "evaluate": "mmkd.runs.evaluate",
     "compare": "mmkd.evaluation.compare",

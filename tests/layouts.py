@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_uppercase
 
 from PIL import Image
 
@@ -273,4 +274,4 @@ class Oracle:
     def right(self, sample) -> str:
         question = sample.meta["question"]
         by_letter = question.answer_index is not None
-        return "ABCDEFG"[question.answer_index] if by_letter else question.answer
+        return ascii_uppercase[question.answer_index] if by_letter else question.answer

@@ -36,8 +36,8 @@ NAMES = {
     "_parameters": (torch.nn.Module(), None),
 }
 PUBLIC = {"_exit"}  # of os: documented
-OWN = ("mmkd", "abc", "builtins", "collections", "pydantic", "typing")  # and Python's; pydantic's are made for each model
-MADE = {"_abc_impl", "_backward_cls"}  # by Python for abstract classes, by torch for functions of autograd
+OWN = ("mmkd", "abc", "_abc", "builtins", "collections", "pydantic", "typing")  # and Python's; pydantic's are made for each model
+MADE = {"_backward_cls", "_abc_impl"}  # by torch, for each function of autograd; by Python, for each abstract class
 
 
 @pytest.mark.parametrize("name", [name for name, (owner, _) in NAMES.items() if not isinstance(owner, str)])

@@ -7,7 +7,6 @@ second, for training and for evaluation alike, so that a model is asked as it wa
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import zipfile
@@ -19,16 +18,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmkd.data import pictures
 from mmkd.data.tables import picture_of_cell
 from mmkd.errors import DataError, ImageError
 from mmkd.towers.samples import Sample, Turn
 
 __all__ = [
-    "IMAGE_MARKER", "MAX_PIXELS", "TABLES", "ImageRef", "Question", "Sample", "Turn", "archive_members", "check_images",
+    "IMAGE_MARKER", "TABLES", "ImageRef", "Question", "Sample", "Turn", "archive_members", "check_images",
 ]  # fmt: skip
-
-# Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
-MAX_PIXELS = 64_000_000
 
 # Where LLaVA's data files and prompts place an image. Turns carry a count instead, so no text may hold it.
 IMAGE_MARKER = "<image>"
@@ -173,18 +170,12 @@ class ImageRef:
             raise ImageError(f"image {self.key} cannot be read: {error}") from error
 
     def load(self) -> Image.Image:
-        """The picture in RGB. Raises ImageError when it does not decode or has over MAX_PIXELS pixels."""
+        """The picture in RGB, as `mmkd.data.pictures.decode` gives it. Raises ImageError when it cannot be read or decoded."""
         data = self.read_bytes()
         try:
-            picture = Image.open(io.BytesIO(data))
-            size = picture.size
-            if size[0] * size[1] <= MAX_PIXELS:
-                return picture.convert("RGB")
+            return pictures.decode(data)
         except Exception as error:  # decoders raise errors of any type on damaged data
             raise ImageError(f"image {self.key} does not decode: {error!r}") from error
-        raise ImageError(
-            f"image {self.key} has {size[0]} x {size[1]} pixels, over {MAX_PIXELS:,}; scale it down"
-        )
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Source:
         self._target, self._seed = target, seed
         self._patterns = {key: _listed(value) for key, value in {**files, **images}.items()}
         self._values = dict(values)
-        self._places: dict[str, _Place] = {}
+        self.places: dict[str, _Place] = {}
         for key, value in dict(given or {}).items():
             self._take(key, value, images)
 
@@ -90,7 +90,7 @@ class Source:
     def of_split(self, split: str) -> Source:
         """The same files' other split."""
         other = copy(self)
-        other.split, other._places = split, {}
+        other.split, other.places = split, {}
         return other
 
     # ---- annotations -------------------------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ class Source:
         """
         if name is not None:
             fields = {"name": name, **fields}
-        place = self._places.get(key)
+        place = self.places.get(key)
         if place is None:
-            place = self._places[key] = self._find(key, fields)
+            place = self.places[key] = self._find(key, fields)
         return place.ref(where, fields)
 
     def _find(self, key: str, fields: Mapping[str, str]) -> _Place:

@@ -1,7 +1,7 @@
 """The loss maths of a block as one compiled function: softmaxes, values and gradients in a few passes over `[b, V]`.
 
 Compiled are the closed forms of losses that are dense in the vocabulary, all terms of a block together. A loss without one,
-or with a gradient in few columns (DBiLD, whose work is two top-k), has nothing to fuse and runs as ever beside them.
+or with a gradient in few columns (DBiLD, whose work is two top-k), has nothing to fuse and runs beside them as before.
 Products with the heads are not compiled, and nothing waits for the device.
 
 One function is kept for each set of terms, vocabulary, dtype and device, with two graphs at most: one for any number of rows

@@ -18,6 +18,7 @@ from mmkd.errors import DataError, ImageError
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.items import Item, data_fingerprint, items_of, refuse_unscored
 from mmkd.evaluation.processes import ALONE, Processes
+from mmkd.evaluation.results import answer_of
 from mmkd.evaluation.score import Scorer
 from mmkd.evaluation.store import PREDICTIONS, RESULTS, Store, write_atomically, write_object
 from mmkd.evaluation.submission import SUBMISSIONS
@@ -27,7 +28,10 @@ ANSWERED_BY = ("generation", "likelihood")
 
 
 class Answerer(Protocol):
-    """What evaluation needs of a tower."""
+    """What evaluation needs of a tower.
+
+    One whose prompts may end within a thinking block also has `opens_thinking(sample) -> bool`.
+    """
 
     def answer(
         self, samples: list[Sample], *, max_new_tokens: int, vision_cache: VisionCache | None
@@ -62,6 +66,9 @@ def evaluate(
     must make this call. The first writes the results, all return when they are there. An evaluation can go on with
     another number of processes than it began with.
 
+    Thinking is taken from answers before they are parsed; an answer that ends within it is unparsed. `thinking_share` and
+    `unclosed_thinking_share` say how many there are.
+
     A question whose picture cannot be read is left out of the score, and counted with its reason in
     `n_skipped` and `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content)
     as one draw.
@@ -85,7 +92,7 @@ def evaluate(
     parts = processes.gather((store.answers, _peak_bytes()))
     answers = {name: answer for part, _ in parts for name, answer in part.items()}
     peak = max((found for _, found in parts if found is not None), default=None)
-    scorer = Scorer(benchmark)
+    scorer = Scorer(benchmark, _opens_thinking(tower, items), choices == "likelihood")
     rows = [scorer.row(item, answers.get(item.question.id)) for item in items]
     results = scorer.results(items, rows, header, limit)
     results |= _circumstances(tower, rows, answers, model_name, batch_size, processes.count, peak)
@@ -96,6 +103,12 @@ def evaluate(
         store.close()
     processes.wait()
     return results
+
+
+def _opens_thinking(tower: Answerer, items: Sequence[Item]) -> bool:
+    """Whether a tower's prompts end within a thinking block; what a template opens once, it opens always."""
+    asked = getattr(tower, "opens_thinking", None)
+    return asked is not None and asked(items[0].sample)
 
 
 def _header(tower: Answerer, benchmark: Benchmark, items: Sequence[Item], blind: bool, choices: str) -> dict[str, Any]:
@@ -114,7 +127,7 @@ def _write(
     out: Path, benchmark: Benchmark, questions: Sequence[Question], rows: list[dict], results: dict[str, Any], submission: bool
 ) -> None:
     if submission:
-        predictions = {row["id"]: row["prediction"] for row in rows if not row["skipped"]}
+        predictions = {row["id"]: answer_of(row) or "" for row in rows if not row["skipped"]}
         SUBMISSIONS.get(benchmark.submission)().write(out, predictions, questions)
     write_atomically(out / PREDICTIONS, lines_of(rows))
     write_object(out / RESULTS, results)

@@ -56,6 +56,12 @@ class Metric:
         that is answered by letter the right choice's letter."""
         raise NotImplementedError(f"{type(self).__qualname__} lacks `score`")
 
+    has_lenient = False  # whether `score_lenient` scores answers too, beside the headline
+
+    def score_lenient(self, answer: str, question: Question) -> float:
+        """As a reader would score an answer."""
+        return self.score(answer, question)
+
     def hallucinated(self, answer: str | None, question: Question) -> float | None:
         """1.0 for an answer that names what is not in the picture, 0.0 for another; None where the question cannot tell."""
         return hallucinated(answer, question)

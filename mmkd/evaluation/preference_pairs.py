@@ -18,7 +18,7 @@ from mmkd.base.files import write_whole
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import PREDICTIONS, RESULTS
 from mmkd.evaluation.normalise import normalise_evalai
-from mmkd.evaluation.results import read_predictions, same_questions
+from mmkd.evaluation.results import answer_of, read_predictions, same_questions
 
 RIGHT, WRONG = 1.0, 0.0  # scores that count as such; what lies between (TextVQA's accuracy) is neither
 
@@ -89,8 +89,13 @@ def _answers(folder: Path, split: str) -> dict[str, dict]:
 
 def _wrong(rows: Sequence[dict]) -> list[str]:
     """The wrong answers to a question in the order of the models, each once."""
-    wrong = (row["prediction"].strip() for row in rows if not row["skipped"] and row["score"] <= WRONG)
+    wrong = (_said_in(row) for row in rows if not row["skipped"] and row["score"] <= WRONG)
     return [answer for answer in dict.fromkeys(wrong) if answer]
+
+
+def _said_in(row: Mapping) -> str:
+    """A row's answer without its thinking, "" for none."""
+    return (answer_of(row) or "").strip()
 
 
 def _said(runs: Iterable[Mapping[str, dict]]) -> dict[str, list[str]]:
@@ -98,13 +103,13 @@ def _said(runs: Iterable[Mapping[str, dict]]) -> dict[str, list[str]]:
     said: dict[str, set[str]] = {}
     for rows in runs:
         for row in rows.values():
-            said.setdefault(row["question"], set()).add(row["prediction"].strip())
+            said.setdefault(row["question"], set()).add(_said_in(row))
     return {question: sorted(answers - {""}) for question, answers in said.items()}
 
 
 def _other(right: dict, said: Mapping[str, Sequence[str]], seed: str) -> list[str]:
     """One of the answers `said` to the same question that no reference has; none where there is none."""
-    true = {normalise_evalai(answer) for answer in (right["prediction"], *right["references"])}
+    true = {normalise_evalai(answer) for answer in (_said_in(right), *right["references"])}
     others = [answer for answer in said.get(right["question"], ()) if normalise_evalai(answer) not in true]
     return [random.Random(seed).choice(others)] if others else []
 
@@ -112,7 +117,7 @@ def _other(right: dict, said: Mapping[str, Sequence[str]], seed: str) -> list[st
 def _pairs_of(right: dict, rejected: Sequence[str], name: str, data_root: Path) -> Iterator[dict]:
     if right["skipped"] or right["score"] < RIGHT:
         return
-    chosen = right["prediction"].strip()
+    chosen = _said_in(right)
     images = [_relative(key, data_root) for key in right["images"]]
     for number, answer in enumerate(answer for answer in rejected if answer != chosen):
         identifier = name if number == 0 else f"{name}/{number}"

@@ -58,7 +58,10 @@ class Results(_Part):
     n_skipped: int = Field(0, ge=0)
     skipped: dict[str, int] = {}
     unparsed_share: Share = 0.0
+    thinking_share: Share = 0.0
+    unclosed_thinking_share: Share = 0.0
     score_lenient: Share | None = None
+    neither_share: Share | None = None
     parameters: dict[str, Bytes] = {}
     seconds: Positive = 0.0
     model_fingerprint: str = ""
@@ -111,7 +114,7 @@ def read_predictions(path: Path | str) -> dict[str, dict]:
     return found
 
 
-_TEXTS = ("question", "prompt", "prediction", "parsed", "group", "skipped")
+_TEXTS = ("question", "prompt", "prediction", "thinking", "answer", "parsed", "group", "skipped")
 _TEXT_LISTS = ("references", "images", "choices")
 
 
@@ -137,6 +140,11 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
     if score is None and row.has("prediction") is False and not row.has("skipped"):
         raise DataError(f"{where}: neither a score, a prediction nor a reason to skip; evaluate again")
     return row.value
+
+
+def answer_of(row: Mapping) -> str | None:
+    """What was answered, without the thinking before it; None for an answer that ends within its thinking."""
+    return row.get("answer") if row.get("thinking") else row["prediction"]
 
 
 def group_of(row: Mapping) -> str:

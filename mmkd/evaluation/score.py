@@ -15,6 +15,7 @@ from mmkd.evaluation.items import Item
 from mmkd.evaluation.metric import further_numbers, metric_of, parser_of
 from mmkd.evaluation.results import group_of
 from mmkd.evaluation.statistics import interval
+from mmkd.towers.thinking import CLOSED, UNCLOSED, without_thinking
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +23,12 @@ log = logging.getLogger(__name__)
 class Scorer:
     """A benchmark's parser and metrics, put to its questions one by one and then to all rows."""
 
-    def __init__(self, benchmark: Benchmark):
+    def __init__(self, benchmark: Benchmark, opens_thinking: bool = False, by_likelihood: bool = False):
+        """`opens_thinking`: prompts end within a thinking block. `by_likelihood`: letters were chosen, not generated."""
         self.benchmark = benchmark
+        self._opens, self._by_likelihood = opens_thinking, by_likelihood
         self.parser, self.metric = parser_of(benchmark.parser), metric_of(benchmark.metric)
+        self._has_lenient = self.parser.has_lenient or self.metric.has_lenient
         self.also = {name: metric_of(name) for name in benchmark.also}
 
     # ---- one question ------------------------------------------------------------------------------------------------
@@ -51,8 +55,12 @@ class Scorer:
     def _scored(self, item: Item, text: str) -> dict[str, Any]:
         question = item.question
         asked = replace(question, references=item.references)
-        parsed = self.parser.parse(text, question.choices)
+        generated = not (self._by_likelihood and self.benchmark.by_letter(question))
+        answer, thinking = without_thinking(text, self._opens and generated)
+        parsed = None if answer is None else self.parser.parse(answer, question.choices)
         found: dict[str, Any] = {"prediction": text, "parsed": parsed, "score": None}
+        if thinking:
+            found |= {"thinking": thinking, "answer": answer}
         if not item.references:  # nothing to compare with, as in splits that a test server scores
             return found
 
@@ -65,9 +73,10 @@ class Scorer:
             also[HALLUCINATED] = made_up
         if also:
             found["also"] = also
-        if self.parser.has_lenient:
-            lenient = self.parser.lenient(text, question.choices)
-            found |= {"score_strict": found["score"], "parsed_lenient": lenient, "score_lenient": score(self.metric, lenient)}
+        if self._has_lenient:
+            lenient = self.parser.lenient(answer, question.choices) if self.parser.has_lenient and answer is not None else parsed
+            beside = 0.0 if lenient is None else self.metric.score_lenient(lenient, asked)
+            found |= {"score_strict": found["score"], "parsed_lenient": lenient, "score_lenient": beside}
         return found
 
     # ---- all questions -----------------------------------------------------------------------------------------------
@@ -81,6 +90,8 @@ class Scorer:
             "metric": benchmark.metric,
             **_headline(scored, self._skipped(rows)),
             "unparsed_share": sum(row["parsed"] is None for row in scored) / len(scored),
+            "thinking_share": sum(row.get("thinking") == CLOSED for row in scored) / len(scored),
+            "unclosed_thinking_share": self._unclosed(scored) / len(scored),
             "rows": len(rows),
             "expected_rows": benchmark.expected_rows,
             "rows_difference": _rows_difference(benchmark, len(rows), limit),
@@ -102,7 +113,20 @@ class Scorer:
             also[HALLUCINATED] = _score_of(checkable, "also", HALLUCINATED)
         if also:
             results["also"] = also
+        if self._has_lenient:
+            lenient = _score_of(scored, "score_lenient")
+            results |= {"score_lenient": lenient["score"], "ci95_lenient": lenient["ci95"]}
         return results | further_numbers(benchmark.format, self.parser, self.metric, scored)
+
+    def _unclosed(self, scored: Sequence[dict]) -> int:
+        """How many answers end within their thinking."""
+        count = sum(row.get("thinking") == UNCLOSED for row in scored)
+        if count:
+            log.warning(
+                "%s: %d of %d answers end within their thinking and count as unparsed; max_new_tokens is %d, give thinking "
+                "more in a card of your own", self.benchmark.name, count, len(scored), self.benchmark.max_new_tokens,
+            )  # fmt: skip
+        return count
 
     def _skipped(self, rows: Sequence[dict]) -> dict[str, int]:
         """How many questions were skipped, by reason."""

@@ -41,9 +41,7 @@ _TIME = (1980, 1, 1, 0, 0, 0)  # the same rows give the same bytes
 
 
 def write_spreadsheet(path: Path, header: Sequence[str], rows: Sequence[Sequence[str | int]]) -> None:
-    """Writes rows of at most 26 columns below a header. Characters that XML cannot hold become U+FFFD."""
-    if len(header) > len(ascii_uppercase):
-        raise ValueError(f"{len(header)} columns; at most {len(ascii_uppercase)} are written")
+    """Writes rows below a header. Characters that XML cannot hold become U+FFFD."""
     lines = "".join(_row(number, cells) for number, cells in enumerate([header, *rows], start=1))
     sheet = f'<worksheet xmlns="{_MAIN}"><sheetData>{lines}</sheetData></worksheet>'
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -52,8 +50,14 @@ def write_spreadsheet(path: Path, header: Sequence[str], rows: Sequence[Sequence
 
 
 def _row(number: int, cells: Sequence[str | int]) -> str:
-    inside = "".join(_cell(f"{ascii_uppercase[place]}{number}", value) for place, value in enumerate(cells))
+    inside = "".join(_cell(f"{_column(place)}{number}", value) for place, value in enumerate(cells))
     return f'<row r="{number}">{inside}</row>'
+
+
+def _column(place: int) -> str:
+    """A to Z, then AA to AZ, BA and so on."""
+    above, last = divmod(place, len(ascii_uppercase))
+    return (_column(above - 1) if above else "") + ascii_uppercase[last]
 
 
 def _cell(place: str, value: str | int) -> str:

@@ -219,5 +219,5 @@ def verdict(difference: Mapping | None) -> str:
     if low > 0:
         return f"student leads its control by {points:.1f} points {span}"
     if high < 0:
-        return f"student is behind its control by {-points:.1f} points {span}: no better than its control"
-    return f"student is no better than its control: {points:+.1f} points {span}"
+        return f"student is behind its control by {-points:.1f} points {span}"
+    return f"student and control show no difference: {points:+.1f} points {span}"

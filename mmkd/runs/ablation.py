@@ -17,15 +17,15 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader
 from pydantic import Field, model_validator
 
+from mmkd.base.distributed import claimed, is_main_process, world_size
+from mmkd.base.files import write_whole
+from mmkd.base.schema import Strict
+from mmkd.errors import RecipeError
+from mmkd.recipes.reading import read_raw, validate
+from mmkd.recipes.recipe import Recipe
 from mmkd.runs.run import distill, evaluate_all
 from mmkd.runs.seeds import spread
 from mmkd.runs.towers import load_teachers
-from mmkd.base.files import write_whole
-from mmkd.base.distributed import claimed, is_main_process, world_size
-from mmkd.errors import RecipeError
-from mmkd.recipes.recipe import Recipe
-from mmkd.base.schema import Strict
-from mmkd.recipes.reading import read_raw, validate
 
 logger = logging.getLogger(__name__)
 

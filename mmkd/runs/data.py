@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
-from mmkd.data.preference import rejected_of
-from mmkd.data.samples import Sample
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
+from mmkd.data.preference import rejected_of
+from mmkd.data.samples import Sample
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
@@ -46,6 +46,14 @@ def data_state(recipe: Recipe, stage: StageSpec) -> list:
     """A stage's data by content: data that were changed make a new control, whatever lies beside them does not."""
     files = [fingerprint(spec, recipe.data_root) for spec in stage.data]
     return [*files, samples_fingerprint(stage_samples(recipe, stage))]
+
+
+def files_of(recipe: Recipe) -> dict[str, dict[str, dict[str, str]]]:
+    """By stage and data entry the annotation files with the hashes of their contents."""
+    return {
+        name: {str(number): fingerprint(spec, recipe.data_root)["files"] for number, spec in enumerate(stage.data)}
+        for name, stage in recipe.stages.items()
+    }
 
 
 def all_samples(recipe: Recipe) -> dict[str, list[Sample]]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mmkd.data.samples import Sample
+from mmkd.engine.positions import rows_at
 from mmkd.errors import DataError, RecipeError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import all_samples, texts_of
-from mmkd.runs.plan import bytes_text, disk_line, loss_memory
+from mmkd.runs.plan import bytes_text, disk_line, loss_memory, term_text
 from mmkd.runs.preflight import preflight
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.runs.write_cache import forecast_of, plan_of
@@ -49,6 +50,7 @@ class StageEstimate:
     seconds: float
     memory: dict[str, int]
     naive_losses: int
+    terms: str
     remedies: list[tuple[str, int]] = field(default_factory=list)  # (what to change, bytes that it saves)
 
     @property
@@ -60,7 +62,8 @@ class StageEstimate:
         pieces = f" ({count} micro-batches of {self.micro_batch})" if count > 1 else ""
         found = [
             f"stage {self.name}: {self.steps:,} steps of {self.batch}{pieces}, {1000 * self.seconds:,.0f} ms each: "
-            f"{_duration(self.steps * self.seconds)}"
+            f"{_duration(self.steps * self.seconds)}",
+            f"  terms: {self.terms}",
         ]
         for part in PARTS:
             naive = f"   (a naive computation: {bytes_text(self.naive_losses)})" if part == "losses" and self.naive_losses else ""
@@ -118,7 +121,8 @@ def stage_estimate(
         "losses": ours,
     }
     steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
-    found = StageEstimate(name, steps, batch, micro, seconds * (batch // micro), parts, naive)
+    terms = ", ".join(term_text(t) for t in stage.terms)
+    found = StageEstimate(name, steps, batch, micro, seconds * (batch // micro), parts, naive, terms)
     found.remedies = remedies(stage, teachers, parts, micro)
     stage.leave()
     return found, student
@@ -192,9 +196,10 @@ def _synchronise(batch: Batch) -> None:
 
 def _row_count(batch: Batch, terms: Sequence[Term]) -> int:
     """Rows of logits of a micro-batch."""
-    positions = {t.positions for t in terms if t.is_row_term} | ({"response"} if any(t.needs_pairs for t in terms) else set())
-    twice = 1 + any(t.needs_pairs for t in terms)  # the rejected answers too
-    return twice * sum(int(getattr(batch.on_host.student, name).sum()) for name in positions)
+    pairs = any(t.needs_pairs for t in terms)
+    positions = {t.positions for t in terms if t.reads_logits and not t.needs_pairs} | ({"response"} if pairs else set())
+    twice = 1 + pairs  # the rejected answers too
+    return twice * sum(int(rows_at(batch.on_host.student, name).sum()) for name in positions)
 
 
 def _weights(tower: Tower) -> int:

@@ -206,9 +206,8 @@ def _retrieve(model: Any, names: Sequence[str], options: EvaluationOptions) -> d
     for card in cards:
         card.read(options.data_root, options.limit)
     if isinstance(model, str | Path):
-        with quick_imports():
-            from mmkd.retrieval.dual_encoders import load_dual
-            from mmkd.towers.loading import device_of_process, dtype_of
+        from mmkd.retrieval.dual_encoders import load_dual
+        from mmkd.towers.loading import device_of_process, dtype_of
 
         dual = load_dual(model, dtype=dtype_of(options.dtype), trust_remote_code=options.trust_remote_code)
         dual.to(device_of_process())

@@ -62,7 +62,7 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     lines = [
         f"stage {stage.name}: {len(samples):,} samples, {steps:,} steps of {batch}, trains {', '.join(spec.train)} "
         f"({trained:,} parameters)",
-        "  terms: " + ", ".join(_term(t) for t in stage.terms),
+        "  terms: " + ", ".join(term_text(t) for t in stage.terms),
         f"  a step: about {rows:,} rows of {student.vocabulary:,} logits",
         f"  memory: gradients and optimiser {bytes_text(optimiser)}, losses {bytes_text(ours)} "
         f"(a naive computation: {bytes_text(naive)})",
@@ -72,14 +72,16 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     return lines
 
 
-def _term(term: Term) -> str:
+def term_text(term: Term) -> str:
+    """A term by name and kind, with the rows that it counts on, where it counts on rows, and its teacher, of several."""
+    rows = f" on {term.positions}" if term.reads_logits and not term.needs_pairs else ""
     compared = f" with {term.place.teacher}" if term.place.teacher else ""
-    return f"{term.name} ({term.kind} on {term.positions}{', switched' if term.switched else ''}{compared})"
+    return f"{term.name} ({term.kind}{rows}{', switched' if term.switched else ''}{compared})"
 
 
 def _rows(student: Tower, encoded: list[Encoded], terms: list[Term], batch: int) -> int:
     """Rows of logits a step, from the probed samples."""
-    positions = [*{t.positions for t in terms if t.is_row_term}]
+    positions = [*{t.positions for t in terms if t.reads_logits and not t.needs_pairs}]
     if any(t.needs_pairs for t in terms):
         positions += ["response", "response"]  # the rejected answers are about as long as the chosen ones
     inputs = student.collate(encoded)
@@ -90,7 +92,7 @@ def loss_memory(
     student: Tower, teachers: Mapping[str, Teacher], terms: Sequence[Term], rows: int, budget: int
 ) -> tuple[int, int]:
     """(ours, naive) bytes at the peak of the row losses. Ours: one chunk, the stored hidden rows, the head's gradient."""
-    row_terms = [t for t in terms if t.is_row_term or t.needs_pairs]
+    row_terms = [t for t in terms if t.reads_logits]
     if not row_terms:
         return 0, 0
     size = 4

@@ -1,4 +1,4 @@
-"""What is checked before anything is trained: the same for the dry run, the estimate, the cache and the run. All findings at once."""
+"""What is checked before anything is trained: the same for dry run, estimate, cache and run. All findings at once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from mmkd.train.trainer import split_evenly
 TRIED = 3  # samples of a data entry that are prepared
 
 
-def preflight(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher]) -> None:
+def preflight(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None) -> None:
     """Checks every stage against the student as it is before the first one. Raises DataError with all findings.
+
+    processes: that train together; None for those that were started together.
 
     Terms against towers and teachers, tokenizers, some samples of every data entry prepared by student and teachers, batch
     sizes, experts.
     """
-    found = fit_errors(recipe, student, teachers)
+    found = fit_errors(recipe, student, teachers, world_size() if processes is None else processes)
     if not found:  # towers that do not fit would fail on every sample, too
         found = [error for name in recipe.stages for error in _data_errors(recipe, name, student, teachers)]
     if len(found) == 1:
@@ -39,7 +41,7 @@ def preflight(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher]) -
         raise DataError(f"{len(found)} things would stop this run:\n  " + "\n  ".join(found))
 
 
-def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher]) -> list[str]:
+def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int = 1) -> list[str]:
     """What does not fit between the stages, the student and the teachers, whatever the data are."""
     found: list[str] = []
     sparse = bool(sparse_blocks(student))
@@ -48,7 +50,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher]) 
         sparse = sparse or stage.upcycle is not None
         terms, needed = _terms_of(stage, teachers)
         wrong += [f"terms.{error}" for error in term_errors(student, needed, terms, sparse=sparse)]
-        wrong += [f"optimiser: {error}" for error in split_evenly(stage.optimiser, world_size())]
+        wrong += [f"optimiser: {error}" for error in split_evenly(stage.optimiser, processes)]
         found += [f"stages.{name}.{error}" for error in wrong]
     return found
 

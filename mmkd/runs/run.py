@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmkd.base.distributed import alone_in, is_main_process
 from mmkd.base.files import write_whole
 from mmkd.base.run_folder import claim
-from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.runs.evaluate import add_importance
-from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.evaluation.report import build_report
+from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.control import train_control
-from mmkd.runs.data import all_samples, texts_of
+from mmkd.runs.data import all_samples, files_of, texts_of
+from mmkd.runs.evaluate import add_importance
 from mmkd.runs.preflight import preflight
 from mmkd.runs.stages import train
 from mmkd.runs.towers import build_student, load_teachers
@@ -49,7 +44,8 @@ def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
     check_benchmarks(recipe)
     texts = texts_of(all_samples(recipe))
     with alone_in(run, "the same output"):
-        claim(run, recipe.model_dump(mode="json", exclude={"output", "title"}), title=recipe.title, seed=recipe.seed)
+        content = recipe.model_dump(mode="json", exclude={"output", "title"})
+        claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe))
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
         preflight(recipe, student, teachers)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmkd.runs.run import distill
 from mmkd.base.files import write_whole
+from mmkd.runs.run import distill
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table the normal one is close enough.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
+from mmkd.answers import answer_source
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
-from mmkd.answers import answer_source
 from mmkd.runs.data import stage_parts, stage_samples
 from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch

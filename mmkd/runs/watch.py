@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmkd.evaluation.answer import evaluate
-from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.base.distributed import wait_for_all
 from mmkd.base.jsonl import JsonLines
+from mmkd.evaluation.answer import evaluate
+from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.recipes.recipe import Recipe
 from mmkd.towers.tower import Tower
 

@@ -29,7 +29,8 @@ from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
 from mmkd.errors import DataError, ImageError, RecipeError
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.data import stage_samples, texts_of
+from mmkd.runs.data import all_samples, stage_samples, texts_of
+from mmkd.runs.preflight import preflight
 from mmkd.runs.towers import build_student, load_teachers, openings
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.store import (
@@ -105,8 +106,11 @@ def write_cache(
     plan = plan_of(recipe, top_k)
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
     check_folder(live, folder, plan)
-    ((_, teacher),) = load_teachers(live).items()
-    teacher = teacher.running()
+    teachers = load_teachers(live)
+    student = build_student(live, teachers, texts_of(all_samples(live)))
+    preflight(live, student, teachers, processes=1)  # those that write a cache do not train together
+    del student
+    (teacher,) = (teacher.running() for teacher in teachers.values())
     facts: dict[str, Any] = {"folder": str(folder)}
     if plan.samples:
         facts["forecast"] = forecast_of(plan, teacher)
@@ -331,7 +335,8 @@ def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[St
         ).float().cpu()
         signal = {"hidden": hidden} if plan.top_k is None else top_rows(hidden, head, vocabulary, plan.top_k)
     signal = {name: tensor.cpu() for name, tensor in signal.items()}
-    return _by_sample(plan, inputs, where, StoredRows(kinds[where], tokens.int(), scores, signal, []), [f.cpu() for f in seen.features])
+    stored = StoredRows(kinds[where], tokens.int(), scores, signal, [])
+    return _by_sample(plan, inputs, where, stored, [f.cpu() for f in seen.features])
 
 
 def _by_sample(plan: Plan, inputs: TowerInputs, where: Tensor, stored: StoredRows, features: list[Tensor]) -> list[StoredRows]:

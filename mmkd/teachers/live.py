@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ ALL = ("rows", "hidden", "visual_rows", "features", "gram", "switch")
 @register("teachers", "live")
 class LiveTeacher(Teacher):
     """The model itself, in this process."""
+
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tower: Tower, name: str = "teacher"):
         self.tower = self.body = tower.freeze()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,7 @@ class StoredTeacher(Teacher):
     """
 
     stored = True
+    options: ClassVar[tuple[str, ...]] = ("cache",)
 
     def __init__(
         self, folder: str | Path, *, max_length: int, trust_remote_code: bool = False, live: Tower | None = None,

@@ -23,6 +23,8 @@ class LoadBalance(Term):
     LLaVA-MoD's code), each a mean over its own tokens.
     """
 
+    origin: ClassVar[str] = "LLaVA-MoD (arXiv 2408.15881), top-2 gating; GShard (arXiv 2006.16668)"
+    status: ClassVar[str] = "our choice: mean over micro-batches by tokens"
     needs: ClassVar[tuple[str, ...]] = ("student.routing",)
     count: ClassVar[str] = "token"
 

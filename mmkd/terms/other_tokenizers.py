@@ -20,6 +20,8 @@ from mmkd.terms.term import Pair, Term
 class Spans(Term):
     """Divergence of the two models on aligned spans of text, with sorted probabilities for unmatched tokens (GOLD, ULD)."""
 
+    origin: ClassVar[str] = "GOLD (TRL); ULD (arXiv 2402.12030)"
+    status: ClassVar[str] = "our choice: spans by bytes, everything else as one entry"
     needs: ClassVar[tuple[str, ...]] = ("student.hidden", "teacher.hidden")
     count: ClassVar[str] = "response"
     same_tokens: ClassVar[bool] = False

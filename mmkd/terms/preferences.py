@@ -50,6 +50,8 @@ class PreferenceTerm(Term):
 class DPO(PreferenceTerm):
     """Direct preference optimisation, -log sigmoid of the scaled difference of log-ratios to the teacher."""
 
+    origin: ClassVar[str] = "DPO (arXiv 2305.18290), eq. 7; LLaVA-MoD (arXiv 2408.15881)"
+    status: ClassVar[str] = "confirmed"
     label_smoothing: float = 0.0
     form: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
 
@@ -69,6 +71,8 @@ class DPO(PreferenceTerm):
 class KTOPair(PreferenceTerm):
     """Paired KTO: each answer against the mean log-ratio of the other kind over the whole step."""
 
+    origin: ClassVar[str] = "KTO (arXiv 2402.01306), paired; LLaVA-MoD (arXiv 2408.15881)"
+    status: ClassVar[str] = "our choice: mean log-ratio over the whole step"
     detach_kl: bool = True
 
     def step_sums(self, signals: Signals) -> Tensor:

@@ -17,7 +17,7 @@ from mmkd.teachers.teacher import Teacher, head_of
 from mmkd.towers.tower import Tower, TowerInputs
 
 SIGNALS = {
-    "student.rows": "hidden rows of the student at the term's positions, for the row engine",
+    "student.rows": "hidden rows of the student at the term's positions, for the row engine; read by a term, a `terms.term.Rows`",
     "student.hidden": "last hidden states of the student. [B, L, Ds]",
     "student.visual_rows": "hidden rows of the student at the visual tokens, one [N, Ds] an image",
     "student.features": "vision features before the projector, one [n_i, Dv] an image",

@@ -88,6 +88,8 @@ class Term:
     count: ClassVar[str] = "sample"  # which global count divides the sum, see mmkd.engine.positions
     same_tokens: ClassVar[bool] = True  # student and teacher must predict the same answer tokens
     memory_factor: ClassVar[int] = 6  # float32 tensors [rows, V] that a naive computation keeps beside the logits
+    origin: ClassVar[str] = ""  # paper and equation, for the table of methods
+    status: ClassVar[str] = ""  # "confirmed" by the origin, or "our choice: ..." of what it leaves open
 
     # ---- what is asked ----
 
@@ -121,6 +123,11 @@ class Term:
     @property
     def is_row_term(self) -> bool:
         return False
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether logits of rows are made for it."""
+        return self.asks("student.rows") or self.switched or self.needs_pairs
 
     @property
     def switched(self) -> bool:
@@ -210,6 +217,7 @@ class RowTerm(Term):
     """A loss on logit rows, computed by the row engine (`mmkd/engine/rows.py`) together with the others of its group."""
 
     teacher_logits: ClassVar[bool] = True  # compares with the teacher's logits
+    reads_targets: ClassVar[bool] = False  # also where it compares: what it does depends on the token that a row predicts
 
     @property
     def is_row_term(self) -> bool:
@@ -238,7 +246,9 @@ class RowTerm(Term):
         found = []
         if self.place.path == "switch" and not self.teacher_logits:
             found.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
-        if not self.teacher_logits and self.positions not in ("response", "prompt", "text"):
+        elif self.place.path == "switch" and type(self).extra is not RowTerm.extra:  # the switch would take it for its bridge
+            found.append(f"{self.kind} carries a module of its own and cannot run on the visual switch; use forward_kl")
+        if (self.reads_targets or not self.teacher_logits) and self.positions not in ("response", "prompt", "text"):
             found.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
         try:
             self.row_loss()

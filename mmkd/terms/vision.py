@@ -21,6 +21,8 @@ from mmkd.terms.term import Pair, Term
 class FeatureMatch(Term):
     """Distance of the student's vision features to the teacher's, through a trained map; mean over images."""
 
+    origin: ClassVar[str] = "FitNets (arXiv 1412.6550)"
+    status: ClassVar[str] = "our choice: cosine, and resampling where token counts differ"
     needs: ClassVar[tuple[str, ...]] = ("student.features", "teacher.features")
     count: ClassVar[str] = "image"
 
@@ -44,6 +46,8 @@ class FeatureMatch(Term):
 class Relation(Term):
     """LLaVA-KD's RDist: one minus the cosine of the Gram matrices of visual tokens; mean over images."""
 
+    origin: ClassVar[str] = "LLaVA-KD (arXiv 2410.16236), RDist"
+    status: ClassVar[str] = "confirmed"
     count: ClassVar[str] = "image"
 
     source: Literal["logits", "hidden"] = "logits"
@@ -80,6 +84,8 @@ class Contrastive(Term):
     and the word for what it shows are near, which a language model's attention can use from the start.
     """
 
+    origin: ClassVar[str] = "FILIP (arXiv 2111.07783), late interaction"
+    status: ClassVar[str] = "our choice: the language model's own embeddings as texts"
     needs: ClassVar[tuple[str, ...]] = ("student.tokens",)
     count: ClassVar[str] = "pictured"
 
@@ -115,6 +121,8 @@ class Tags(Term):
     It teaches the vision encoder only.
     """
 
+    origin: ClassVar[str] = "this project"
+    status: ClassVar[str] = "our choice"
     needs: ClassVar[tuple[str, ...]] = ("student.features",)
     count: ClassVar[str] = "pictured"
 

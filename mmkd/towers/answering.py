@@ -22,6 +22,7 @@ from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
 from mmkd.towers.modes import evaluating
 from mmkd.towers.protocol import TowerLike
 from mmkd.towers.samples import Sample
+from mmkd.towers.thinking import decode_answers
 from mmkd.towers.vision_cache import Key
 
 _SMALL = 4096  # elements; whatever is larger and of floating point is pixels
@@ -53,7 +54,7 @@ def generate(
         keys = [tuple(ref.key for ref in sample.images) for sample in samples]
         prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
         out = greedy(tower, prompts, max_new_tokens)  # [B, new]
-    answers = tower.tokenizer.batch_decode(out, skip_special_tokens=True)
+    answers = decode_answers(tower.tokenizer, out.tolist())
     return [answer.strip() for answer in answers]  # templates may leave a space before the answer
 
 

@@ -92,6 +92,10 @@ class Preparer:
             supervised += self._supervised(piece) if is_answer else [False] * len(piece)
         return self._fit(sample, ids, supervised, self._joined(pixels), with_answer)
 
+    def prompt_text(self, sample: Sample) -> str:
+        """The prompt as the chat template writes it, pictures as placeholders; none is loaded."""
+        return self._render(sample.prompt_turns, prompt=True)
+
     def answer_tokens(self, sample: Sample, answer: str) -> list[int]:
         """Token ids with which `answer` to the sample's prompt is learned, up to and with the end."""
         turns = (*sample.prompt_turns, Turn("assistant", answer))

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mmkd.base.schema import Strict, is_default, one_of
+from mmkd.errors import did_you_mean
+from mmkd.registry import options_of, registry
 
 PARTS = ("vision", "projector", "language")
 
@@ -48,11 +50,23 @@ class TokenizerConfig(Strict):
 class AssembleSpec(Strict):
     vision: VisionConfig
     language: LanguageConfig
-    projector: Literal["mlp", "linear", "average_pool", "pixel_shuffle", "ldp", "resampler"] = "mlp"
+    projector: str = "mlp"  # a name of `mmkd list projectors`
     # Of those that give fewer tokens: `factor`, the side of the squares, and `queries`, of the resampler.
-    projector_options: dict[Literal["factor", "queries"], int] = Field(default_factory=dict, exclude_if=is_default({}))
+    projector_options: dict[str, int | float | bool | str] = Field(default_factory=dict, exclude_if=is_default({}))
     tokenizer: TokenizerConfig | None = None
     import_module: str | None = None  # a Python module that registers your own encoder
+
+    @model_validator(mode="after")
+    def projector_is_known(self) -> AssembleSpec:
+        known = registry("projectors")
+        if self.projector not in known:
+            raise ValueError(f"there is no projector {self.projector!r}; {did_you_mean(self.projector, known)}")
+        options = options_of(known.get(self.projector))
+        wrong = [name for name in self.projector_options if name not in options]
+        if wrong:
+            has = ", ".join(options) or "none"
+            raise ValueError(f"projector_options has no {wrong[0]!r} for {self.projector!r}, which has {has}")
+        return self
 
     @model_validator(mode="after")
     def tokenizer_is_known(self) -> AssembleSpec:

@@ -33,6 +33,7 @@ from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
 from mmkd.towers.samples import Sample
+from mmkd.towers.thinking import ends_within
 
 __all__ = ["IGNORE", "Encoded", "Seen", "Tower", "TowerInputs", "VisualTokens"]
 
@@ -218,6 +219,10 @@ class Tower:
     def answer_tokens(self, sample: Sample, answer: str) -> list[int]:
         """Token ids with which this tower learns `answer` to the sample's prompt, up to and with the end."""
         return self.preparer.answer_tokens(sample, answer)
+
+    def opens_thinking(self, sample: Sample) -> bool:
+        """Whether the sample's prompt ends within a thinking block, as some chat templates write it."""
+        return ends_within(self.preparer.prompt_text(sample))
 
     def token_count(self, texts: Sequence[str]) -> int:
         """Tokens of all texts together, without special ones."""

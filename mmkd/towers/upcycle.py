@@ -47,7 +47,7 @@ class _Target:
 # Without norm_topk_prob the weights of the chosen experts would not add up to one.
 _QWEN = {"norm_topk_prob": True, "decoder_sparse_step": 1}
 TARGETS = {
-    # A shared expert of width 0 is the method's "no residual expert": it adds exactly nothing, for ever.
+    # A shared expert of width 0 is the method's "no residual expert": it adds exactly nothing, always.
     "qwen2": _Target("qwen2_moe", "num_experts", "moe_intermediate_size", True, {**_QWEN, "shared_expert_intermediate_size": 0}),
     "qwen3": _Target("qwen3_moe", "num_experts", "moe_intermediate_size", True, _QWEN),
     "llama": _Target("mixtral", "num_local_experts", "intermediate_size", False, lacks=("attention_bias", "mlp_bias")),

@@ -20,7 +20,7 @@ from mmkd.engine.rows import row_losses
 from mmkd.errors import TowerError
 from mmkd.teachers.live import SignalsAhead, as_teachers
 from mmkd.teachers.teacher import Teacher, check_vocabularies
-from mmkd.terms.term import Pair, RowTerm, Term, teacher_name, terms_of_teacher
+from mmkd.terms.term import Pair, Rows, RowTerm, Term, teacher_name, terms_of_teacher
 from mmkd.towers.experts import sparse_blocks
 from mmkd.towers.tower import Tower
 from mmkd.train.batch import Batch
@@ -95,9 +95,13 @@ class Distiller(nn.Module):
         total = signals.zero if batch.student.pixels else self._unreached(signals)
         log: Log = {}
         for path, teacher, terms in self._row_groups():
-            part, sums = self._row_losses(signals, views, path, teacher, terms, divisors)
+            rows = signals.switch_rows(terms, teacher) if path == "switch" else signals.student_rows(terms, teacher)
+            if rows is None:  # no picture in this micro-batch: nothing was switched
+                total = total + sum((self._dummy(signals, views[t.name], t) for t in terms), signals.zero)
+                continue
+            part, sums = row_losses(**self._row_arguments(signals, views, rows, teacher, terms, divisors))
             total = total + part
-            log |= {t.name: (sums[t.name], own[t.count]) for t in terms if t.name in sums}
+            log |= {t.name: (sums[t.name], own[t.count]) for t in terms}
         for term in (t for t in self.terms if not t.is_row_term):
             value = term.loss(views[term.name])
             if signals.dummy is not None:
@@ -149,29 +153,26 @@ class Distiller(nn.Module):
                 groups.setdefault((path, teacher), []).append(term)
         return [(path, teacher, terms) for (path, teacher), terms in groups.items()]
 
-    def _row_losses(
-        self, signals: BatchSignals, views: dict[str, TermSignals], path: str, teacher: str | None, terms: list[RowTerm],
+    def _row_arguments(
+        self, signals: BatchSignals, views: dict[str, TermSignals], rows: Rows, teacher: str | None, terms: list[RowTerm],
         divisors: dict[str, Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        rows = signals.switch_rows(terms, teacher) if path == "switch" else signals.student_rows(terms, teacher)
-        if rows is None:  # no picture in this micro-batch: nothing was switched
-            return sum((self._dummy(signals, views[t.name], t) for t in terms), signals.zero), {}
+    ) -> dict[str, Any]:  # fmt: skip
+        """What the row engine gets for a group of terms."""
         # The engine multiplies sums by a number; a divisor on the device would cost a host synchronisation a term.
         scale = {t.name: t.place.weight.at(views[t.name].progress) / float(divisors[t.count]) for t in terms}
         engine_terms = [t.engine_term(rows, scale[t.name], views[t.name]) for t in terms]
         needs_teacher = any(t.needs_teacher for t in engine_terms)
-        part, sums = row_losses(
-            rows.student,
-            rows.student_head,
-            rows.targets,
-            engine_terms,
-            teacher_hidden=rows.teacher["hidden"] if needs_teacher else None,
-            teacher_head=self.teachers[teacher].head if needs_teacher else None,
-            vocabulary=signals.vocabulary(teacher),
-            chunk_bytes=self.chunk_bytes,
-            compiled=self.compiled,
-        )
-        return signals.zero + part, sums
+        return {
+            "student_hidden": rows.student,
+            "student_head": rows.student_head,
+            "targets": rows.targets,
+            "terms": engine_terms,
+            "teacher_hidden": rows.teacher["hidden"] if needs_teacher else None,
+            "teacher_head": self.teachers[teacher].head if needs_teacher else None,
+            "vocabulary": signals.vocabulary(teacher),
+            "chunk_bytes": self.chunk_bytes,
+            "compiled": self.compiled,
+        }
 
 
 def term_errors(

@@ -52,7 +52,7 @@ def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
     """Takes parameters that no term reaches out of training, and names them.
 
     A pooler that nobody reads, or encoder layers behind the feature layer, would otherwise only suffer weight decay, and
-    data-parallel training would wait for their gradients for ever.
+    data-parallel training would wait for their gradients without end.
     """
     batch = dataset.collator(_some(dataset, 2))["batch"].to(distiller.tower.device)
     distiller.train()

@@ -42,7 +42,7 @@ class BatchSignals:
         """Columns that both heads share: the tokenizer's length, so that padding rows of a head never matter."""
         sizes = [self.student.vocabulary, self.student.head.weight.shape[0]]
         of_teacher = [t for t in self.terms if teacher_name(t, self.teachers) == teacher]
-        if teacher in self.teachers and any(t.is_row_term and t.needs_teacher for t in of_teacher):
+        if teacher in self.teachers and any(t.asks("teacher.rows") for t in of_teacher):
             other = self.teachers[teacher]
             sizes += [other.vocabulary, other.head.weight.shape[0]]
         return min(sizes)
@@ -64,6 +64,7 @@ class BatchSignals:
 
     @cached_property
     def _read(self) -> tuple[Tensor, dict[int, Routing]]:
+        _ = self.dummy  # also in a pass for sums over the step (`Term.step_sums`) the processes keep step
         with recorded_routing(self.student) as routing:
             return self.student.read(self.batch.student, self.seen), routing  # [B, L, Ds]
 
@@ -199,12 +200,18 @@ class TermSignals(Signals):
         part = own.batch.on_host.teachers.get(self._name)
         self.teacher_inputs = part.inputs if part is not None else None
         self.global_counts, self.chunk_bytes = divisors, own.chunk_bytes
-        self.step_sums = own.batch.step_sums.get(term.name)
+        self.step_sums = own.batch.on_host.step_sums.get(term.name)  # a batch moved ahead of its step has none of its own
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._term.needs:
             raise TowerError(f"term {self._term.name!r} reads {name!r}, which is not in its `needs` {self._term.needs}")
+        if name in ("student.rows", "teacher.rows"):
+            return self._rows
         return self.ways[name](self._own, self._name)
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return self._own.student_rows([self._term], self._name)
 
     def observe(self, name: str, total: Tensor, count: Tensor) -> None:
         self._own.observed[name] = (total, count)

@@ -132,7 +132,7 @@ class StageSpec(LoopSpec):
 
 
 class GuardSpec(Strict):
-    """Checks before step 1; each can be told off by name, with the reason in the recipe's comment."""
+    """Checks before step 1; each can be switched off by name, with the reason in the recipe's comment."""
 
     pixels_matter: bool = True
     teacher_is_better: bool = True

@@ -100,6 +100,7 @@ class DistillTrainer(Trainer):
         self._peeked = (epoch_iterator, [] if last else list(itertools.islice(coming, 1)))
         queue = [inputs["batch"] for inputs in (*samples, *self._peeked[1])]
         self._following = {id(batch): following for batch, following in itertools.pairwise(queue)}
+        self._sum_over_step(samples)
         return samples, self._get_num_items_in_batch(samples, device)
 
     # ---- loss ----
@@ -125,13 +126,14 @@ class DistillTrainer(Trainer):
         totals: dict[str, Tensor] = {}
         for inputs in batch_samples:
             with self.compute_loss_context_manager():
-                for name, sums in model(**self._prepare_inputs(inputs), step_sums=True).items():
+                batch = inputs["batch"].to(self.args.device, non_blocking=True)  # a pass ahead is for the step itself
+                for name, sums in model(batch, step_sums=True).items():
                     totals[name] = totals[name] + sums if name in totals else sums
         model.train(was_training)
         if self.args.world_size > 1:
             totals = {name: self.accelerator.reduce(sums, reduction="sum") for name, sums in totals.items()}
         for inputs in batch_samples:
-            inputs["batch"].step_sums = {name: sums.cpu() for name, sums in totals.items()}
+            inputs["batch"].on_host.step_sums = {name: sums.cpu() for name, sums in totals.items()}
 
     @cached_property
     def _host_group(self) -> Any:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from mmkd.teachers.store import About, Said, ShardWriter, TeacherCache  # noqa: E402
+from mmkd.teachers.store import About, ShardWriter, StoredRows, TeacherCache  # noqa: E402
 
 BATCH = 32
 
@@ -52,11 +52,11 @@ def parse() -> argparse.Namespace:
 def race(options: argparse.Namespace, folder: Path, top_k: int) -> dict:
     nobody = {"model": "", "files": {}, "fingerprint": "", "dtype": "", "quantise": None, "max_length": 0, "precision": ""}
     About(**nobody, top_k=top_k or None, rows=["response"], features=False, logit_rule=[1.0, None], vocabulary=0).save(folder)
-    said = entry(options, top_k)
+    stored = entry(options, top_k)
     writer = ShardWriter(folder)
     started = time.perf_counter()
     for number in range(options.samples):
-        writer.add(key(number), key(number), said)
+        writer.add(key(number), key(number), stored)
     writer.close()
     writing = time.perf_counter() - started
     started = time.perf_counter()
@@ -66,10 +66,10 @@ def race(options: argparse.Namespace, folder: Path, top_k: int) -> dict:
     for _ in range(options.batches):
         numbers = [draw.randrange(options.samples) for _ in range(BATCH)]
         started = time.perf_counter()
-        batch = Said.join([cache.entry(key(number), ["response"]) for number in numbers])
+        batch = StoredRows.join([cache.entry(key(number), ["response"]) for number in numbers])
         sum(float(tensor.float().sum()) for tensor in batch.signal.values())  # every page is touched
         seconds.append(time.perf_counter() - started)
-    forecast = 1 + 4 + 4 + sum(t[0].numel() * t.element_size() for t in said.signal.values()) + (2 * 16 + 3 * 8) / options.rows
+    forecast = 1 + 4 + 4 + sum(t[0].numel() * t.element_size() for t in stored.signal.values()) + (2 * 16 + 3 * 8) / options.rows
     return {
         "mode": f"top-{top_k}" if top_k else "exact",
         "bytes a row": writer.bytes / writer.rows,
@@ -80,14 +80,14 @@ def race(options: argparse.Namespace, folder: Path, top_k: int) -> dict:
     }
 
 
-def entry(options: argparse.Namespace, top_k: int) -> Said:
+def entry(options: argparse.Namespace, top_k: int) -> StoredRows:
     n = options.rows
     if top_k:
         ids, log_probs = torch.zeros(n, top_k, dtype=torch.int32), torch.zeros(n, top_k).half()
         signal = {"ids": ids, "log_probs": log_probs, "tail": torch.zeros(n)}
     else:
         signal = {"hidden": torch.randn(n, options.width).bfloat16()}
-    return Said(torch.ones(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.int32), torch.zeros(n), signal, [])
+    return StoredRows(torch.ones(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.int32), torch.zeros(n), signal, [])
 
 
 def key(number: int) -> bytes:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -28,7 +29,6 @@ import step as bench
 import torch
 from loss import Peak
 
-from mmkd.terms.term import Schedule, Term
 from mmkd.towers.tower import Tower
 from mmkd.train.distiller import Distiller
 
@@ -39,6 +39,8 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% 
 
 def main() -> None:
     options = parse()
+    if not find_spec("trl"):
+        sys.exit("gold.py: the package trl is not installed here; install it (pip install trl) to race its GOLD trainer")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -77,7 +79,7 @@ def steps_of(options: argparse.Namespace, device: torch.device, methods: tuple[s
     teacher.freeze()
     batch, _ = bench.batch_of(sizes, student, teacher, ["response"])
     batch = batch.to(device)
-    distiller = Distiller(student, teacher, [Term("kl", "forward_kl", Schedule(1, 1))])
+    distiller = Distiller(student, teacher, [bench.term("forward_kl", "response")])
 
     def ours() -> float:
         return finished(student, distiller.train()(batch)[0])

@@ -32,14 +32,13 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from step import CASES, PRESETS, batch_of, tower  # noqa: E402
+from step import CASES, PRESETS, batch_of, term, tower  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from mmkd.base.distributed import end_process  # noqa: E402
-from mmkd.terms.term import Schedule, Term  # noqa: E402
 from mmkd.train.batch import Batch  # noqa: E402
 from mmkd.train.distiller import Distiller  # noqa: E402
 
@@ -80,7 +79,7 @@ def work(options: argparse.Namespace) -> None:
         raise SystemExit(f"{options.processes} processes cannot share a batch of {sizes['batch']}")
     share = sizes | {"batch": sizes["batch"] // options.processes}
     teacher, student = (tower(sizes, role, device, options.dtype) for role in ("teacher", "student"))
-    terms = [Term(f"{kind}_{where}", kind, Schedule(1, 1), where) for kind, where in CASES[options.case]]
+    terms = [term(kind, positions) for kind, positions in CASES[options.case]]
     batch = batch_of(share, student, teacher, sorted({t.positions for t in terms}))[0].to(device)
     alone = Distiller(student, teacher, terms).train()
     freeze_idle(alone, batch)
@@ -188,9 +187,10 @@ def exchanges(step: Callable[[], None]) -> list[tuple[int, float, float]]:
     found = []
     for _ in range(PROFILED):
         dist.barrier()
-        with profile(activities=[ProfilerActivity.CPU]) as told:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
             step()
-        spans = sorted((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in told.events() if e.name.startswith("gloo:"))
+        exchanged = [e for e in recorded.events() if e.name.startswith("gloo:")]
+        spans = sorted((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in exchanged)
         own, free = [], 0.0
         for start, end in spans:
             own.append(max(0.0, end - max(start, free)))

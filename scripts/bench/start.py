@@ -175,7 +175,8 @@ def mark_functions(run: Any, marks: Marks) -> None:
     from mmkd.runs import stages
 
     marks("imports")
-    run.check_answers = marked(run.check_answers, marks, "data")
+    run.all_samples = marked(run.all_samples, marks, "data")
+    run.preflight = marked(run.preflight, marks, "guards", before="towers")
     stages.freeze_unreached = marked(stages.freeze_unreached, marks, "guards", before="towers")
     stages.run_guards = marked(stages.run_guards, marks, "guards")
 

@@ -32,13 +32,15 @@ from PIL import Image  # noqa: E402
 
 from mmkd.data.samples import ImageRef, Sample, Turn  # noqa: E402
 from mmkd.engine.positions import gathered  # noqa: E402
-from mmkd.runs.write_cache import Plan, said_of  # noqa: E402
+from mmkd.registry import registry  # noqa: E402
+from mmkd.runs.write_cache import Plan, stored_of  # noqa: E402
 from mmkd.teachers.ahead import Ahead  # noqa: E402
-from mmkd.teachers.store import About, Said, ShardWriter, TeacherCache  # noqa: E402
-from mmkd.terms.term import Schedule, Term  # noqa: E402
+from mmkd.teachers.store import About, ShardWriter, StoredRows, TeacherCache  # noqa: E402
+from mmkd.teachers.stored import StoredSignals  # noqa: E402
+from mmkd.terms.term import Place, Term  # noqa: E402
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer  # noqa: E402
 from mmkd.towers.tower import Tower  # noqa: E402
-from mmkd.train.batch import Batch, Pair  # noqa: E402
+from mmkd.train.batch import Batch, Pair, TeacherBatch, TeacherPart  # noqa: E402
 from mmkd.train.collate import Collator  # noqa: E402
 from mmkd.train.distiller import Distiller  # noqa: E402
 
@@ -60,7 +62,7 @@ HEAD_ROWS = 64  # rows of logits at a time where the teacher runs alone
 
 
 class WideTower(Tower):
-    """A tower whose tokenizer is small and whose vocabulary is said to be all of its head."""
+    """A tower whose tokenizer is small and whose vocabulary is taken to be all of its head."""
 
     @property
     def vocabulary(self) -> int:
@@ -133,31 +135,36 @@ def tower(sizes: dict, role: str, device: torch.device, dtype: str) -> Tower:
     return made
 
 
+def term(kind: str, positions: str) -> Term:
+    """A term of weight 1; unlike a recipe's it may be a cross-entropy at visual positions, where the target means nothing."""
+    return registry("terms").get(kind)(place=Place(f"{kind}_{positions}", kind, positions=positions))
+
+
 def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, teacher: Tower, device: torch.device) -> dict:
-    terms = [Term(f"{kind}_{where}", kind, Schedule(1, 1), where) for kind, where in CASES[name]]
+    terms = [term(kind, positions) for kind, positions in CASES[name]]
     positions = sorted({t.positions for t in terms})
-    loaded, said = batch_of(sizes, student, teacher, positions)
+    loaded, stored = batch_of(sizes, student, teacher, positions)
     if device.type == "cuda":
         loaded = loaded.pin_memory()
     batch = loaded.to(device)
     where = torch.stack([getattr(batch.on_host.teacher, p) for p in positions]).any(0)
     answers = [t for t in terms if t.kind == "cross_entropy"]
-    same_rows = [Term(f"ce_{p}", "cross_entropy", Schedule(1, 1), p) for p in positions]
+    same_rows = [term("cross_entropy", p) for p in positions]
     whole, alone, sft = Distiller(student, teacher, terms), Distiller(student, None, same_rows), Distiller(student, None, answers)
     for model in (whole, alone, sft):
         model.train()
-    ahead = Ahead(whole, device, half=False)
+    ahead = Ahead(whole.prefetch, device, half=False)
     with torch.inference_mode():
         kept = gathered(teacher.read(batch.teacher, teacher.see(batch.teacher)), where)  # the rows that a cache keeps
     with tempfile.TemporaryDirectory() as folder:
-        cache = write(Path(folder), said)
+        cache = write(Path(folder), stored)
         runs: dict[str, Callable[[], None]] = {
             "teacher": lambda: teacher_alone(teacher, batch, where),
             "student": lambda: step(alone, batch),
             "head": lambda: head_alone(teacher, kept),
             "whole": lambda: step(whole, batch),
             "ahead": lambda: step(whole, ahead.take(loaded, loaded)),
-            "cached": lambda: step(whole, replace(batch, said=read(cache, len(said), positions).to(device))),
+            "cached": lambda: step(whole, from_cache(batch, read(cache, len(stored), positions).to(device))),
             "sft": lambda: step(sft, batch),
             "plain": lambda: plain(student, batch),
         }
@@ -183,32 +190,38 @@ def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, te
     }
 
 
-def batch_of(sizes: dict, student: Tower, teacher: Tower, positions: list[str]) -> tuple[Batch, list[Said]]:
+def batch_of(sizes: dict, student: Tower, teacher: Tower, positions: list[str]) -> tuple[Batch, list[StoredRows]]:
     generator = torch.Generator().manual_seed(0)
-    pairs, said = [], []
+    pairs, stored = [], []
     plan = Plan([], positions, False, "float32", None)
     for number in range(sizes["batch"]):
         pixels = torch.randint(0, 256, (sizes["image"], sizes["image"], 3), generator=generator, dtype=torch.uint8)
         pictures = [Image.fromarray(pixels.numpy())]
         turns = (Turn("user", "red green blue", 1), Turn("assistant", " ".join(["red"] * sizes["answer"])))
         sample = Sample(str(number), (ImageRef(Path(), "none"),), turns)
-        pairs.append(Pair(student.encode(sample, pictures=pictures), teacher.encode(sample, pictures=pictures)))
-        said += said_of(plan, teacher, [pairs[-1].teacher])
-    return Collator(student, teacher)(pairs)["batch"], said
+        own, other = (tower.encode(sample, pictures=pictures) for tower in (student, teacher))
+        pairs.append(Pair(own, {"teacher": TeacherPart(other)}))
+        stored += stored_of(plan, teacher, [other])
+    return Collator(student, teacher)(pairs)["batch"], stored
 
 
-def write(folder: Path, said: list[Said]) -> TeacherCache:
+def write(folder: Path, stored: list[StoredRows]) -> TeacherCache:
     nobody = {"model": "", "files": {}, "fingerprint": "", "dtype": "", "quantise": None, "max_length": 0, "precision": ""}
     About(**nobody, top_k=None, rows=[], features=False, logit_rule=[1.0, None], vocabulary=0).save(folder)
     writer = ShardWriter(folder)
-    for number, one in enumerate(said):
+    for number, one in enumerate(stored):
         writer.add(number.to_bytes(16, "big"), number.to_bytes(16, "big"), one)
     writer.close()
     return TeacherCache(folder)
 
 
-def read(cache: TeacherCache, count: int, positions: list[str]) -> Said:
-    return Said.join([cache.entry(number.to_bytes(16, "big"), positions) for number in range(count)])
+def read(cache: TeacherCache, count: int, positions: list[str]) -> StoredRows:
+    return StoredRows.join([cache.entry(number.to_bytes(16, "big"), positions) for number in range(count)])
+
+
+def from_cache(batch: Batch, stored: StoredRows) -> Batch:
+    """The batch with what the teacher says of it read from a cache, so that no pass of the teacher runs."""
+    return replace(batch, teachers={"teacher": TeacherBatch(batch.teacher, ahead=StoredSignals(stored))})
 
 
 def timed(call: Callable[[], None], device: torch.device, clock: str) -> float:

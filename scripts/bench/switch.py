@@ -36,23 +36,23 @@ from torch import Tensor
 
 from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.losses import DBiLD
-from mmkd.runs.write_cache import Plan, said_of
-from mmkd.teachers.store import Said
+from mmkd.runs.write_cache import Plan, stored_of
+from mmkd.teachers.store import StoredRows
+from mmkd.teachers.stored import StoredSignals
 from mmkd.teachers.teacher import head_of
-from mmkd.terms.term import Schedule, Term
+from mmkd.terms.spec import TermSpec
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower
-from mmkd.train.batch import Batch
+from mmkd.train.batch import Batch, TeacherBatch
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from tiny import tiny_samples
 
-ONE = Schedule(1.0, 1.0)
-CE, ALIGN = Term("ce", "cross_entropy", ONE), Term("align", "dbild", ONE)
-VSD = Term("vsd", "dbild", ONE, path="switch")
+CE, ALIGN = TermSpec(kind="cross_entropy").build("ce"), TermSpec(kind="dbild").build("align")
+VSD = TermSpec(kind="dbild", path="switch").build("vsd")
 SIZES = {  # width and layers of the encoder, the student's and the teacher's language model
     "small": {"vision": (192, 4), "student": (256, 4), "teacher": (512, 8)},
     "large": {"vision": (768, 12), "student": (896, 24), "teacher": (2048, 36)},
@@ -102,10 +102,10 @@ class Bench:
 
     def _cached(self, dataset: PairDataset, positions: list[str]) -> Batch:
         """The batch as it comes with a cached teacher."""
-        encoded = [dataset[i].teacher for i in range(len(dataset))]
+        encoded = [dataset[i].teachers["teacher"].inputs for i in range(len(dataset))]
         plan = Plan(list(dataset.samples), positions, features=False, precision="float32", top_k=None)
-        said = Said.join(said_of(plan, self.teacher, encoded)).to(self.device)
-        return replace(self.batch, teacher=None, said=said, host=replace(self.batch.on_host, teacher=None))
+        signals = StoredSignals(StoredRows.join(stored_of(plan, self.teacher, encoded)).to(self.device))
+        return replace(self.batch, teachers={"teacher": TeacherBatch(None, self.batch.switch, signals)})
 
     def now(self) -> float:
         if self.device.type == "cuda":

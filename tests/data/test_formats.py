@@ -519,3 +519,27 @@ def test_conversations_name_the_entry(tmp_path, row, message):
     write(tmp_path / "train.json", [row])
     with pytest.raises(DataError, match=message):
         read_split("llava", tmp_path, "train", files={"images": "."})
+
+
+# ---- MMBench
+
+
+def mmbench(root, *rows):
+    head = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage"
+    image = "aGVsbG8gd29ybGQh" * 8
+    lines = [head, *("\t".join([str(n), "Which?", *row, "kind", image]) for n, row in enumerate(rows))]
+    write(root / "mmbench_dev.tsv", "\n".join(lines) + "\n")
+    return read_questions("mmbench", root, "dev")
+
+
+def test_mmbench_takes_words_for_nothing_as_choices(tmp_path):
+    rows = ["", "None", "nan", "NA", "n/a", "D"], ["", "one", "null", "", " ", "B"], ["nan", "none", "NaN", "None", "", "C"]
+    first, second, third = mmbench(tmp_path, *rows)
+    assert (first.choices, first.answer, first.answer_index) == (("None", "nan", "NA", "n/a"), "n/a", 3)
+    assert second.choices == ("one", "null")
+    assert (third.choices, third.answer, third.question) == (("none", "NaN", "None"), "None", "Which?")
+
+
+def test_mmbench_with_a_gap_between_choices_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"row 0: choice B is empty, choice C is not; .*None or NA"):
+        mmbench(tmp_path, ["", "one", "", "two", "", "A"])

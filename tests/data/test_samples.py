@@ -8,7 +8,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from mmkd.data import samples
+from mmkd.data import pictures
 from mmkd.data.samples import ImageRef, Question, Sample, Turn
 from mmkd.errors import DataError, ImageError
 
@@ -103,7 +103,7 @@ def test_a_damaged_archive_is_an_image_error(archive, tmp_path):
 
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(root, monkeypatch):
-    monkeypatch.setattr(samples, "MAX_PIXELS", 11)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 11)
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="4 x 3 pixels"):
         ImageRef.inside(root, "sub/a.png").load()

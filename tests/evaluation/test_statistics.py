@@ -135,13 +135,13 @@ def test_compare_runs(tmp_path: Path) -> None:
     assert result["verdict"].startswith("student leads its control by 20.0 points [+")
 
 
-def test_a_student_that_is_no_better_is_said_to_be_so(tmp_path: Path) -> None:
+def test_better_and_worse_are_said_only_where_they_are_shown(tmp_path: Path) -> None:
     paths = {
         "student": write_predictions(tmp_path / "s", make_scores(101)),
         "control": write_predictions(tmp_path / "c", make_scores(100)),
     }
-    assert "no better than its control" in compare_runs(paths)["verdict"]
-    assert "behind" in verdict({"difference": -0.1, "ci95": [-0.15, -0.05]})
+    assert compare_runs(paths)["verdict"].startswith("student and control show no difference: ")
+    assert verdict({"difference": -0.1, "ci95": [-0.15, -0.05]}) == "student is behind its control by 10.0 points [-15.0, -5.0]"
     assert "no control" in compare_runs({"student": paths["student"]})["verdict"]
 
 

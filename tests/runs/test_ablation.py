@@ -11,12 +11,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import tiny_tower
 
-from mmkd.runs.ablation import ablate, load_grid
 from mmkd.cli import main
-from mmkd.sample.sample_set import write_sample_set
-from mmkd.runs.run import distill
 from mmkd.errors import RecipeError
 from mmkd.recipes.reading import load_recipe
+from mmkd.runs.ablation import ablate, load_grid
+from mmkd.runs.run import distill
+from mmkd.sample.sample_set import write_sample_set
 
 METHODS = {
     "sft": {"stages": {"answer": {"terms": {"cross_entropy": 1.0}}}},

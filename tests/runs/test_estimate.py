@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_picture, tiny_tower, the_teacher
+from tiny import the_teacher, tiny_picture, tiny_tower
 
-from mmkd.runs.towers import build_student
+from mmkd.recipes.reading import _apply, validate
+from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_samples
 from mmkd.runs.estimate import PARTS, estimate, stage_estimate
-from mmkd.recipes.recipe import Recipe
-from mmkd.recipes.reading import _apply, validate
+from mmkd.runs.towers import build_student
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import yaml
 from safetensors.torch import load_file
 from tiny import tiny_tower
 
-from mmkd.sample.sample_set import write_sample_set
-from mmkd.runs.towers import build_student
-from mmkd.runs.stages import train
-from mmkd.runs.watch import unchanged_randomness
 from mmkd.errors import RecipeError
 from mmkd.recipes.reading import load_recipe
+from mmkd.runs.stages import train
+from mmkd.runs.towers import build_student
+from mmkd.runs.watch import unchanged_randomness
+from mmkd.sample.sample_set import write_sample_set
 
 VISION = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.engine.positions import COUNTS
 from mmkd.errors import DataError, ImageError, TowerError
+from mmkd.teachers.live import LiveTeacher
 from mmkd.terms.term import Schedule
 from mmkd.towers.assemble import CHAT_TEMPLATES, train_tokenizer
 from mmkd.train.collate import Collator, PairDataset
@@ -481,3 +482,35 @@ def test_the_switch_at_other_positions(tmp_path, positions):
     mean = {name: torch.stack(found).mean().item() for name, found in values.items()}
     assert loss.item() == pytest.approx(mean[positions] + 0.5 * mean["response"], rel=1e-5)
     assert int(log[f"forward_kl_{positions}_switch"][1]) == len(values[positions])
+
+
+def test_two_teachers_give_the_sum_of_two_runs_with_one(tmp_path):
+    """A term each, on rows, pictures and features; gradients in float64 are the sum of those with one teacher at a time."""
+    student, first = towers(torch.float64)
+    second = tiny_tower(5, 24, tokenizer=TOKENIZER)
+    second.model.to(torch.float64)
+    samples = tiny_samples(tmp_path, 3, text_only=1)
+    teachers = {"first": LiveTeacher(first, "first"), "second": LiveTeacher(second, "second")}
+
+    kinds = (("forward_kl", "response", 1.0), ("reverse_kl", "visual", 0.5), ("relation", "visual", 2.0))
+
+    def terms_with(name):
+        return [
+            make_term(f"{kind}_{name}", kind, Schedule(weight, weight), positions, teacher=name)
+            for kind, positions, weight in kinds
+        ]
+
+    def gradients(teachers, terms):
+        student.model.zero_grad()
+        loss, log, _, _ = loss_of(student, teachers, samples, terms)
+        return loss.item(), {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}, log
+
+    both, together, log = gradients(teachers, [*terms_with("first"), *terms_with("second")])
+    alone = [gradients({name: teachers[name]}, terms_with(name)) for name in teachers]
+    assert both == pytest.approx(sum(loss for loss, _, _ in alone), rel=1e-12)
+    assert {name for _, _, part in alone for name in part} == set(log)
+    assert float(log["forward_kl_first"][0]) != pytest.approx(float(log["forward_kl_second"][0]))
+    # Llama's norms compute in float32, also on the way back; a key's bias has no gradient but rounding.
+    atol = 1e-7 * max(float(gradient.abs().max()) for gradient in together.values())
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, sum(part[name] for _, part, _ in alone), rtol=1e-6, atol=atol, msg=name)

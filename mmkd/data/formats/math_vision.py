@@ -6,7 +6,8 @@ import re
 
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
-from mmkd.data.reading import LETTERS, free_question, letter_index
+from mmkd.data.prompts import letter_of
+from mmkd.data.reading import free_question, letter_index
 from mmkd.data.samples import Question
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -38,11 +39,12 @@ def _question(source: Source, row: Row) -> Question:
             raise DataError(f"{row.where}: the answer is {answer}, there are {len(options)} options")
         references = (answer, options[index])
     lines = [_BOXED, re.sub(r"\s*<image\d>", "", row.text("question"))]
-    lines += [f"({LETTERS[place]}) {option}" for place, option in enumerate(options)]
+    lines += [f"({letter_of(place)}) {option}" for place, option in enumerate(options)]
     return free_question(
         row.identifier("id"),
         references,
         question="\n".join(lines),
+        choices=tuple(options),
         images=(source.image(row.text("image"), where=row.where),),
         categories={key: row.identifier(key) for key in ("subject", "level") if row.has(key)},
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mmkd.data.annotations import Row, shown
 from mmkd.data.formats import Format
-from mmkd.data.reading import choice_question, letter_index
+from mmkd.data.reading import LETTERS, choice_question, letter_index
 from mmkd.data.samples import ImageRef, Question
 from mmkd.data.source import Source, table
 from mmkd.errors import DataError
@@ -19,7 +20,7 @@ _SHORTEST_PICTURE = 64  # shorter cells of the picture column are the index of t
 
 @register("formats", "mmbench")
 class MMBench(Format):
-    """MMBench: mmbench_{split}.tsv with pictures in base64; the category `circle` joins a question's orders of choices."""
+    """MMBench: mmbench_{split}.tsv, pictures in base64, a column a choice; the category `circle` joins orders of choices."""
 
     files = {"annotations": "mmbench_{split}.tsv"}
 
@@ -48,11 +49,7 @@ def _question(path: Path, row: Row, picture: int) -> Question:
     index = row.text("index")
     if not index.isdecimal():
         raise row.wrong("index", "a whole number")
-    choices = []
-    for letter in "ABCD":
-        if _is_none(row.text(letter, default="")):
-            break
-        choices.append(row.text(letter))
+    choices = _choices(row)
     hint = row.text("hint", default="")
     categories = {key: row.text(key) for key in ("category", "l2-category") if not _is_none(row.text(key, default=""))}
     return choice_question(
@@ -66,6 +63,20 @@ def _question(path: Path, row: Row, picture: int) -> Question:
     )
 
 
+def _choices(row: Row) -> list[str]:
+    """The cells up to the last that is not empty; "None", "nan" and "NA" are words like others. Raises DataError for a gap."""
+    choices = [row.text(letter) for letter in takewhile(row.has, LETTERS)]
+    while choices and not choices[-1].strip():
+        choices.pop()
+    gap = next((LETTERS[place] for place, choice in enumerate(choices) if not choice.strip()), None)
+    if gap:
+        raise DataError(
+            f"{row.where}: choice {gap} is empty, choice {LETTERS[len(choices) - 1]} is not; "
+            "a program that takes the words None or NA for empty cells may have written the file"
+        )
+    return choices
+
+
 def _is_none(text: str) -> bool:
-    """An empty cell, or what pandas writes for one."""
+    """An empty cell of hint, answer or category, or what pandas writes for one."""
     return text.strip().lower() in ("", "nan", "none")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from mmkd.data.annotations import Row, load
 from mmkd.data.formats import Format
-from mmkd.data.reading import choice_question, letter_index
+from mmkd.data.reading import LETTERS, choice_question, letter_index
 from mmkd.data.samples import Question
 from mmkd.data.source import Source
 from mmkd.registry import register
@@ -27,7 +29,7 @@ class Seed(Format):
 
 
 def _question(source: Source, row: Row, kinds: dict[str, str]) -> Question:
-    choices = [row.text(f"choice_{letter}") for letter in "abcd"]
+    choices = [row.text(key) for key in takewhile(row.has, (f"choice_{letter.lower()}" for letter in LETTERS))]
     number = row.identifier("question_type_id") if row.has("question_type_id") else ""
     fields = {
         "question": row.text("question"),

@@ -56,12 +56,15 @@ def headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
     behind = [b["name"] for b in compared if b["difference"]["ci95"][1] < 0]
     mood = "bad" if not ahead else "open" if behind else "good"
     if len(compared) == 1:
-        return {"text": f"On {compared[0]['name']} the {compared[0]['verdict']}.", "mood": mood}
-    text = f"The student is no better than its control on any of {len(compared)} benchmarks"
+        words = compared[0]["verdict"].replace("student", "the student", 1)
+        return {"text": f"On {compared[0]['name']} {words}.", "mood": mood}
+    text = f"Student and control show no difference on any of {len(compared)} benchmarks"
     if ahead:
         text = (
             f"The student leads its control on {len(ahead)} of {len(compared)} benchmarks: {', '.join(ahead)}"
         )
+    if behind and not ahead:
+        text = f"The student leads its control on none of {len(compared)} benchmarks"
     if behind:
         text += f"; it is behind on {', '.join(behind)}"
     return {"text": text + ".", "mood": mood}
@@ -141,6 +144,9 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
         parts += [f"{count} × {reason}" for reason, count in own.get("skipped", {}).items()]
         parts += [f"{percent(own['unparsed_share'])} unparsed"] if "unparsed_share" in own else []
         parts += [f"lenient parse {percent(own['score_lenient'])}"] if "score_lenient" in own else []
+        parts += [f"{percent(own['neither_share'])} neither yes nor no"] if own.get("neither_share") else []
+        parts += [f"{percent(own['thinking_share'])} with thinking"] if own.get("thinking_share") else []
+        parts += [f"{percent(own['unclosed_thinking_share'])} end within it"] if own.get("unclosed_thinking_share") else []
         parts += [f"{metric} {percent(cell['score'])}" for metric, cell in own.get("also", {}).items()]
         parts += [_importance(own["importance"])] if own.get("importance", {}).get("n") else []
         parts += [f"weights {own['model_fingerprint']}"] if own.get("model_fingerprint") else []

@@ -9,18 +9,22 @@ from mmkd.data.coco import NO_OBJECT, mentions
 from mmkd.data.samples import Question
 from mmkd.errors import DataError
 from mmkd.evaluation.metric import Metric
+from mmkd.evaluation.results import answer_of
 from mmkd.registry import register
 
 
 @register("metrics", "chair")
 class CHAIR(Metric):
-    """1.0 for a description without a made-up object; CHAIR_s, CHAIR_i and recall stand beside it."""
+    """1.0 for a description without a made-up object; CHAIR_s, CHAIR_i and recall of what was described stand beside it."""
 
     def score(self, answer: str, question: Question) -> float:
         return unhallucinated(answer, question.references)
 
     def aggregate(self, rows: Sequence[Mapping]) -> dict[str, Any]:
-        return {"chair": chair([row["prediction"] for row in rows], [row["references"] for row in rows])}
+        described = [row for row in rows if answer_of(row) is not None]
+        if not described:
+            return {}
+        return {"chair": chair([answer_of(row) for row in described], [row["references"] for row in described])}
 
 
 def unhallucinated(text: str, references: Sequence[str]) -> float:

@@ -36,8 +36,11 @@ def _similarity(a: str, b: str) -> float:
 def anls(prediction: str, references: Sequence[str]) -> float:
     """The average normalised Levenshtein similarity of DocVQA, of one answer; 0 below a half.
 
-    As the DocVQA / MP-DocVQA evaluator computes it. Lower case and stripped, inner spaces as they are; the best similarity over the references, 0 below
-    0.5 (which itself counts); an empty prediction scores 0, even against an empty reference.
+    The formula of ST-VQA's and DocVQA's authors. Lower case and stripped, inner spaces as they are; the best similarity over
+    the references, 0 below 0.5 (which itself counts). The evaluator of MP-DocVQA is followed where others differ or fail: an
+    empty prediction scores 0, even against an empty reference. It is not followed in this: there "none" means "there is no
+    answer" and scores 0. All questions here have an answer, and "none" may be what a form says; so it is a word like others,
+    as for pix2struct, ST-VQA and lmms-eval.
     Raises DataError when there is no reference.
     """
     if not references:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from string import ascii_uppercase
 
 from mmkd.registry import register
 
-_LETTERS = "ABCDE"
+_FEWEST = 5  # the authors' script knows the letters A to E
 _STATED = tuple(
     form for text in ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
     for form in (text, text.replace("the", "The"))
@@ -26,10 +27,11 @@ _PRODUCT = re.compile(r"[-+]?[\d.]*(?:√[\d.]+|π)?")
 
 
 @register("parsers", "math")
-def math_answer(text: str) -> str:
+def math_answer(text: str, choices: Sequence[str] = ()) -> str:
     """The answer in a solution: a letter that it ends or begins with, what is boxed, or what "the answer is". In lower case."""
     answer = text.strip()
-    for letter in _LETTERS:
+    letters = ascii_uppercase[: max(_FEWEST, len(choices))]
+    for letter in letters:
         ends = (f" {letter}.", f" ({letter}).")
         starts = (f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n")
         if answer.endswith(ends) or answer.startswith(starts):
@@ -42,7 +44,7 @@ def math_answer(text: str) -> str:
             if stated in answer:
                 answer = answer.split(stated)[-1].strip().split("\n")[0].split(". ")[0]
     answer = _plain(answer.lower())
-    for letter in _LETTERS.lower():
+    for letter in letters.lower():
         answer = answer.replace(f"({letter})", letter).replace(f"{{{letter}}}", letter)
     return answer.rstrip(".").lstrip(":").strip()
 

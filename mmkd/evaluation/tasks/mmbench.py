@@ -13,7 +13,7 @@ from mmkd.evaluation.metric import aggregate_of_format
 from mmkd.evaluation.spreadsheet import write_spreadsheet
 from mmkd.evaluation.submission import Predictions, Submission, number, submission
 
-COLUMNS = ["index", "question", "A", "B", "C", "D", "answer", "prediction"]
+_FEWEST = 4  # columns of choices in the authors' table
 
 
 @aggregate_of_format("mmbench")
@@ -32,11 +32,13 @@ class MMBench(Submission):
 
     file = "submission.xlsx"
 
-    def row(self, prediction: str, question: Question) -> list[str | int]:
-        choices = [*question.choices, *[""] * (4 - len(question.choices))]
+    def row(self, prediction: str, question: Question, width: int = _FEWEST) -> list[str | int]:
+        choices = [*question.choices, *[""] * (width - len(question.choices))]
         answer = "" if question.answer_index is None else letter_of(question.answer_index)
         return [number(question.id), question.question, *choices, answer, prediction]
 
     def write(self, folder: Path, predictions: Predictions, questions: Sequence[Question]) -> None:
-        rows = [self.row(predictions.get(question.id, ""), question) for question in questions]
-        write_spreadsheet(folder / self.file, COLUMNS, rows)
+        width = max(_FEWEST, *(len(question.choices) for question in questions))
+        columns = ["index", "question", *map(letter_of, range(width)), "answer", "prediction"]
+        rows = [self.row(predictions.get(question.id, ""), question, width) for question in questions]
+        write_spreadsheet(folder / self.file, columns, rows)

@@ -11,11 +11,20 @@ from mmkd.data.formats.mme import TASKS
 from mmkd.data.samples import Question
 from mmkd.errors import DataError
 from mmkd.evaluation.metric import Metric
+from mmkd.evaluation.results import answer_of
 from mmkd.evaluation.tasks.general import exact_match
+from mmkd.evaluation.tasks.yes_no import YesNo, neither_share
 from mmkd.registry import register
 
 
 @register("parsers", "mme")
+class MMEAnswers(YesNo):
+    """MME's own rule; the score by a reader's rule stands beside it."""
+
+    def parse(self, text: str, choices: Sequence[str]) -> str:
+        return mme_parse(text)
+
+
 def mme_parse(text: str) -> str:
     """What MME's own tool finds in the first four characters: "yes", else "no", else "other"; any case."""
     head = text.lower()[:4]
@@ -30,7 +39,7 @@ class MME(Metric):
         return exact_match(answer, question.references)
 
     def aggregate(self, rows: Sequence[Mapping]) -> dict[str, Any]:
-        return {"mme": mme_numbers(rows)}
+        return {"mme": mme_numbers(rows), "neither_share": neither_share(rows)}
 
 
 def mme_numbers(rows: Sequence[Mapping]) -> dict[str, Any]:
@@ -43,7 +52,7 @@ def mme_numbers(rows: Sequence[Mapping]) -> dict[str, Any]:
     tasks: dict[str, list[tuple[str, str, str]]] = {}
     for row in whole:
         task = row["categories"].get("task", "all")
-        tasks.setdefault(task, []).append((_picture(row), row["prediction"], row["references"][0]))
+        tasks.setdefault(task, []).append((_picture(row), answer_of(row) or "", row["references"][0]))
     numbers: dict[str, Any] = mme(tasks)
     for part, names in TASKS.items():
         if any(name in tasks for name in names):

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmkd.data.samples import Question
 from mmkd.evaluation.metric import Metric, aggregate_of_format
+from mmkd.evaluation.tasks.letters import StrictLetters, letter
 from mmkd.registry import register
 
 _MMMU_MARKS = ",.!?;:'"
@@ -17,6 +18,17 @@ _MMMU_WORDS = 5  # shorter answers are not searched for the words of a choice
 
 
 @register("parsers", "mmmu")
+class MMMUAnswers(StrictLetters):
+    """Letters and open answers by MMMU's own rule; the score by a reader's rule for letters stands beside it."""
+
+    def parse(self, text: str, choices: Sequence[str]) -> str | None:
+        return mmmu_parse(text, choices)
+
+    def lenient(self, text: str, choices: Sequence[str]) -> str | None:
+        found = mmmu_parse(text, choices)
+        return letter(text, choices) if found is None else found
+
+
 def mmmu_parse(text: str, choices: Sequence[str]) -> str | None:
     """MMMU's own rule (`eval_utils.py`): for multiple choice the letter, for an open question the text.
 

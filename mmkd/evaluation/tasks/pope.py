@@ -9,11 +9,20 @@ from typing import Any
 from mmkd.data.samples import Question
 from mmkd.errors import DataError
 from mmkd.evaluation.metric import Metric
+from mmkd.evaluation.results import answer_of
 from mmkd.evaluation.tasks.general import exact_match
+from mmkd.evaluation.tasks.yes_no import YesNo, neither_share
 from mmkd.registry import register
 
 
 @register("parsers", "pope")
+class POPEAnswers(YesNo):
+    """POPE's own rule; the score by a reader's rule stands beside it."""
+
+    def parse(self, text: str, choices: Sequence[str]) -> str:
+        return pope_parse(text)
+
+
 def pope_parse(text: str) -> str:
     """Either "yes" or "no", by POPE's rule (`llava/eval/eval_pope.py`), which never fails.
 
@@ -36,7 +45,7 @@ class POPE(Metric):
         return float(answer == "yes") if question.references == ("no",) else None
 
     def aggregate(self, rows: Sequence[Mapping]) -> dict[str, Any]:
-        return {"pope": pope_numbers(rows)}
+        return {"pope": pope_numbers(rows), "neither_share": neither_share(rows)}
 
 
 def pope_numbers(rows: Sequence[Mapping]) -> dict[str, Any]:
@@ -49,15 +58,16 @@ def pope_numbers(rows: Sequence[Mapping]) -> dict[str, Any]:
 
 
 def _of_rows(rows: Sequence[Mapping]) -> dict[str, float]:
-    return pope([row["prediction"] for row in rows], [row["references"][0] for row in rows])
+    return pope([answer_of(row) for row in rows], [row["references"][0] for row in rows])
 
 
-def pope(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+def pope(predictions: Sequence[str | None], labels: Sequence[str]) -> dict[str, float]:
     """POPE's numbers (`llava/eval/eval_pope.py`) with "yes" as the positive class.
 
-    `predictions` are raw texts, parsed here by `pope_parse` ("yes" and "no" stay what they are); `labels`
-    are "yes" or "no".  Precision, recall and f1 are 0.0 where their denominator is 0 (the official script
-    divides by zero). Raises DataError on lengths that differ, on nothing to score, on an unknown label.
+    `predictions` are texts, parsed here by `pope_parse` ("yes" and "no" stay what they are), or None for what is no
+    answer and always wrong; `labels` are "yes" or "no".  Precision, recall
+    and f1 are 0.0 where their denominator is 0 (the official script divides by zero). Raises DataError on lengths that
+    differ, on nothing to score, on an unknown label.
     """
     if len(predictions) != len(labels):
         raise DataError(f"pope: {len(predictions)} predictions for {len(labels)} labels; give one label a prediction")
@@ -66,7 +76,8 @@ def pope(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     unknown = sorted(set(labels) - {"yes", "no"})
     if unknown:
         raise DataError(f"pope: labels are 'yes' or 'no', got {unknown[:3]}; check the annotation file")
-    pairs = [(pope_parse(prediction), label) for prediction, label in zip(predictions, labels, strict=True)]
+    parsed = [None if prediction is None else pope_parse(prediction) for prediction in predictions]
+    pairs = list(zip(parsed, labels, strict=True))
     true_yes = pairs.count(("yes", "yes"))
     said_yes = sum(said == "yes" for said, _ in pairs)
     is_yes = sum(label == "yes" for _, label in pairs)

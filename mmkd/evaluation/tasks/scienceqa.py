@@ -18,7 +18,7 @@ class ScienceQA(StrictLetters):
         return scienceqa_parse(text, len(choices))
 
     def aggregate(self, rows: Sequence[Mapping]) -> dict[str, Any]:
-        return super().aggregate(rows) | {"scienceqa": scienceqa(rows)}
+        return {"scienceqa": scienceqa(rows)}
 
 
 def scienceqa(rows: Sequence[Mapping]) -> dict[str, dict[str, float]]:

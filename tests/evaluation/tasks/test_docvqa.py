@@ -19,6 +19,9 @@ from mmkd.evaluation.tasks.docvqa import anls
         ("", [""], 0.0),
         ("x", [""], 0.0),
         ("tea", ["coffee", "team"], 0.75),
+        ("none", ["None"], 1.0),  # a word like others
+        ("None", ["nine"], 0.75),
+        ("none", ["42"], 0.0),
     ],
 )
 def test_anls(prediction: str, references: list[str], expected: float) -> None:

@@ -66,6 +66,39 @@ def test_scienceqa_lenient(text: str, expected: str | None) -> None:
     assert scienceqa_parse_lenient(text, 3, ["sea", "land", "North Pole."]) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("L", "L"), ("l", "L"), ("(l)", "L"), ("L.", "L"), ("l. pear", "L"), ("(L) pear", "L"), ("Option L", "L"),
+        ("I", "I"), ("(I)", "I"), ("i.", "I"), ("I am not sure", None),  # a word
+        ("I think the answer is (L).", "L"),
+        ("M", None), ("kiwi 11", "L"),
+    ],
+)  # fmt: skip
+def test_twelve_choices(text: str, expected: str | None) -> None:
+    assert scienceqa_parse_lenient(text, 12, [f"kiwi {n}" for n in range(12)]) == expected
+
+
+def test_the_strict_rule_knows_as_many_letters_as_choices() -> None:
+    assert [scienceqa_parse(text, 7) for text in ("G", "G. pear", "G.", "g", "H")] == ["G", "G", None, None, None]
+    assert scienceqa_parse("F", 5) is None and scienceqa_index("G", 7) == 6 and scienceqa_index("G", 6) == -1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("答案应为C。", "C"), ("正确答案是：（Ｃ）", "C"), ("我的答案是“C”", "C"), ("应该选择c", "C"), ("因此，本题选C。", "C"),
+        ("【答案】C", "C"), ("【C】", "C"), ("ｃ．", "C"), ("C、鸟", "C"), ("A、猫", "A"), ("A 猫", "A"), ("A是正确的", "A"),
+        ("選項C", "C"), ("正確選項為C", "C"), ("图中是鸟，所以答案就是C", "C"), ("鸟。", "C"),
+        ("不选A，选C", "C"), ("不应选A，故选C", "C"), ("选项A是猫，选项B是狗，答案是C", "C"),
+        ("选A和C", None), ("答案是AC", None), ("选A。选C", None), ("答案是A、C", None),
+        ("A型血", None), ("C罗在踢球", None), ("选CD机", None), ("答案是鸟类", None), ("这个选项不对", None), ("答案是F", None),
+    ],
+)  # fmt: skip
+def test_chinese_statements(text: str, expected: str | None) -> None:
+    assert scienceqa_parse_lenient(text, 4, ["猫", "狗", "鸟", "鱼"]) == expected
+
+
 def test_letters_alone_and_gqa() -> None:
     assert [letter_exact(text, 2) for text in ("A", "B", "C", "A.", "", "AB")] == ["A", "B", None, None, None, None]
     assert gqa_parse("Yes..") == "yes"

@@ -29,6 +29,12 @@ def test_the_answer_of_a_solution(text: str, expected: str) -> None:
     assert math_answer(text) == expected
 
 
+def test_as_many_letters_as_options() -> None:
+    seven = ["1", "2", "3", "4", "5", "6", "7"]
+    assert [math_answer(text, seven) for text in ("It must be G.", "(G)", "So \\boxed{(G)}", "f(x)")] == ["g", "g", "g", "f(x)"]
+    assert math_answer("(G)", seven[:5]) == "(g)"
+
+
 @pytest.mark.parametrize(
     ("answer", "references", "right"),
     [

@@ -1,0 +1,72 @@
+"""The table of `docs/methods/README.md`, from the registered terms: `python -m mmkd.testing.method_tables` writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmkd.base.yaml_files import read_mapping
+from mmkd.registry import registry
+from mmkd.teachers.teacher import Gives
+from mmkd.terms.spec import TermSpec
+from mmkd.terms.term import Term
+
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "methods"
+MEASURED = FOLDER / "measured.yaml"  # name of a term -> what was measured, with the command that made it
+NOT_YET = "not measured yet"
+
+HEAD = """\
+# Methods
+
+Whole methods have pages of their own: [CPRD](cprd.md), [LLaVA-KD](llava_kd.md), [LLaVA-MoD](llava_mod.md),
+[preference distillation](preference.md), [Switch-KD](switch_kd.md). What they are made of, and what else can be trained on, is
+a *term*: one entry of `terms:` in a recipe's stage. `mmkd list terms` prints the options of each.
+
+**Status** says what the source confirms and what is our choice. **Cache** says from which teacher cache (`docs/cache.md`) the
+term can be trained: "exact" keeps hidden rows, "top-k" the likeliest tokens; "kept reference" means that log-probabilities of
+whole answers are computed once.
+
+| term | what | source | status | cache | measured |
+|---|---|---|---|---|---|
+"""
+FOOT = "\nThis table is written by `python -m mmkd.testing.method_tables`; edit the terms, not the table.\n"
+
+_SIGNALS = frozenset({"rows", "features"})
+EXACT = Gives("the exact cache", _SIGNALS | {"visual_rows", "gram"})
+TOP_K = Gives("the top-k cache", _SIGNALS, top_k=64, mode="top-64")
+
+
+def own_terms() -> dict[str, type[Term]]:
+    """The terms of this project by name; those that other modules registered are left out."""
+    found = {name: registry("terms").get(name) for name in registry("terms").names()}
+    return {name: term for name, term in found.items() if term.__module__.startswith("mmkd.")}
+
+
+def served_by(term: Term) -> str:
+    """Which teacher caches can serve a term."""
+    if term.needs_pairs:
+        return "kept reference"
+    if not term.reads_teacher:
+        return "needs no teacher"
+    served = [word for word, gives in (("exact", EXACT), ("top-k", TOP_K)) if term.refusal(gives) is None]
+    return ", ".join(served) or "no"
+
+
+def methods_table(measured: dict[str, str]) -> str:
+    """One row a term. measured: what was measured, by name."""
+    lines = []
+    for name, term in own_terms().items():
+        about, cache = registry("terms").about(name), served_by(TermSpec(kind=name).build(name))
+        cells = (f"`{name}`", about.summary, term.origin, term.status, cache, measured.get(name, NOT_YET))
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
+    return "".join(lines)
+
+
+def readme() -> str:
+    """The whole of `docs/methods/README.md`."""
+    return HEAD + methods_table(read_mapping(MEASURED, "what was measured") if MEASURED.exists() else {}) + FOOT
+
+
+if __name__ == "__main__":
+    target = FOLDER / "README.md"
+    target.write_text(readme(), encoding="utf-8")
+    print(f"wrote {target}")
