@@ -77,7 +77,7 @@ def overridden() -> set[str]:
 def reached() -> set[str]:
     """Private names that our code reads or sets on anything but its own objects and modules."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "mmkd").rglob("*.py"))}
-    own = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own = {name for tree in trees.values() for node in ast.walk(tree) for name in defined(node)}
     names = set()
     for tree in trees.values():
         for node in ast.walk(tree):
@@ -90,6 +90,17 @@ def reached() -> set[str]:
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
                 names |= {a.value for a in node.args if isinstance(a, ast.Constant) and is_private(str(a.value))}
     return names
+
+
+def defined(node: ast.AST) -> list[str]:
+    """The names of ours that a node brings: functions, classes, fields, and what an object keeps."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self":
+        return [node.attr]
+    return []
 
 
 def is_private(name: str) -> bool:
