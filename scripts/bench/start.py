@@ -164,9 +164,30 @@ def start(folder: str, arguments: list[str]) -> None:
 
     marks = Marks(folder)
     sys.meta_path.insert(0, MarkedImport("mmkd.recipes.recipe", lambda: marks("command"), lambda recipe: marks("imports")))
-    sys.meta_path.insert(0, MarkedImport("mmkd.terms.term", lambda: marks("recipe"), lambda terms: marks("imports")))
+    mark_scans(marks)
     sys.meta_path.insert(0, MarkedImport("mmkd.runs.run", lambda: marks("recipe"), lambda run: mark_functions(run, marks)))
     sys.exit(command(["distill", *arguments]))
+
+
+def mark_scans(marks: Marks) -> None:
+    """What a registry imports while the recipe is checked is the time of imports, not of the recipe."""
+    from mmkd.registry import Registry
+
+    scan, running = Registry._scan, []
+
+    def marked_scan(registry: Registry) -> None:
+        outermost = not running and not registry._scanned
+        if outermost:
+            marks("recipe")
+        running.append(registry)
+        try:
+            scan(registry)
+        finally:
+            running.pop()
+        if outermost:
+            marks("imports")
+
+    Registry._scan = marked_scan
 
 
 def mark_functions(run: Any, marks: Marks) -> None:
