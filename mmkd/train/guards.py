@@ -11,6 +11,7 @@ from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.errors import GuardError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
+from mmkd.towers.modes import evaluating
 from mmkd.towers.tower import Seen, Tower, TowerInputs
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
@@ -94,12 +95,9 @@ def _some(dataset: PairDataset, samples: int) -> list:
 @torch.no_grad()
 def answer_rows(tower: Tower, inputs: TowerInputs, *, permute: bool = False) -> Tensor:
     """Hidden rows that predict the answers. With `permute` each picture stands in another's place. [R, D]"""
-    was_training = tower.model.training
-    tower.model.eval()
-    seen = tower.see(inputs)
-    hidden = tower.read(inputs, _permuted(seen) if permute else seen)[inputs.response]
-    tower.model.train(was_training)
-    return hidden
+    with evaluating(tower.model):
+        seen = tower.see(inputs)
+        return tower.read(inputs, _permuted(seen) if permute else seen)[inputs.response]
 
 
 def check_pixels(role: str, tower: Tower, inputs: TowerInputs) -> bool:

@@ -25,6 +25,7 @@ from mmkd.answers import AnswerSource
 from mmkd.answers.data import DataAnswers
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
+from mmkd.towers.modes import evaluating
 from mmkd.train.batch import Batch
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
@@ -121,15 +122,13 @@ class DistillTrainer(Trainer):
         model = self.model_wrapped
         if not self._asks_step or (len(batch_samples) == 1 and self.args.world_size == 1):
             return
-        was_training = model.training
-        model.eval()
         totals: dict[str, Tensor] = {}
-        for inputs in batch_samples:
-            with self.compute_loss_context_manager():
-                batch = inputs["batch"].to(self.args.device, non_blocking=True)  # a pass ahead is for the step itself
-                for name, sums in model(batch, step_sums=True).items():
-                    totals[name] = totals[name] + sums if name in totals else sums
-        model.train(was_training)
+        with evaluating(model):
+            for inputs in batch_samples:
+                with self.compute_loss_context_manager():
+                    batch = inputs["batch"].to(self.args.device, non_blocking=True)  # a pass ahead is for the step itself
+                    for name, sums in model(batch, step_sums=True).items():
+                        totals[name] = totals[name] + sums if name in totals else sums
         if self.args.world_size > 1:
             totals = {name: self.accelerator.reduce(sums, reduction="sum") for name, sums in totals.items()}
         for inputs in batch_samples:
