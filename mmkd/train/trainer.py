@@ -148,7 +148,7 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        progress = self.state.global_step / max(1, self.state.max_steps)
+        progress = progress_at(self.state.global_step, self.state.max_steps)
         loss, terms = model(inputs["batch"], num_items_in_batch, progress)
         self._count_experts(model, inputs["batch"])
         for name, (total, count) in terms.items():
@@ -235,6 +235,11 @@ class DistillTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / COMPLETE).touch()
+
+
+def progress_at(step: int, steps: int) -> float:
+    """0..1 of a stage at its `step`, counted from 0: the first is 0, the last is 1, and so is a stage's only one."""
+    return step / (steps - 1) if steps > 1 else 1.0
 
 
 def last_checkpoint(folder: Path) -> str | None:

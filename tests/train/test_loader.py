@@ -10,7 +10,7 @@ from mmkd.terms.term import Schedule
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.spec import StageSpec
-from mmkd.train.trainer import DistillTrainer, training_arguments
+from mmkd.train.trainer import DistillTrainer, progress_at, training_arguments
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -33,3 +33,12 @@ def test_batches_are_those_of_the_trainer_that_it_extends(tmp_path, grouped, wor
     set_seed(3)
     assert ours == order(Trainer.get_train_dataloader(trainer))
     assert len(ours) == 2 and len({name for batch in ours for name in batch}) == 8  # whole batches only
+
+
+def test_a_scheduled_weight_reaches_its_end():
+    """Over ten steps from 0 to 1 the last one has 1; a stage of one step has the end at once."""
+    schedule = Schedule(0.0, 1.0)
+    weights = [schedule.at(progress_at(step, 10)) for step in range(10)]
+    assert weights[0] == 0 and weights[-1] == 1 and weights == sorted(weights) and len(set(weights)) == 10
+    assert schedule.at(progress_at(0, 1)) == 1
+    assert [Schedule(0.0, 1.0, over=0.5).at(progress_at(step, 3)) for step in range(3)] == [0.0, 1.0, 1.0]
