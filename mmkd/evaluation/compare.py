@@ -8,7 +8,7 @@ from typing import Any
 
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import write_object
-from mmkd.evaluation.report import ROLES, ModelFiles, build_comparison
+from mmkd.evaluation.report import ModelFiles, build_comparison, roles_of
 from mmkd.evaluation.results import read_results
 
 
@@ -57,7 +57,7 @@ def named_models(folders: Sequence[tuple[str, str | Path]]) -> dict[str, ModelFi
 
 def _models_of(name: str, folder: Path, alone: bool) -> dict[str, ModelFiles]:
     if (folder / "evaluation").is_dir():
-        roles = [role for role in ROLES if (folder / "evaluation" / role).is_dir()]
+        roles = roles_of(folder)
         labels = {role: role if alone or role == "teacher" else f"{name} {role}" for role in roles}
         return {label: ModelFiles.of_run(folder, role) for role, label in labels.items()}
     if not any(folder.glob("*/results.json")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mmkd.base.files import write_whole
 from mmkd.base.run_folder import claim
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.report import build_report
+from mmkd.evaluation.report import ROLES, build_report, ordered
 from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.control import train_control
@@ -29,7 +29,6 @@ from mmkd.train.experts import experts_table
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("teacher", "control", "student")
 BLIND = "student_blind"  # the student asked without its pictures
 
 
@@ -69,12 +68,6 @@ def teachers_to_score(recipe: Recipe, teachers: Mapping[str, Teacher]) -> dict[s
     for name in (n for n, teacher in teachers.items() if teacher.stored):
         logger.info("the %s is a cache: it is not evaluated; see `mmkd evaluate %s`", name, recipe.teacher_specs[name].model)
     return {name: teacher.running() for name, teacher in teachers.items() if not teacher.stored}
-
-
-def ordered(roles: Iterable[str]) -> list[str]:
-    """Several teachers by their names first, then `ROLES`."""
-    roles = list(roles)
-    return [*(role for role in roles if role not in ROLES), *(role for role in ROLES if role in roles)]
 
 
 def check_benchmarks(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.report import build_report
 from mmkd.evaluation.report.curves import ticks
+from mmkd.evaluation.report.files import roles_of
 
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -161,3 +162,10 @@ def test_efficiency_and_fidelity_are_shown(run: Path) -> None:
     path.write_text(json.dumps(results | {"importance": {"n": 30, **shares}}), encoding="utf-8")
     words = Page(build_report(run).read_text(encoding="utf-8")).words()
     assert "right only with the picture: 40.0 %" in words and "of 30 questions with a picture" in words
+
+
+def test_several_teachers_stand_first_by_name(tmp_path: Path) -> None:
+    for role in ("student", "second", "control", "first"):
+        (tmp_path / "evaluation" / role).mkdir(parents=True)
+    assert roles_of(tmp_path) == ["first", "second", "control", "student"]
+    assert roles_of(tmp_path / "evaluation") == []

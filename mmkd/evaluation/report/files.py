@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,19 @@ from typing import Any
 from mmkd.evaluation.results import read_object, read_predictions, read_results
 
 ROLES = ("teacher", "control", "student")
+
+
+def ordered(roles: Iterable[str]) -> list[str]:
+    """Several teachers by their names first, then `ROLES`."""
+    roles = sorted(roles)
+    return [*(role for role in roles if role not in ROLES), *(role for role in ROLES if role in roles)]
+
+
+def roles_of(run: Path) -> list[str]:
+    """The models of a run that were evaluated."""
+    folder = run / "evaluation"
+    return ordered(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
 BLIND = "_blind"  # ending of the folders of answers without pictures
 
 log = logging.getLogger(__name__)

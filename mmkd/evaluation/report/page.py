@@ -8,7 +8,7 @@ from typing import Any
 
 from mmkd.errors import DataError
 from mmkd.evaluation.report.curves import SMOOTHING, charts
-from mmkd.evaluation.report.files import ROLES, ModelFiles, read_evaluations, read_facts
+from mmkd.evaluation.report.files import ROLES, ModelFiles, read_evaluations, read_facts, roles_of
 from mmkd.evaluation.report.gallery import GALLERY_SEED, gallery_of, marks, outcomes
 from mmkd.evaluation.report.scores import benchmark_entry, facts_of, headline, model_entries
 from mmkd.evaluation.report.text import byte_count, count, percent, points, seconds
@@ -27,7 +27,7 @@ def build_report(run: Path | str) -> Path:
     """
     run = Path(run)
     facts = read_facts(run / "run.json")
-    models = {role: ModelFiles.of_run(run, role) for role in ROLES if (run / "evaluation" / role).is_dir()}
+    models = {role: ModelFiles.of_run(run, role) for role in roles_of(run)}
     evaluations = read_evaluations(models)
     if not evaluations:
         raise DataError(
