@@ -103,3 +103,25 @@ def test_an_own_term_is_in_the_estimate(capsys):
 def test_a_module_that_is_not_there_is_named(capsys):
     assert main(["distill", "recipe.yaml", "imports=[my_nothing]"]) == 2
     assert "my_nothing" in capsys.readouterr().err
+
+
+LORA = ["stages.answer.train=[language]", "stages.answer.lora={rank: 4}"]
+
+
+def test_a_dry_run_counts_the_adapters_that_a_run_trains(capsys, caplog):
+    assert main(["distill", "recipe.yaml", *LORA, "--dry-run"]) == 0
+    counted = re.search(r"trains language \(([\d,]+) parameters\)", capsys.readouterr().out)[1]
+    with caplog.at_level("INFO", logger="mmkd"):
+        assert main(["distill", "recipe.yaml", *LORA, "output=runs/lora", "control=false"]) == 0
+    trained = [r.getMessage() for r in caplog.records if r.getMessage().startswith("trained: language")]
+    assert counted != "0" and f" {counted} of" in trained[0]
+
+
+def test_an_estimate_takes_two_stages_with_adapters(capsys):
+    (Path("twice.yaml")).write_text(Path("recipe.yaml").read_text() + (
+        "  again:\n    data: [{format: jsonl, root: data}]\n    terms: {cross_entropy: 1.0}\n"
+        "    optimiser: {batch_size: 4}\n    steps: 2\n    lora: {rank: 4}\n"
+    ))
+    assert main(["estimate", "twice.yaml", *LORA]) == 0
+    out = capsys.readouterr().out
+    assert "stage answer" in out and "stage again" in out

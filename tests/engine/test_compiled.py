@@ -128,6 +128,11 @@ def test_many_sets_of_terms_do_not_use_up_one_limit(graphs):
 
 
 def most_allocated(data, terms, compiled, **options):
+    """The least of three measurements: what else the process does meanwhile can only add to one."""
+    return min(_most_allocated(data, terms, compiled, **options) for _ in range(3))
+
+
+def _most_allocated(data, terms, compiled, **options):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run(data, terms, compiled, **options)
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
