@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mmkd.engine import rows as engine
 from mmkd.teachers.teacher import Gives, Teacher
+from mmkd.terms.bridge import Bridge
 from mmkd.terms.signals import Signals
 from mmkd.towers.tower import Tower
 
@@ -295,8 +296,6 @@ class RowTerm(Term):
         """For the visual switch with `bridge`: the map between encoders of different width."""
         if not self.place.bridge or pair.teacher is None:
             return None
-        from mmkd.terms.bridge import Bridge
-
         return Bridge(pair.student.feature_width, pair.teacher.feature_width)
 
     def dummy(self, signals: Signals, features: Tensor) -> Tensor:

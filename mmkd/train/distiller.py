@@ -55,6 +55,7 @@ class Distiller(nn.Module):
         self.lockstep = False  # all processes must go through the same modules in one order, with pictures or without
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
         self._towers = (student, teachers)
+        self._groups = self._row_groups()
         pairs = {t.name: Pair(student, teachers.get(teacher_name(t, teachers))) for t in self.terms}
         self._prepared = {t.name: t.prepare(pairs[t.name]) for t in self.terms}
         # What a term trains or carries beside the student; it goes into checkpoints, not into the saved student.
@@ -94,7 +95,7 @@ class Distiller(nn.Module):
             return {t.name: t.step_sums(views[t.name]) for t in self.terms if t.has_step_sums}
         total = signals.zero if batch.student.pixels else self._unreached(signals)
         log: Log = {}
-        for path, teacher, terms in self._row_groups():
+        for path, teacher, terms in self._groups:
             rows = signals.switch_rows(terms, teacher) if path == "switch" else signals.student_rows(terms, teacher)
             if rows is None:  # no picture in this micro-batch: nothing was switched
                 total = total + sum((self._dummy(signals, views[t.name], t) for t in terms), signals.zero)
