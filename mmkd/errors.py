@@ -21,6 +21,10 @@ class ImageError(DataError):
     """One picture cannot be read. Training skips these, up to a limit; evaluation reports the row."""
 
 
+class SampleError(DataError):
+    """One sample cannot be prepared; the message names it. Training skips these, up to a limit; evaluation reports the row."""
+
+
 class RecipeError(DataError):
     """A recipe is wrong; the message lists every error."""
 
