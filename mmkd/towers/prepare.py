@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmkd.errors import DataError, TowerError
+from mmkd.errors import SampleError, TowerError
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
 from mmkd.towers.samples import Sample, Turn
@@ -106,7 +106,7 @@ class Preparer:
         """The chat template's text cut into pieces: (text, is an answer, images in it)."""
         turns = sample.turns if with_answer else sample.prompt_turns
         if with_answer and (not sample.answer.strip()):
-            raise DataError(f"sample {sample.id!r} has an empty answer; there is nothing to learn from it")
+            raise SampleError(f"sample {sample.id!r} has an empty answer; there is nothing to learn from it")
         if not with_answer:
             return [(self._render(turns, prompt=True), False, len(sample.images))]
         segments, done, images = [], "", 0
@@ -164,7 +164,7 @@ class Preparer:
         if length > self.max_length:
             kept = sum(supervised[: self.max_length])
             if not with_answer or kept == 0 or self.image_token_id in ids[self.max_length :]:
-                raise DataError(
+                raise SampleError(
                     f"sample {sample.id!r} has {length} tokens, more than max_length {self.max_length}, and would lose "
                     "its answer or part of a picture; raise max_length or shorten the prompt"
                 )
