@@ -51,7 +51,7 @@ _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 def text_key(sample: Sample) -> bytes:
     """Hash of a sample's turns: roles, texts, and where the pictures stand. 16 bytes"""
-    turns = json.dumps([[turn.role, turn.text, turn.images] for turn in sample.turns])
+    turns = json.dumps([[turn.role, turn.text, turn.images, *turn.places] for turn in sample.turns])
     return hashlib.blake2b(turns.encode(), digest_size=16).digest()
 
 

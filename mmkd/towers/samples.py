@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mmkd.errors import DataError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -22,9 +24,39 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    role: str  # "system", "user" or "assistant"
+    """What one side says, with the pictures that it shows.
+
+    role: "system", "user" or "assistant".  images: how many of the sample's pictures, in order, this turn shows.
+    places: where each of them stands, as an offset in `text`, from small to large: the text of "Is <picture> left of
+    <picture>?" is "Is  left of ?" and its places are (3, 12). Empty: all at the head. No mark of a picture ever stands in `text`,
+    in which every word is a word.
+    """
+
+    role: str
     text: str
-    images: int = 0  # how many of the sample's images stand at the head of this turn, in order
+    images: int = 0
+    places: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = list(self.places) == sorted(self.places)
+        inside = all(0 <= place <= len(self.text) for place in self.places)
+        if self.places and (len(self.places) != self.images or not ordered or not inside):
+            raise DataError(
+                f"a turn of {len(self.text)} characters and {self.images} pictures has its pictures at {self.places}; give each "
+                "picture one offset in the text, from small to large, or none to put all at the head"
+            )
+
+    @property
+    def parts(self) -> list[str | None]:
+        """The turn as it is read: texts, and None where a picture stands. Pictures without places come first."""
+        if not self.places:
+            return [*[None] * self.images, self.text]
+        parts: list[str | None] = []
+        start = 0
+        for place in self.places:
+            parts += [self.text[start:place], None] if place > start else [None]
+            start = place
+        return [*parts, self.text[start:]] if start < len(self.text) else parts
 
 
 @dataclass(frozen=True)
