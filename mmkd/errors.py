@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 
 class MmkdError(ValueError):
-    """Something that the user gave is wrong or does not fit."""
+    """Something that the user gave is wrong or does not fit. sample: the id of the one sample that it is about."""
+
+    sample: str | None = None
 
 
 class DataError(MmkdError):
