@@ -259,7 +259,7 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
 
 
 class _Prepared(Dataset):
-    """(key, text key, the teacher's encoding) of each sample; None where the picture cannot be read or it is known."""
+    """(key, text key, the teacher's encoding, place) of each sample; None where the picture cannot be read or it is known."""
 
     def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
         self.samples, self.teacher, self.known = samples, teacher, known
@@ -267,11 +267,11 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded] | str | None:
+    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded, int] | str | None:
         sample = self.samples[index]
         try:
             key = content_key(sample)
-            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample))
+            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample), index)
         except ImageError as error:
             return str(error)
 
@@ -290,8 +290,8 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
             new = {item[0]: item for item in items if isinstance(item, tuple)}
             unreadable += _log_unreadable(items)
             if new:
-                keys, texts, encoded = zip(*new.values(), strict=True)
-                checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
+                keys, texts, encoded, places = zip(*new.values(), strict=True)
+                checked = checked or check_pixels("teacher", teacher, [mine[place] for place in places], encoded)
                 for key, text, stored in zip(keys, texts, stored_of(plan, teacher, encoded), strict=True):
                     writer.add(key, text, stored)
             done += len(new)
