@@ -268,7 +268,7 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
 
 
 class _Prepared(Dataset):
-    """(key, text key, the teacher's encoding) of each sample; None where it is known, the reason where it cannot be prepared."""
+    """(key, text key, encoding by the teacher, place) of each sample; None where it is known, else why it cannot be prepared."""
 
     def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
         self.samples, self.teacher, self.known = samples, teacher, known
@@ -276,11 +276,11 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded] | str | None:
+    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded, int] | str | None:
         sample = self.samples[index]
         try:
             key = content_key(sample)
-            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample))
+            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample), index)
         except LEFT_OUT as error:
             return str(error)
 
@@ -299,8 +299,8 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
             new = {item[0]: item for item in items if isinstance(item, tuple)}
             unreadable += _log_left_out(items)
             if new:
-                keys, texts, encoded = zip(*new.values(), strict=True)
-                checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
+                keys, texts, encoded, places = zip(*new.values(), strict=True)
+                checked = checked or check_pixels("teacher", teacher, [mine[place] for place in places], encoded)
                 for key, text, stored in zip(keys, texts, stored_of(plan, teacher, encoded), strict=True):
                     writer.add(key, text, stored)
             done += len(new)

@@ -100,8 +100,9 @@ def fill_reference(
             keys = [[content_key(answer, chosen) for answer in (chosen, rejected)] for chosen, rejected in encoded]
             # A batch is read as a whole or not at all: what stands beside an answer may change its last bits.
             if any(key not in cache.values for both in keys for key in both):
-                first = pixels_matter and read == 0
-                cache.add(_read(teacher.running(), encoded, keys, chunk_bytes, check=first))
+                if pixels_matter and read == 0:
+                    check_pixels("teacher", teacher.running(), [dataset.samples[i] for i in pairs], [c for c, _ in encoded])
+                cache.add(_read(teacher.running(), encoded, keys, chunk_bytes))
                 read += len(encoded)
             for i, both in zip(pairs, keys, strict=True):
                 dataset.reference[i] = torch.tensor([cache.values[key] for key in both], dtype=torch.float64)
@@ -150,13 +151,11 @@ def content_key(answer: Encoded, chosen: Encoded) -> str:
 
 @torch.no_grad()
 def _read(
-    teacher: Tower, encoded: Sequence[tuple[Encoded, Encoded]], keys: list[list[str]], chunk_bytes: int, check: bool
+    teacher: Tower, encoded: Sequence[tuple[Encoded, Encoded]], keys: list[list[str]], chunk_bytes: int
 ) -> list[dict]:
     """The cache's rows of some pairs."""
     chosen = teacher.collate([pair[0] for pair in encoded]).to(teacher.device)
     rejected = collate_rejected(teacher, [pair[1] for pair in encoded], chosen).to(teacher.device)
-    if check:
-        check_pixels("teacher", teacher, chosen)
     seen = teacher.see(chosen)
     rows = []
     for place, (name, inputs) in enumerate((("chosen", chosen), ("rejected", rejected))):
