@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor, nn
 
 from mmkd.engine.rows import RowTerm, row_losses
-from mmkd.errors import GuardError
+from mmkd.errors import GuardError, NotFiniteError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
@@ -30,11 +31,13 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
             towers[name] = (teacher.running(), part.inputs)
         elif (loss := teacher.answer_loss(part.inputs)) is not None:  # its pictures were checked when it was written
             facts[f"{name}_loss"] = loss
+            _check_finite(name, facts)
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
         hidden = answer_rows(tower, inputs)
         facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
+        _check_finite(role, facts)
         if pixels_matter and _pictures_differ(inputs):
             permuted = answer_rows(tower, inputs, permute=True)
             facts[f"{role}_loss_permuted"] = answer_loss(tower, inputs, permuted)
@@ -47,6 +50,16 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
             _check_teacher(name, facts)
     _log(distiller, facts)
     return facts
+
+
+def _check_finite(role: str, facts: dict[str, float]) -> None:
+    """No comparison holds with NaN, so that it would pass the guards that compare."""
+    wrong = [name for name, value in facts.items() if not math.isfinite(value)]
+    if wrong:
+        raise NotFiniteError(
+            f"what the {role} computes from the training samples is not finite ({', '.join(wrong)}): its weights are damaged, or "
+            "its numbers leave the range of its dtype; load it anew, or take another dtype (bfloat16 instead of float16)"
+        )
 
 
 def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
