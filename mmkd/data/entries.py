@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
+from mmkd.base.schema import Strict
 from mmkd.data.formats import format_of, read_split
 from mmkd.data.prompts import PromptStyle, render
 from mmkd.data.samples import Question, Sample
@@ -18,10 +19,8 @@ from mmkd.data.stream import Stream
 from mmkd.errors import DataError
 
 
-class DataCard(BaseModel):
+class DataCard(Strict):
     """A data set's card: what its files are and how its questions are put to a model."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     title: str

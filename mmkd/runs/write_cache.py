@@ -27,7 +27,7 @@ from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
@@ -47,6 +47,7 @@ from mmkd.teachers.store import (
 from mmkd.teachers.stored import save_body, wanted
 from mmkd.teachers.teacher import head_of
 from mmkd.terms.spec import build_terms
+from mmkd.towers.finite import not_finite
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
@@ -336,6 +337,11 @@ def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[St
     with torch.inference_mode(), torch.autocast(teacher.device.type, torch.bfloat16) if half else nullcontext():
         seen = teacher.see(there)
         hidden = gathered(teacher.read(there, seen), where)  # [N, D]
+    if not_finite([("hidden", hidden), *(("features", f) for f in seen.features)]):
+        raise NotFiniteError(
+            f"what the teacher says of {', '.join(inputs.ids[:4])} is not finite; check its weights, or take another dtype "
+            "(bfloat16 instead of float16). What was written before is whole"
+        )
     with torch.no_grad():
         head, vocabulary = head_of(teacher), min(teacher.vocabulary, teacher.head.weight.shape[0])
         scores = torch.zeros(len(tokens))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.errors import DataError
+from mmkd.errors import DataError, NotFiniteError
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher, same_processor
 from mmkd.towers.loading import device_of_process
@@ -161,6 +162,11 @@ def _read(
     for place, (name, inputs) in enumerate((("chosen", chosen), ("rejected", rejected))):
         values = answer_log_probs(teacher, inputs, teacher.read(inputs, seen), chunk_bytes).tolist()  # [B]
         tokens = last_answer(inputs).sum(1).tolist()
+        if not all(map(math.isfinite, values)):
+            raise NotFiniteError(
+                f"the teacher's log-probabilities of {', '.join(inputs.ids[:4])} are not finite; check its weights, or take "
+                "another dtype (bfloat16 instead of float16)"
+            )
         for both, sample, value, count in zip(keys, inputs.ids, values, tokens, strict=True):
             rows.append({"key": both[place], "id": sample, "answer": name, "tokens": count, "log_prob": value})
     return rows
