@@ -238,14 +238,7 @@ class Preparer:
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         reader = MarkedTokenizer(met.words, guard)
-        try:
-            batch = self._processed(text, pictures, special, reader if marked or guard.hidden else None)
-        except DataError as error:
-            raise SampleError(f"sample {sample.id!r}: {error}") from error
-        except Exception as error:  # whatever a processor raises
-            raise SampleError(
-                f"sample {sample.id!r} cannot be prepared by {type(self.processor).__name__}: {type(error).__name__}: {error}"
-            ) from error
+        batch = self._processed(text, pictures, special, reader if marked or guard.hidden else None)
         ids = batch["input_ids"][0].tolist()
         pixels = _pixels_of(batch) if pictures else {}
         if self.family.nested:
