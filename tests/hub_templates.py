@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.testing.tiny_families import tiny_family
-from mmkd.towers.options import Reading
+from mmkd.towers.reading import Reading
 from mmkd.towers.tower import Tower
 
 TEMPLATES = Path(__file__).parent / "chat_templates"

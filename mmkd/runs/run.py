@@ -17,6 +17,7 @@ from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.report import ROLES, build_report, ordered
 from mmkd.evaluation.statistics import compare_runs, verdict
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.control import train_control
 from mmkd.runs.data import all_samples, files_of, texts_of
 from mmkd.runs.evaluate import add_importance
@@ -48,6 +49,7 @@ def distill(recipe: Recipe, scored: Sequence[str] = ROLES) -> dict[str, Any]:
         claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe))
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
+        recipe = with_answers_apart(recipe, student, teachers)
         preflight(recipe, student, teachers)
         towers = teachers_to_score(recipe, teachers)
         if recipe.control and teachers:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmkd.errors import DataError, SampleError, TowerError
+from mmkd.errors import SampleError, TowerError
 from mmkd.towers.chat import Chat, Facts
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs

@@ -73,12 +73,15 @@ def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
 
     Raises TowerError for a variable that the template does not know.
     """
+    values = {name: _literal(name, value) for name, value in arguments.items()}
+    written = "".join(f"{{%+ set {name} = {value} +%}}" for name, value in values.items())
+    if template.startswith(written):  # that of a model which was saved with them
+        return template
     known = variables_of(template)
     for name in arguments:
         if name not in known:
             raise TowerError(f"the chat template has no variable {name!r}; {did_you_mean(name, known)}")
-    values = {name: _literal(name, value) for name, value in arguments.items()}
-    return "".join(f"{{%+ set {name} = {value} +%}}" for name, value in values.items()) + template
+    return written + template
 
 
 def _literal(name: str, value: Any) -> str:

@@ -31,9 +31,10 @@ from mmkd.towers.inputs import IGNORE, Encoded, Seen, TowerInputs, VisualTokens,
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.one_sample import preparing
-from mmkd.towers.options import AS_SAVED, Reading, configured
+from mmkd.towers.options import configured
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
+from mmkd.towers.reading import AS_SAVED, Reading
 from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import ends_within
 
