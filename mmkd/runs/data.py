@@ -31,15 +31,16 @@ def stage_parts(recipe: Recipe, stage: StageSpec) -> tuple[tuple[Sample, ...], .
     """The samples of each data entry of a stage. Raises DataError."""
     entries = tuple(spec.model_dump_json() for spec in stage.data)
     state = json.dumps([fingerprint(spec, recipe.data_root) for spec in stage.data])
-    return _read_once(entries, recipe.seed, recipe.data_root, state)
+    return _read_once(entries, recipe.seed, recipe.data_root, state, bool(stage.one_answer))
 
 
 @lru_cache(maxsize=1)  # the control, the student and a check before them read the same data one after another
 def _read_once(
-    entries: tuple[str, ...], seed: int, data_root: str | None, state: str
+    entries: tuple[str, ...], seed: int, data_root: str | None, state: str, one_answer: bool
 ) -> tuple[tuple[Sample, ...], ...]:
     specs = [DataSpec.model_validate_json(entry) for entry in entries]
-    return tuple(tuple(read_samples(spec, seed, data_root)) for spec in specs)
+    parts = tuple(tuple(read_samples(spec, seed, data_root)) for spec in specs)
+    return tuple(tuple(one for sample in part for one in sample.by_answer()) for part in parts) if one_answer else parts
 
 
 def data_state(recipe: Recipe, stage: StageSpec) -> list:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import rows_at
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, texts_of
 from mmkd.runs.preflight import preflight
 from mmkd.runs.run import check_benchmarks
@@ -27,6 +28,8 @@ def plan(recipe: Recipe) -> str:
     samples = all_samples(recipe)
     teachers = load_teachers(recipe)
     student = build_student(recipe, teachers, texts_of(samples))
+    recipe = with_answers_apart(recipe, student, teachers)
+    samples = all_samples(recipe)
     surveys = preflight(recipe, student, teachers)
     lines = [recipe.title, f"output: {recipe.output}", ""]
     for name, teacher in teachers.items():

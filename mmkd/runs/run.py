@@ -18,6 +18,7 @@ from mmkd.evaluation.report import build_report
 from mmkd.evaluation.roles import in_words, is_control, ordered
 from mmkd.evaluation.statistics import compare_runs
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, texts_of
 from mmkd.runs.evaluate import add_importance
@@ -49,6 +50,7 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None) -> dict[str, An
         claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe))
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
+        recipe = with_answers_apart(recipe, student, teachers)
         preflight(recipe, student, teachers)
         towers = teachers_to_score(recipe, teachers)
         if recipe.controls and teachers:

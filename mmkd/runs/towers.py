@@ -16,6 +16,7 @@ from mmkd.terms.spec import build_terms
 from mmkd.terms.term import terms_of_teacher
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.reading import AS_SAVED
 from mmkd.towers.spec import AssembleSpec
 from mmkd.towers.tower import Tower
 
@@ -60,6 +61,8 @@ def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | No
         seed=recipe.seed,
         dtype=torch.float32 if spec.dtype == "auto" else dtype_of(spec.dtype),
     )
+    if spec.reading != AS_SAVED:
+        tower = Tower(tower.model, tower.processor, max_length=recipe.max_length, reading=spec.reading)
     return to_device(tower)
 
 
@@ -67,7 +70,10 @@ def load_student(recipe: Recipe, folder: Any) -> Tower:
     """A student from a folder or hub id, as the recipe has it. Raises TowerError."""
     spec = recipe.student
     return to_device(
-        Tower.load(folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length)
+        Tower.load(
+            folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length,
+            reading=spec.reading,
+        )
     )
 
 

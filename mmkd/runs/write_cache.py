@@ -29,6 +29,7 @@ from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
 from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
 from mmkd.runs.towers import build_student, load_teachers, openings
@@ -105,11 +106,17 @@ def write_cache(
     forecast does not fit the disk; GuardError where pictures do not reach the teacher.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    plan = plan_of(recipe, top_k)
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
-    check_folder(live, folder, plan)
+    plan, samples = plan_of(recipe, top_k), all_samples(live)
+    talks = any(sample.answers > 1 for stage in samples.values() for sample in stage)
+    if not talks:  # else the towers decide which samples there are
+        check_folder(live, folder, plan)
     teachers = load_teachers(live)
-    student = build_student(live, teachers, texts_of(all_samples(live)))
+    student = build_student(live, teachers, texts_of(samples))
+    if talks:
+        live = with_answers_apart(live, student, teachers)
+        plan = plan_of(recipe.model_copy(update={"stages": live.stages}), top_k)
+        check_folder(live, folder, plan)
     preflight(live, student, teachers, processes=1)  # those that write a cache do not train together
     del student
     (teacher,) = (teacher.running() for teacher in teachers.values())

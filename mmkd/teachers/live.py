@@ -144,7 +144,7 @@ def load_tower(spec: TeacherSpec, max_length: int) -> Tower:
     """The teacher's model on this process's device, frozen. Raises TowerError."""
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
-        max_length=max_length,
+        max_length=max_length, reading=spec.reading,
     )
     if spec.gradient_checkpointing:
         recompute_layers(tower)

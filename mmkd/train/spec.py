@@ -81,6 +81,8 @@ class StageSpec(LoopSpec):
     gradient_checkpointing: bool = False
     group_by_length: bool = False  # short for `sampler: {kind: length}`
     sampler: SamplerSpec | None = Field(None, exclude_if=is_default(None))  # the order of the samples; default: shuffle
+    # Each answer of a talk as a sample of its own, behind what was said before. None: where a tower needs it.
+    one_answer: bool | None = Field(None, exclude_if=is_default(None))
     # Shares of where a step's answers come from; "data": the answers of the data.
     answers: dict[str, float] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
 
