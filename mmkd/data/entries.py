@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
+from mmkd.base.schema import Strict
 from mmkd.data.formats import format_of, read_split
 from mmkd.data.lazy import Lazy
 from mmkd.data.prompts import PromptStyle, render
@@ -27,10 +28,8 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 2000  # questions of a large file that are put into words to see whether that works
 
 
-class DataCard(BaseModel):
+class DataCard(Strict):
     """A data set's card: what its files are and how its questions are put to a model."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     title: str

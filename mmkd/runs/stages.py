@@ -21,9 +21,11 @@ from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher
+from mmkd.towers.finite import check_trained
 from mmkd.towers.tower import Tower
 from mmkd.train.build_stage import Stage, build_stage, check_steps
 from mmkd.train.experts import summarise_experts, write_receipt
+from mmkd.train.finite import Where
 from mmkd.train.guards import freeze_unreached, run_guards
 from mmkd.train.reference import fill_reference
 from mmkd.train.sharded import make_whole, spreads_weights
@@ -95,8 +97,9 @@ def prepare_stage(
     sizes = [len(part) for part in stage_parts(recipe, spec)]
     log = run / "log" / f"{role}.jsonl"
     trainer = DistillTrainer(
-        stage.distiller, dataset, spec, arguments, log, ahead=ahead, sizes=sizes, answers=answer_source(spec.answers)
-    )
+        stage.distiller, dataset, spec, arguments, log, ahead=ahead, sizes=sizes, answers=answer_source(spec.answers),
+        where=Where(run, role, name, recipe.model_dump(mode="json")),
+    )  # fmt: skip
     if recipe.evaluation.every is not None:
         if spreads_weights(trainer):
             raise DataError("evaluation.every: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")
@@ -126,7 +129,9 @@ def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> N
     if trainer.train_dataset is dataset and dataset.truncated:  # of a stream the set holds the first samples alone
         cut = len(dataset.truncated)
         logger.warning("stage %s cut the ends of %d answers at max_length %d", stage.name, cut, stage.student.max_length)
+    trainer.finite.look()
     make_whole(trainer)
+    check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
     if is_main_process():
         summarise_experts(run)
         save_whole(folder / "model", stage.student.save)

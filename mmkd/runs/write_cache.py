@@ -27,7 +27,7 @@ from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
@@ -47,6 +47,7 @@ from mmkd.teachers.store import (
 from mmkd.teachers.stored import save_body, wanted
 from mmkd.teachers.teacher import head_of
 from mmkd.terms.spec import build_terms
+from mmkd.towers.finite import not_finite
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
@@ -268,7 +269,7 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
 
 
 class _Prepared(Dataset):
-    """(key, text key, the teacher's encoding) of each sample; None where it is known, the reason where it cannot be prepared."""
+    """(key, text key, encoding by the teacher, place) of each sample; None where it is known, else why it cannot be prepared."""
 
     def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
         self.samples, self.teacher, self.known = samples, teacher, known
@@ -276,11 +277,11 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded] | str | None:
+    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded, int] | str | None:
         sample = self.samples[index]
         try:
             key = content_key(sample)
-            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample))
+            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample), index)
         except LEFT_OUT as error:
             return str(error)
 
@@ -299,8 +300,8 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
             new = {item[0]: item for item in items if isinstance(item, tuple)}
             unreadable += _log_left_out(items)
             if new:
-                keys, texts, encoded = zip(*new.values(), strict=True)
-                checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
+                keys, texts, encoded, places = zip(*new.values(), strict=True)
+                checked = checked or check_pixels("teacher", teacher, [mine[place] for place in places], encoded)
                 for key, text, stored in zip(keys, texts, stored_of(plan, teacher, encoded), strict=True):
                     writer.add(key, text, stored)
             done += len(new)
@@ -336,6 +337,11 @@ def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[St
     with torch.inference_mode(), torch.autocast(teacher.device.type, torch.bfloat16) if half else nullcontext():
         seen = teacher.see(there)
         hidden = gathered(teacher.read(there, seen), where)  # [N, D]
+    if not_finite([("hidden", hidden), *(("features", f) for f in seen.features)]):
+        raise NotFiniteError(
+            f"what the teacher says of {', '.join(inputs.ids[:4])} is not finite; check its weights, or take another dtype "
+            "(bfloat16 instead of float16). What was written before is whole"
+        )
     with torch.no_grad():
         head, vocabulary = head_of(teacher), min(teacher.vocabulary, teacher.head.weight.shape[0])
         scores = torch.zeros(len(tokens))

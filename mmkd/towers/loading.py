@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
 from mmkd.errors import TowerError
 from mmkd.towers.families import LANGUAGE_NAMES
+from mmkd.towers.whole import load_beside, load_whole
 
 
 def load_model_and_processor(
@@ -22,14 +23,9 @@ def load_model_and_processor(
     extra: dict[str, Any] = {}
     if quantise is not None:
         extra["quantization_config"] = _quantisation(quantise)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
-        )
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise TowerError(f"no image-text model can be loaded from {str(folder)!r}: {error}") from error
-    return model, processor
+    what = "image-text model"
+    model = load_whole(AutoModelForImageTextToText, folder, what, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
+    return model, load_beside(AutoProcessor, folder, what, trust_remote_code=trust_remote_code)
 
 
 def _quantisation(kind: str) -> BitsAndBytesConfig:

@@ -61,12 +61,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a tower prepares. Training samples end with an assistant turn; each assistant turn is a target."""
+    """What a tower prepares. Training samples end with an assistant turn; each assistant turn is a target, unless `last_only`."""
 
     id: str
     images: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    last_only: bool = False  # only the last answer is a target; those before are what was said
 
     @property
     def prompt_turns(self) -> tuple[Turn, ...]:
@@ -80,4 +81,18 @@ class Sample:
     def without_images(self) -> Sample:
         """The blind form of the sample: the same words, no picture."""
         turns = tuple(Turn(t.role, t.text) for t in self.turns)
-        return Sample(self.id, (), turns, self.meta)
+        return Sample(self.id, (), turns, self.meta, self.last_only)
+
+    @property
+    def answers(self) -> int:
+        """How many answers are targets."""
+        count = sum(turn.role == "assistant" for turn in self.turns)
+        return min(count, 1) if self.last_only else count
+
+    def up_to_answer(self, number: int) -> Sample:
+        """The sample with its answer `number` (from 0) as the last turn and the only target, behind what was said before."""
+        places = [place for place, turn in enumerate(self.turns) if turn.role == "assistant"]
+        turns = self.turns[: places[number] + 1]
+        shown = sum(turn.images for turn in turns)
+        name = f"{self.id} answer {number + 1}"
+        return Sample(name, self.images[:shown], turns, self.meta, last_only=True)

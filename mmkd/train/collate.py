@@ -83,7 +83,7 @@ class PairDataset(Dataset):
 
     def next_usable(self, index: int) -> Pair:
         """The first sample behind `index` that can be prepared; after the last comes the first. Raises DataError."""
-        for step in range(1, len(self)):
+        for step in range(1, len(self) + 1):
             pair = self[(index + step) % len(self)]
             if isinstance(pair, Pair):
                 return pair

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.errors import DataError
+from mmkd.errors import DataError, NotFiniteError
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher, same_processor
 from mmkd.towers.loading import device_of_process
@@ -100,8 +101,9 @@ def fill_reference(
             keys = [[content_key(answer, chosen) for answer in (chosen, rejected)] for chosen, rejected in encoded]
             # A batch is read as a whole or not at all: what stands beside an answer may change its last bits.
             if any(key not in cache.values for both in keys for key in both):
-                first = pixels_matter and read == 0
-                cache.add(_read(teacher.running(), encoded, keys, chunk_bytes, check=first))
+                if pixels_matter and read == 0:
+                    check_pixels("teacher", teacher.running(), [dataset.samples[i] for i in pairs], [c for c, _ in encoded])
+                cache.add(_read(teacher.running(), encoded, keys, chunk_bytes))
                 read += len(encoded)
             for i, both in zip(pairs, keys, strict=True):
                 dataset.reference[i] = torch.tensor([cache.values[key] for key in both], dtype=torch.float64)
@@ -150,18 +152,21 @@ def content_key(answer: Encoded, chosen: Encoded) -> str:
 
 @torch.no_grad()
 def _read(
-    teacher: Tower, encoded: Sequence[tuple[Encoded, Encoded]], keys: list[list[str]], chunk_bytes: int, check: bool
+    teacher: Tower, encoded: Sequence[tuple[Encoded, Encoded]], keys: list[list[str]], chunk_bytes: int
 ) -> list[dict]:
     """The cache's rows of some pairs."""
     chosen = teacher.collate([pair[0] for pair in encoded]).to(teacher.device)
     rejected = collate_rejected(teacher, [pair[1] for pair in encoded], chosen).to(teacher.device)
-    if check:
-        check_pixels("teacher", teacher, chosen)
     seen = teacher.see(chosen)
     rows = []
     for place, (name, inputs) in enumerate((("chosen", chosen), ("rejected", rejected))):
         values = answer_log_probs(teacher, inputs, teacher.read(inputs, seen), chunk_bytes).tolist()  # [B]
         tokens = last_answer(inputs).sum(1).tolist()
+        if not all(map(math.isfinite, values)):
+            raise NotFiniteError(
+                f"the teacher's log-probabilities of {', '.join(inputs.ids[:4])} are not finite; check its weights, or take "
+                "another dtype (bfloat16 instead of float16)"
+            )
         for both, sample, value, count in zip(keys, inputs.ids, values, tokens, strict=True):
             rows.append({"key": both[place], "id": sample, "answer": name, "tokens": count, "log_prob": value})
     return rows
