@@ -16,6 +16,7 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
 from mmkd.towers.tower import Encoded, Tower
 from mmkd.train.build_stage import Stage, build_stage
+from mmkd.train.optimisers import OPTIMISERS
 
 PROBE = 64  # samples prepared to learn lengths
 
@@ -57,7 +58,7 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
     encoded = [student.encode(s) for s in samples[:: max(1, len(samples) // PROBE)][:PROBE]]
     rows = _rows(student, encoded, stage.terms, batch)
-    optimiser = 2 * 4 * trained + 4 * trained  # AdamW's two moments and the gradient, float32
+    optimiser = round((OPTIMISERS[spec.optimiser.kind].moments + 1) * 4 * trained)  # its moments and the gradient, float32
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
     lines = [
         f"stage {stage.name}: {len(samples):,} samples, {steps:,} steps of {batch}, trains {', '.join(spec.train)} "

@@ -9,13 +9,14 @@ import torch
 
 from mmkd.recipes.recipe import Recipe
 from mmkd.registry import import_modules, registry
+from mmkd.runs.machine import use_machine
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.opening import Opening
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import terms_of_teacher
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
-from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.spec import AssembleSpec
 from mmkd.towers.tower import Tower
 
@@ -33,7 +34,11 @@ def openings(recipe: Recipe) -> dict[str, Opening]:
 
 
 def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
-    """The teachers of a recipe by name. Raises DataError, TowerError."""
+    """The teachers of a recipe by name. Raises DataError, TowerError.
+
+    The first thing that is done with a machine: what it cannot do is refused here, and the process takes its device.
+    """
+    use_machine(recipe)
     opened = openings(recipe)
     return {
         name: registry("teachers").get(spec.registered).open(spec, opened[name]) for name, spec in recipe.teacher_specs.items()
@@ -60,6 +65,8 @@ def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | No
         seed=recipe.seed,
         dtype=torch.float32 if spec.dtype == "auto" else dtype_of(spec.dtype),
     )
+    if spec.attn_implementation is not None:
+        tower.model.set_attn_implementation(spec.attn_implementation)
     return to_device(tower)
 
 
@@ -67,8 +74,11 @@ def load_student(recipe: Recipe, folder: Any) -> Tower:
     """A student from a folder or hub id, as the recipe has it. Raises TowerError."""
     spec = recipe.student
     return to_device(
-        Tower.load(folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length)
-    )
+        Tower.load(
+            folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code,
+            attn_implementation=spec.attn_implementation, device=device_of_process(), max_length=recipe.max_length,
+        )
+    )  # fmt: skip
 
 
 def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: list[str]) -> Any:

@@ -17,7 +17,7 @@ from mmkd.teachers.opening import Opening
 from mmkd.teachers.shared_encoder import sees_alike
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.teachers.teacher import Gives, Teacher, TeacherSignals, read_by
-from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
 
@@ -146,8 +146,8 @@ def load_tower(spec: TeacherSpec, max_length: int) -> Tower:
     """The teacher's model on this process's device, frozen. Raises TowerError."""
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
-        max_length=max_length,
-    )
+        attn_implementation=spec.attn_implementation, device=device_of_process(), max_length=max_length,
+    )  # fmt: skip
     if spec.gradient_checkpointing:
         recompute_layers(tower)
-    return to_device(tower, spec.quantise).freeze()
+    return to_device(tower).freeze()

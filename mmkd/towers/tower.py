@@ -58,13 +58,17 @@ class Tower:
         dtype: torch.dtype | str = "auto",
         quantise: str | None = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        device: torch.device | None = None,
         max_length: int = 2048,
     ) -> Tower:
         """A tower from a transformers folder or hub id. `quantise` is "8bit" or "4bit" (bitsandbytes).
 
+        attn_implementation: as transformers names it.  device: where the weights go, straight from their files; None for the CPU.
         Raises TowerError where no image-text model can be loaded.
         """
         options = {"dtype": dtype, "quantise": quantise, "trust_remote_code": trust_remote_code}
+        options |= {"attn_implementation": attn_implementation, "device": device}
         return cls(*load_model_and_processor(folder, **options), max_length=max_length)
 
     def save(self, folder: str | Path) -> None:
