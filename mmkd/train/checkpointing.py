@@ -22,8 +22,8 @@ def checkpoint_layers(student: Tower) -> None:
     model = student.model
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # transformers also makes the outputs of all embeddings require gradients, for reentrant checkpoints: not needed for these, it
-        # keeps activations of frozen layers, and fails on embeddings that give more than a tensor (FocalNet, Swin).
+        # transformers also makes the outputs of all embeddings require gradients, which reentrant checkpoints need. These are
+        # not, and it keeps activations of frozen layers and fails on embeddings that give tuples (FocalNet, Swin).
         model.disable_input_require_grads()
         layers = True
     except ValueError:  # it allows none

@@ -42,6 +42,8 @@ def recipe_of(folder, teacher, **changes):
         "title": "t", "output": str(folder / "out"), "teacher": {"model": str(teacher), **changes.pop("teacher_keys", {})},
         "student": {"model": str(teacher), **changes.pop("student", {})}, "stages": {"only": stage}, "control": False, **changes,
     }  # fmt: skip
+    if not (folder / "train.jsonl").exists():
+        (folder / "train.jsonl").write_text('{"question": "which", "answer": "red"}\n' * 4)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
