@@ -1,6 +1,6 @@
 """What mmkd raises when a user's input is wrong: the message says what is wrong, with the values, and the way out.
 
-The command line prints the message without a traceback and ends with exit code 2.
+The command line prints the message without a traceback and ends with the error's exit code: 2, or 3 for `NotFiniteError`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from collections.abc import Iterable
 
 
 class MmkdError(ValueError):
-    """Something that the user gave is wrong or does not fit."""
+    """Something that the user gave is wrong or does not fit. sample: the id of the one sample that it is about."""
+
+    sample: str | None = None
+
+    code = 2  # exit code of a command that it ends
 
 
 class DataError(MmkdError):
@@ -21,6 +25,10 @@ class ImageError(DataError):
     """One picture cannot be read. Training skips these, up to a limit; evaluation reports the row."""
 
 
+class SampleError(DataError):
+    """One sample cannot be prepared; the message names it. Training skips these, up to a limit; evaluation reports the row."""
+
+
 class RecipeError(DataError):
     """A recipe is wrong; the message lists every error."""
 
@@ -29,12 +37,28 @@ class GuardError(DataError):
     """A run would not teach what it is meant to; the message says why and how to go on all the same."""
 
 
+class NotFiniteError(MmkdError):
+    """A computed value is NaN or infinite; nothing that depends on it is written."""
+
+    code = 3
+
+
 class TowerError(MmkdError):
     """A model cannot be used as the tower that was asked for."""
 
 
 class RegistryError(MmkdError):
     """A name is not registered, or is registered twice, or a module that registers names cannot be imported."""
+
+
+def one_line(error: object, length: int = 300) -> str:
+    """An error's own words, or any value's text, on one line and no longer than this."""
+    try:
+        text = str(error)
+    except ValueError:  # a number of more digits than Python writes
+        text = f"a {type(error).__name__} that is too long to be shown"
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

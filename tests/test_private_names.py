@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Name -> its owner and, of a function, the parameters.
 NAMES = {
     "_get_num_items_in_batch": (Trainer, ["self", "batch_samples", "device"]),
+    "_get_grad_norm": (Trainer, ["self", "model", "grad_norm"]),
     "_get_train_sampler": (Trainer, ["self", "train_dataset"]),
     "_load_from_checkpoint": (Trainer, ["self", "resume_from_checkpoint", "model"]),
     "_prepare_inputs": (Trainer, ["self", "inputs"]),

@@ -28,7 +28,7 @@ COMMANDS = {
     "preferences": ("mmkd.cli.preferences", "Count how often a model prefers the chosen answers of pairs."),
     "report": ("mmkd.cli.report", "Write the HTML report of a run again."),
     "compare": ("mmkd.cli.compare", "Compare models on the same questions: differences, agreement, one report for all."),
-    "check": ("mmkd.testing.command", "Check that a model works as a tower."),
+    "check": ("mmkd.testing.command", "Check that a model works as a tower, or replay a step that was not finite."),
     "list": ("mmkd.cli.list", "List cards, or what a recipe can name: terms, formats, metrics and their like."),
     "sample": ("mmkd.sample.command", "Write the embedded sample: two data sets in the benchmarks' own formats."),
 }
@@ -43,7 +43,7 @@ REFUSED = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; a user's mistake is one message on stderr and exit code 2, never a traceback."""
+    """Runs one command; a user's mistake is one message on stderr and exit code 2 (3: a value is not finite)."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments)
     except MmkdError as error:
         print(f"mmkd: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except KeyboardInterrupt:
         print("mmkd: stopped; the same command goes on from what is on the disk", file=sys.stderr)
         return 130

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
+from mmkd.base.schema import Strict
 from mmkd.data.formats import format_of, read_split
 from mmkd.data.prompts import PromptStyle, render
 from mmkd.data.samples import Question, Sample
@@ -18,10 +19,8 @@ from mmkd.data.stream import Stream
 from mmkd.errors import DataError
 
 
-class DataCard(BaseModel):
+class DataCard(Strict):
     """A data set's card: what its files are and how its questions are put to a model."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     title: str
@@ -67,6 +66,12 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
             "entry's root"
         )
     return found
+
+
+def layout_of(spec: Any) -> str:
+    """The files and pictures that a data entry's format looks for below its root, in words."""
+    fields = resolve(spec)
+    return format_of(fields["format"]).layout(fields["split"], fields["files"])
 
 
 def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:

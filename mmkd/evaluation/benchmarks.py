@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
+from mmkd.base.schema import Strict
 from mmkd.data.formats import format_of, read_questions, refuse_other_than_questions
 from mmkd.data.prompts import PromptStyle, by_letter, letter_of, render
 from mmkd.data.samples import Question, Sample
@@ -20,10 +21,10 @@ SUITES = "suites/"  # cards below are suites, see mmkd.evaluation.suites
 RETRIEVAL = "retrieval/"  # cards below are for dual encoders, see mmkd.retrieval.benchmark
 
 
-class ReferenceScore(BaseModel):
+class ReferenceScore(Strict):
     """A published number, to compare with when split, prompt, OCR switch and parser are the same."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     model: str
     score: float = Field(ge=0, le=100, description="in percent, as published")
@@ -31,10 +32,10 @@ class ReferenceScore(BaseModel):
     source: str
 
 
-class Benchmark(BaseModel):
+class Benchmark(Strict):
     """One benchmark's card. Keys that are not listed here are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     name: str
     title: str = Field(description="one line for lists and tables")

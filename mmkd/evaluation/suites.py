@@ -8,27 +8,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from mmkd.base.cards import load_card
+from mmkd.base.schema import Strict
 from mmkd.errors import DataError
 from mmkd.evaluation.benchmarks import Benchmark, ReferenceScore, load_benchmark
 
 
-class SuitePart(BaseModel):
+class SuitePart(Strict):
     """One benchmark of a suite and which of its numbers counts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     benchmark: str
     value: str = Field("score", description="dotted path of the number in results.json")
     scale: float = Field(100.0, gt=0, description="times this it is on a scale of 0 to 100")
 
 
-class Suite(BaseModel):
+class Suite(Strict):
     """A suite's card."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     name: str
     title: str

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmkd.errors import TowerError
 from mmkd.retrieval.dual_encoders import TransformersDual
-from mmkd.towers.assemble import VisionSpec, build_encoder, image_size, model_from_config, pixel_statistics
+from mmkd.towers.assemble import VisionSpec, build_encoder, image_size, load_tokenizer, model_from_config, pixel_statistics
+from mmkd.towers.whole import load_whole
 
 
 @dataclass
@@ -44,7 +45,6 @@ def assemble_dual(
     cannot be found or gives no pooled output.
     """
     from transformers import (
-        AutoTokenizer,
         CLIPImageProcessor,
         VisionTextDualEncoderConfig,
         VisionTextDualEncoderModel,
@@ -52,7 +52,7 @@ def assemble_dual(
     )
 
     if text.source is not None:
-        tokenizer = AutoTokenizer.from_pretrained(text.source)
+        tokenizer = load_tokenizer(text.source)
     if tokenizer is None:
         raise TowerError("a text encoder from a configuration needs a tokenizer; train one on the captions")
     with torch.random.fork_rng(devices=[]):
@@ -91,10 +91,7 @@ def _text_encoder(spec: TextSpec, tokenizer: Any) -> nn.Module:
     if (spec.source is None) == (spec.config is None):
         raise TowerError("a text encoder needs either `source` (pretrained) or `config` (random weights)")
     if spec.source is not None:
-        try:
-            model = AutoModel.from_pretrained(spec.source, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise TowerError(f"no text encoder can be loaded from {spec.source!r}: {error}") from error
+        model = load_whole(AutoModel, spec.source, "text encoder", part=True, pooled=spec.pooling == "own")
         return getattr(model, "text_model", model)
     config = dict(spec.config or {})
     kind = config.pop("model_type", None)

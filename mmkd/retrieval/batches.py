@@ -28,6 +28,11 @@ class PairBatch:
     pixels: Inputs
     tokens: Inputs
 
+    @property
+    def ids(self) -> list[str]:
+        """The pairs' numbers of picture and text."""
+        return [f"picture {i} with text {t}" for i, t in zip(self.images.tolist(), self.texts.tolist(), strict=True)]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         def move(inputs: Inputs) -> Inputs:
             return {k: v.to(device, non_blocking=non_blocking) for k, v in inputs.items()}

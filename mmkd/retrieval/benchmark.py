@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from mmkd.base.cards import list_cards, load_card
+from mmkd.base.schema import Strict
 from mmkd.data.annotations import Row, load
 from mmkd.data.samples import ImageRef
 from mmkd.errors import DataError, ImageError
@@ -36,10 +37,10 @@ LIMIT_SEED = 0
 log = logging.getLogger(__name__)
 
 
-class RetrievalBenchmark(BaseModel):
+class RetrievalBenchmark(Strict):
     """A retrieval benchmark's card. Keys that are not listed here are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     name: str
     title: str

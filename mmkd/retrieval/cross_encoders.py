@@ -24,6 +24,7 @@ from mmkd.retrieval.dual_encoders import text_length, weights_fingerprint
 from mmkd.towers.inputs import tokens_by_sample
 from mmkd.towers.logits import scaled
 from mmkd.towers.tower import Tower
+from mmkd.towers.whole import load_beside, load_whole
 
 QUESTION = "Does the picture show: {text}? Answer yes or no."
 
@@ -149,12 +150,11 @@ class ItmEncoder(MatchingEncoder):
         """From a folder or hub id of a `BlipForImageTextRetrieval`. Raises TowerError."""
         from transformers import AutoProcessor, BlipForImageTextRetrieval
 
-        model, report = BlipForImageTextRetrieval.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        if any(name.startswith("itm_head") for name in report["missing_keys"]):
-            raise TowerError(f"{str(folder)!r} has no image-text-matching head; use a BLIP made for retrieval (blip-itm-...)")
-        return cls(model, AutoProcessor.from_pretrained(folder))
+        try:
+            model = load_whole(BlipForImageTextRetrieval, folder, "BLIP with a matching head", dtype=dtype)
+        except TowerError as error:
+            raise TowerError(f"{error}; use a BLIP made for retrieval (blip-itm-...)") from error
+        return cls(model, load_beside(AutoProcessor, folder, "BLIP's processor"))
 
     @property
     def length(self) -> int:
@@ -189,8 +189,8 @@ class FusionEncoder(MatchingEncoder):
 
         from mmkd.retrieval.fusion import FusionModel
 
-        model = FusionModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        return cls(model, VisionTextDualEncoderProcessor.from_pretrained(folder))
+        model = load_whole(FusionModel, folder, "cross-encoder", dtype=dtype)
+        return cls(model, load_beside(VisionTextDualEncoderProcessor, folder, "cross-encoder"))
 
     @property
     def length(self) -> int:
@@ -213,14 +213,9 @@ def load_matching(folder: str | Path, dtype: torch.dtype | str = "auto") -> Matc
     import mmkd.retrieval.fusion  # noqa: F401  registers its configuration
 
     kinds: dict[str, type[ItmEncoder] | type[FusionEncoder]] = {"blip": ItmEncoder, "mmkd_fusion": FusionEncoder}
-    try:
-        found = AutoConfig.from_pretrained(folder).model_type
-        if found in kinds:
-            return kinds[found].load(folder, dtype)
-    except (OSError, ValueError) as error:
-        if isinstance(error, TowerError):
-            raise
-        raise TowerError(f"no cross-encoder can be loaded from {str(folder)!r}: {error}") from error
+    found = load_beside(AutoConfig, folder, "cross-encoder").model_type
+    if found in kinds:
+        return kinds[found].load(folder, dtype)
     raise TowerError(
         f"{str(folder)!r} is a {found!r}, not a BLIP; set teacher.kind=prompted to ask a vision-language model"
     )

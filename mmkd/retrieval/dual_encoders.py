@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.errors import TowerError
+from mmkd.towers.whole import load_beside, load_whole
 
 Inputs = dict[str, Tensor]
 
@@ -184,11 +185,8 @@ def load_dual(
         return _open_clip_folder(Path(source))
     from transformers import AutoModel, AutoProcessor
 
-    try:
-        model = AutoModel.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise TowerError(f"no dual encoder can be loaded from {str(source)!r}: {error}") from error
+    model = load_whole(AutoModel, source, "dual encoder", dtype=dtype, trust_remote_code=trust_remote_code)
+    processor = load_beside(AutoProcessor, source, "dual encoder", trust_remote_code=trust_remote_code)
     parts = ("get_image_features", "get_text_features", "logit_scale")
     missing = [name for name in parts if getattr(model, name, None) is None]
     if missing:

@@ -35,6 +35,7 @@ from mmkd.retrieval.recipe import MatchingRecipe, RankingRecipe, TrainingSpec
 from mmkd.retrieval.score_table import ScoreTable
 from mmkd.retrieval.summary import summarise, write_summary
 from mmkd.retrieval.trainer import PairTrainer, freeze_unreached
+from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import device_of_process
 from mmkd.train.trainer import last_checkpoint, split_evenly, training_arguments
 
@@ -141,6 +142,8 @@ def train_model(model: nn.Module, dataset: PairDataset, training: TrainingSpec, 
     set_seed(seed)
     trainer = PairTrainer(model, dataset, training.optimiser, arguments, run / "log" / f"{role}.jsonl")
     trainer.train(resume_from_checkpoint=resume)
+    trainer.finite.look()
+    check_trained(model.state_dict().items(), role)
 
 
 def save_on_main(model: Any, folder: Path) -> None:

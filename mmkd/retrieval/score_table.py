@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmkd.errors import NotFiniteError
 from mmkd.retrieval.cross_encoders import CrossEncoder
 from mmkd.retrieval.pairs import PairSet
+from mmkd.towers.finite import not_finite
 
 TABLE_ENTRIES = 64 * 2**20  # scores of all pairs are kept up to so many (256 MiB)
 
@@ -57,7 +59,10 @@ class ScoreTable:
 
     def _compute(self, pairs: Tensor) -> Tensor:
         self.computed += len(pairs)
-        return self.teacher.scores(self.pairs.images, self.pairs.texts, pairs, batch_size=self.batch_size)
+        found = self.teacher.scores(self.pairs.images, self.pairs.texts, pairs, batch_size=self.batch_size)
+        if not_finite([("scores", found)]):
+            raise NotFiniteError("the teacher's scores of some pairs are not finite; check its weights, or take another dtype")
+        return found
 
     def save(self) -> None:
         """Keeps what is known so far for other runs."""

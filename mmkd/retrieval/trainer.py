@@ -14,6 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mmkd.base.distributed import wait_for_all
 from mmkd.retrieval.batches import PairBatch, PairDataset
 from mmkd.retrieval.recipe import StepSpec
+from mmkd.towers.finite import check_trained
+from mmkd.train.finite import FiniteWatch, Where
 from mmkd.train.guards import freeze_unreached_by
 from mmkd.train.trainer import COMPLETE, TermLog
 
@@ -30,20 +32,31 @@ class PairTrainer(Trainer):
     def __init__(self, model: nn.Module, dataset: PairDataset, optimiser: StepSpec, arguments: TrainingArguments, log: Path):
         self.optimiser = optimiser
         self._sums: dict[str, Tensor] = {}
+        where = Where(log.parent.parent, arguments.run_name, "train")
+        self.finite = FiniteWatch(where, lambda: self.accelerator.unwrap_model(self.model))
         callbacks = [TermLog(log, arguments.run_name), MarkComplete()]
         super().__init__(model, arguments, data_collator=dataset.collate, train_dataset=dataset, callbacks=callbacks)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, PairBatch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, terms = model(inputs["batch"].to(self.args.device, non_blocking=True))
+        batch = inputs["batch"]
+        loss, terms = model(batch.to(self.args.device, non_blocking=True))
+        sums = {name: total for name, (total, _) in terms.items()}
+        self.finite.losses(self.state.global_step + 1, batch, batch.ids, loss, sums)
         for name, (total, count) in terms.items():
             seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
             self._sums[name] = self._sums[name] + seen if name in self._sums else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients, which are to be summed
         return (loss, terms) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.finite.gradient(norm)
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.finite.look()
         if "loss" in logs:
             for name in sorted(self._sums):
                 total, count = self.accelerator.reduce(self._sums[name], reduction="sum").tolist()
@@ -69,7 +82,9 @@ class PairTrainer(Trainer):
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the weights, those that several names share once."""
+        """Writes the weights, those that several names share once. Raises NotFiniteError for weights that are not finite."""
+        self.finite.look()
+        check_trained(self.accelerator.unwrap_model(self.model).state_dict().items(), f"step {self.state.global_step}")
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,8 @@ def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
         if not (run / "control").exists():
             copy_whole(shared / "control", run / "control")
         (run / "log").mkdir(parents=True, exist_ok=True)
-        shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
+        for log in sorted((shared / "log").glob("control*.jsonl")):
+            shutil.copy(log, run / "log" / log.name)
         summarise_experts(run)
     wait_for_all()
     return control

@@ -187,6 +187,9 @@ def _line(name: str, results: Mapping[str, Any]) -> str:
         return f"{name}: not scored, the answers are with a test server; {results['n']} questions, file {results['submission']}"
     low, high = results["ci95"]
     line = f"{name}: {100 * results['score']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], {results['n']} questions"
+    if results["n_skipped"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in results["skipped"].items())
+        line += f"; {results['n_skipped']} left out: {reasons}"
     return "; ".join([line, *results["remarks"]])
 
 

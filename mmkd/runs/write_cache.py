@@ -27,7 +27,7 @@ from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
-from mmkd.errors import DataError, ImageError, RecipeError
+from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
@@ -47,11 +47,13 @@ from mmkd.teachers.store import (
 from mmkd.teachers.stored import save_body, wanted
 from mmkd.teachers.teacher import head_of
 from mmkd.terms.spec import build_terms
+from mmkd.towers.finite import not_finite
 from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.reference import fill_reference
+from mmkd.train.skips import LEFT_OUT, allowance
 from mmkd.train.streaming import stage_stream
 
 logger = logging.getLogger(__name__)
@@ -159,7 +161,7 @@ def forecast_of(plan: Plan, teacher: Tower) -> Forecast:
     some = _spread(plan.samples, PROBE)
     counted = [(sample, n) for sample in some if (n := _row_count(plan, teacher, sample)) is not None]
     if not counted:
-        raise DataError(f"none of {len(some)} probed samples has readable pictures")
+        raise DataError(f"none of {len(some)} probed samples can be prepared: {_why(teacher, some[0])}")
     known, rows = [sample for sample, _ in counted], np.array([n for _, n in counted], dtype=float)
     fit, *_ = np.linalg.lstsq(_facts(known), rows, rcond=None)
     total = max(0.0, float((_facts(plan.samples) @ fit).sum()))
@@ -191,9 +193,17 @@ def _facts(samples: Sequence[Sample]) -> np.ndarray:
 def _row_count(plan: Plan, teacher: Tower, sample: Sample) -> int | None:
     try:
         encoded = teacher.encode(sample)
-    except ImageError:
+    except LEFT_OUT:
         return None
     return int((rows_of(plan, teacher.collate([_without_pixels(encoded)])) != 0).sum())
+
+
+def _why(teacher: Tower, sample: Sample) -> str:
+    try:
+        teacher.encode(sample)
+    except LEFT_OUT as error:
+        return str(error)
+    return ""
 
 
 def _encoded(teacher: Tower, samples: Sequence[Sample]) -> list[Encoded]:
@@ -260,7 +270,7 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
 
 
 class _Prepared(Dataset):
-    """(key, text key, the teacher's encoding, place) of each sample; None where the picture cannot be read or it is known."""
+    """(key, text key, encoding by the teacher, place) of each sample; None where it is known, else why it cannot be prepared."""
 
     def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
         self.samples, self.teacher, self.known = samples, teacher, known
@@ -273,7 +283,7 @@ class _Prepared(Dataset):
         try:
             key = content_key(sample)
             return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample), index)
-        except ImageError as error:
+        except LEFT_OUT as error:
             return str(error)
 
 
@@ -289,7 +299,7 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
     with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
         for items in loader:
             new = {item[0]: item for item in items if isinstance(item, tuple)}
-            unreadable += _log_unreadable(items)
+            unreadable += _log_left_out(items)
             if new:
                 keys, texts, encoded, places = zip(*new.values(), strict=True)
                 checked = checked or check_pixels("teacher", teacher, [mine[place] for place in places], encoded)
@@ -301,7 +311,7 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
     return {"samples": len(mine), "read": done, "unreadable": unreadable, "rows": writer.rows, "bytes": writer.bytes}
 
 
-def _log_unreadable(items: Sequence[Any]) -> int:
+def _log_left_out(items: Sequence[Any]) -> int:
     wrong = [item for item in items if isinstance(item, str)]
     for message in wrong:
         logger.warning("left out: %s", message)
@@ -328,6 +338,11 @@ def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[St
     with torch.inference_mode(), torch.autocast(teacher.device.type, half) if half is not None else nullcontext():
         seen = teacher.see(there)
         hidden = gathered(teacher.read(there, seen), where)  # [N, D]
+    if not_finite([("hidden", hidden), *(("features", f) for f in seen.features)]):
+        raise NotFiniteError(
+            f"what the teacher says of {', '.join(inputs.ids[:4])} is not finite; check its weights, or take another dtype "
+            "(bfloat16 instead of float16). What was written before is whole"
+        )
     with torch.no_grad():
         head, vocabulary = head_of(teacher), min(teacher.vocabulary, teacher.head.weight.shape[0])
         scores = torch.zeros(len(tokens))
@@ -382,7 +397,7 @@ def _fill_references(recipe: Recipe, folder: Path, teacher: Tower, batch_size: i
             continue
         samples = stage_samples(recipe, stage)
         student = build_student(recipe, as_teachers(teacher), texts_of({"": samples}))
-        pairs = PreferenceDataset(samples, student, None, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)))
+        pairs = PreferenceDataset(samples, student, None, terms, max_skipped=allowance(recipe.guards.max_skipped, len(samples)))
         read += fill_reference(
             pairs, teacher, folder / "references", batch_size=batch_size, chunk_bytes=recipe.chunk_bytes,
             pixels_matter=recipe.guards.pixels_matter,
@@ -398,7 +413,7 @@ def describe(facts: dict[str, Any], recipe_path: str) -> str:
     if "read" in facts:
         lines.append(
             f"{facts['read']:,} of {facts['samples']:,} samples were read, the others were there; wrote {facts['rows']:,} rows, "
-            f"{facts['bytes']:,} bytes" + (f"; {facts['unreadable']:,} pictures cannot be read" if facts["unreadable"] else "")
+            f"{facts['bytes']:,} bytes" + (f"; {facts['unreadable']:,} samples cannot be prepared" if facts["unreadable"] else "")
         )
     if facts.get("pairs"):
         lines.append(f"{facts['pairs']:,} preference pairs")

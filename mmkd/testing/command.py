@@ -1,4 +1,4 @@
-"""`mmkd check`: whether a model, or tiny models of all families, work as towers."""
+"""`mmkd check`: whether a model, or tiny models of all families, work as towers; where a kept step stops being finite."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 from mmkd.cli.arguments import positive
 from mmkd.cli.startup import quick_imports
+from mmkd.errors import DataError, NotFiniteError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="folder or hub id of an image-text model")
+    parser.add_argument(
+        "model", nargs="?", help="folder or hub id of an image-text model, or steps that a run kept: RUN/not_finite"
+    )
     parser.add_argument("--families", nargs="*", metavar="NAME", help="instead: tiny models of all families, or of these")
     parser.add_argument("--json", metavar="FILE", help="write the families' results there")
     parser.add_argument(
@@ -24,13 +27,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.families is not None:
         return _check_families(arguments)
     if arguments.model is None:
-        from mmkd.errors import DataError
-
         raise DataError("give a model to check, or --families")
     with quick_imports():
         from mmkd.testing import check_tower
+        from mmkd.testing.replay import is_kept, replay_all
         from mmkd.towers.tower import Tower
 
+    if is_kept(Path(arguments.model)):
+        steps = replay_all(Path(arguments.model))
+        print(json.dumps(steps, indent=1))
+        return 0 if all(facts["finite"] for facts in steps.values()) else NotFiniteError.code
     facts = check_tower(Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code))
     print(json.dumps(facts, indent=1))
     return 0

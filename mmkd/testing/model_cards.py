@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mmkd.base.cards import card_folders, list_cards, load_card
+from mmkd.base.schema import Strict
 from mmkd.errors import DataError
 
 KINDS = ("encoders", "projectors", "languages", "towers", "pairs")
@@ -19,7 +20,7 @@ FAMILIES = "families.json"  # beside the cards
 UNVERIFIED = "unverified"
 
 
-class ModelCard(BaseModel):
+class ModelCard(Strict):
     """One model.
 
     source: what `vision.source`, `language.source` or `teacher.model` of a recipe takes; of a pair, the teacher's card.
@@ -27,7 +28,6 @@ class ModelCard(BaseModel):
     image_size: side in pixels, or how it varies.  visual_tokens: of one picture, a number or how they come about.
     """
 
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     title: str

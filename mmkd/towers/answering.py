@@ -17,9 +17,10 @@ from transformers import BatchFeature
 
 from mmkd.errors import TowerError
 from mmkd.towers.families import GRIDS
-from mmkd.towers.greedy import Prompt, greedy
+from mmkd.towers.greedy import Prompt, check_logits, greedy
 from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
 from mmkd.towers.modes import evaluating
+from mmkd.towers.one_sample import preparing
 from mmkd.towers.protocol import TowerLike
 from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import decode_answers
@@ -78,6 +79,7 @@ def choose(
         hidden = tower.read(inputs, tokens)  # [B, L, D]
         last = inputs.attention_mask.sum(1) - 1
         logits = tower.head(hidden[torch.arange(len(samples), device=last.device), last])  # [B, V]
+    check_logits(logits.amax(-1))
     # A head's scale is positive and a soft cap monotone: neither changes which is largest.
     return [int(row[torch.tensor(allowed, device=row.device)].argmax()) for row, allowed in zip(logits, ids, strict=True)]
 
@@ -123,7 +125,8 @@ def _encode(
     encoded = []
     for key, sample in zip(keys, samples, strict=True):
         processed = known[key].processed if key in known else prepared.get(key)
-        one, seen_now = _encode_one(tower, sample, processed)
+        with preparing(sample):
+            one, seen_now = _encode_one(tower, sample, processed)
         encoded.append(one)
         if key and key not in known and key not in first:
             first[key], prepared[key] = one, seen_now

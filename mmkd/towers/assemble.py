@@ -39,6 +39,7 @@ from mmkd.towers.encoders import EncoderConfig, ReducedEncoder, WrappedEncoder, 
 from mmkd.towers.plugins import find
 from mmkd.towers.projectors import Matrices, Projector
 from mmkd.towers.tower import Tower
+from mmkd.towers.whole import load_beside, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -163,10 +164,7 @@ def build_encoder(spec: VisionSpec) -> nn.Module:
         return _encoder_from_config(dict(spec.config or {}), spec)
     kind, _, name = spec.source.partition(":")
     if kind in ("hf-hub", "local-dir"):
-        try:
-            model = AutoModel.from_pretrained(name, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise TowerError(f"no vision encoder can be loaded from {spec.source!r}: {error}") from error
+        model = load_whole(AutoModel, name, "vision encoder", part=True)
         return getattr(model, "vision_model", model)
     if kind in ("timm", "open_clip"):
         architecture, _, tag = name.partition("/") if kind == "open_clip" else (name, "", "")
@@ -272,7 +270,7 @@ def _build_language_model(spec: LanguageSpec, tokenizer: Any) -> nn.Module:
     if (spec.source is None) == (spec.config is None):
         raise TowerError("a language model needs either `source` (pretrained) or `config` (random weights)")
     if spec.source is not None:
-        model = AutoModelForCausalLM.from_pretrained(spec.source, use_safetensors=True)
+        model = load_whole(AutoModelForCausalLM, spec.source, "language model")
         rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
@@ -294,7 +292,7 @@ def _build_language_model(spec: LanguageSpec, tokenizer: Any) -> nn.Module:
 def _load_tokenizer(spec: LanguageSpec) -> Any:
     if spec.source is None:
         raise TowerError("a language model from a configuration needs a tokenizer: the teacher's or a trained one")
-    return AutoTokenizer.from_pretrained(spec.source)
+    return load_tokenizer(spec.source)
 
 
 def _feature_layer(spec: VisionSpec, encoder: nn.Module) -> int:
@@ -375,7 +373,7 @@ def pixel_statistics(spec: VisionSpec, encoder: nn.Module) -> tuple[list[float],
 def _hub_statistics(name: str) -> tuple[list[float], list[float]] | None:
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each folder fails in its own way
         logger.warning("%s has no image processor (%s); pixels are normalised with CLIP's mean and deviation", name, error)
         return None
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
@@ -459,4 +457,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(folder: str | Path) -> Any:
     """A tokenizer by folder or hub id."""
-    return AutoTokenizer.from_pretrained(folder)
+    return load_beside(AutoTokenizer, folder, "tokenizer")

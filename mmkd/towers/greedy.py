@@ -17,9 +17,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from mmkd.errors import NotFiniteError
 from mmkd.towers.inputs import Encoded
 from mmkd.towers.protocol import TowerLike
 
@@ -80,6 +81,7 @@ def _shared(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | N
 
 
 def _generate(tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int | None, **inputs: Any) -> Tensor:
+    largest = _Largest()
     out = tower.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -91,8 +93,34 @@ def _generate(tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int |
         eos_token_id=sorted(tower.stop_ids),
         return_dict_in_generate=True,
         output_logits=max_new_tokens is None,
+        logits_processor=LogitsProcessorList([largest]),
     )
+    largest.check()
     return out.logits[0] if max_new_tokens is None else out.sequences[:, ids.shape[1] :]
+
+
+class _Largest(LogitsProcessor):
+    """Keeps the largest logit of every row, which is NaN or infinite where no token is the likeliest; changes nothing."""
+
+    def __init__(self) -> None:
+        self.found: Tensor | None = None  # [B], of the sum over the tokens so far
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        largest = scores.amax(-1).float()
+        self.found = largest if self.found is None else self.found + largest
+        return scores
+
+    def check(self) -> None:
+        check_logits(self.found)
+
+
+def check_logits(logits: Tensor | None) -> None:
+    """Raises NotFiniteError for logits by which no answer can be chosen."""
+    if logits is not None and not bool(torch.isfinite(logits).all()):
+        raise NotFiniteError(
+            "the model's logits are not finite, so it has no answers: its numbers leave the range of its dtype; take another "
+            "(--dtype bfloat16 or float32), or check its weights"
+        )
 
 
 def _cut(encoded: Encoded, part: slice) -> Encoded:

@@ -14,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
 from mmkd.errors import TowerError
 from mmkd.towers.families import LANGUAGE_NAMES
+from mmkd.towers.whole import load_beside, load_whole
 
 
 def load_model_and_processor(
@@ -28,14 +29,9 @@ def load_model_and_processor(
         extra["attn_implementation"] = attn_implementation
     if device is not None and device.type != "cpu" and not is_deepspeed_zero3_enabled():  # ZeRO-3 places weights itself
         extra["device_map"] = {"": device}
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
-        )
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise TowerError(f"no image-text model can be loaded from {str(folder)!r}: {error}") from error
-    return model, processor
+    what = "image-text model"
+    model = load_whole(AutoModelForImageTextToText, folder, what, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
+    return model, load_beside(AutoProcessor, folder, what, trust_remote_code=trust_remote_code)
 
 
 def _quantisation(kind: str) -> BitsAndBytesConfig:

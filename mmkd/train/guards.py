@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import RowTerm, row_losses
-from mmkd.errors import GuardError
+from mmkd.errors import GuardError, NotFiniteError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
@@ -41,12 +42,14 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
             encoded[name] = [pair.teachers[name].inputs for pair in pairs]
         elif (loss := teacher.answer_loss(part.inputs)) is not None:  # its pictures were checked when it was written
             facts[f"{name}_loss"] = loss
+            _check_finite(name, facts)
     of_student = None
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
         hidden = answer_rows(tower, inputs)
         facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
+        _check_finite(role, facts)
         if pixels_matter:
             alike = of_student is not None and dataset.alike[role]
             exchange = of_student if alike else exchanged(tower, tried, encoded[role])
@@ -60,6 +63,16 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
             _check_teacher(name, facts)
     _log(distiller, facts)
     return facts
+
+
+def _check_finite(role: str, facts: dict[str, float]) -> None:
+    """No comparison holds with NaN, so that it would pass the guards that compare."""
+    wrong = [name for name, value in facts.items() if not math.isfinite(value)]
+    if wrong:
+        raise NotFiniteError(
+            f"what the {role} computes from the training samples is not finite ({', '.join(wrong)}): its weights are damaged, or "
+            "its numbers leave the range of its dtype; load it anew, or take another dtype (bfloat16 instead of float16)"
+        )
 
 
 def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.errors import DataError
+from mmkd.errors import DataError, NotFiniteError
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher, same_processor
 from mmkd.towers.loading import device_of_process
@@ -34,6 +35,7 @@ from mmkd.train.preference import (
     encode_rejected,
     last_answer,
 )
+from mmkd.train.skips import LEFT_OUT, Skip
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def fill_reference(
     """Fills `dataset.reference` from the cache in `folder`, where missing by the teacher; returns how many pairs it read.
 
     Processes share the pairs. pixels_matter: whether to check, if the teacher runs, that its pictures reach it
-    (GuardError). Raises DataError for a pair whose answers are the same tokens.
+    (GuardError). Pairs that one of the models cannot prepare are left out; raises DataError for more than are allowed.
     """
     rank, world = _processes()
     (teacher,) = as_teachers(teacher).values()
@@ -94,8 +96,8 @@ def fill_reference(
     with tqdm(total=len(mine), desc="reference log-probabilities", unit="pair", disable=rank > 0) as bar:
         for start in range(0, len(mine), batch_size):
             indices = list(mine[start : start + batch_size])
-            pairs = {i: pair for i in indices if (pair := dataset[i]) is not None}
-            encoded = [_encode(dataset, i, pair, teacher.body, same) for i, pair in pairs.items()]
+            pairs = {i: pair for i in indices if isinstance(pair := dataset[i], PreferencePair)}
+            encoded, pairs = _encode_all(dataset, pairs, teacher.body, same)
             keys = [[content_key(answer, chosen) for answer in (chosen, rejected)] for chosen, rejected in encoded]
             # A batch is read as a whole or not at all: what stands beside an answer may change its last bits.
             if any(key not in cache.values for both in keys for key in both):
@@ -110,6 +112,21 @@ def fill_reference(
         _add_up(dataset.reference, device_of_process())
     logger.info("reference: the teacher read %d of %d pairs, the others were in %s", read, len(mine), cache.folder)
     return read
+
+
+def _encode_all(
+    dataset: PreferenceDataset, pairs: dict[int, PreferencePair], body: Tower, same: bool
+) -> tuple[list[tuple[Encoded, Encoded]], dict[int, PreferencePair]]:
+    """The pairs in the teacher's terms, and those of them that it can prepare; the others are left out from now on."""
+    encoded, kept = [], {}
+    for index, pair in pairs.items():
+        try:
+            encoded.append(_encode(dataset, index, pair, body, same))
+            kept[index] = pair
+        except LEFT_OUT as error:
+            dataset.leave_out(index)
+            dataset.skips.add(Skip.of(dataset.samples[index], error, index, "in the teacher: "))
+    return encoded, kept
 
 
 def _encode(
@@ -145,6 +162,11 @@ def _read(
     for place, (name, inputs) in enumerate((("chosen", chosen), ("rejected", rejected))):
         values = answer_log_probs(teacher, inputs, teacher.read(inputs, seen), chunk_bytes).tolist()  # [B]
         tokens = last_answer(inputs).sum(1).tolist()
+        if not all(map(math.isfinite, values)):
+            raise NotFiniteError(
+                f"the teacher's log-probabilities of {', '.join(inputs.ids[:4])} are not finite; check its weights, or take "
+                "another dtype (bfloat16 instead of float16)"
+            )
         for both, sample, value, count in zip(keys, inputs.ids, values, tokens, strict=True):
             rows.append({"key": both[place], "id": sample, "answer": name, "tokens": count, "log_prob": value})
     return rows

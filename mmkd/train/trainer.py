@@ -25,12 +25,14 @@ from mmkd.answers import AnswerSource
 from mmkd.answers.data import DataAnswers
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
+from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import half_of
 from mmkd.towers.modes import evaluating
 from mmkd.train.batch import Batch
 from mmkd.train.collate import PairDataset
-from mmkd.train.distiller import Distiller
+from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
+from mmkd.train.finite import FiniteWatch, Where
 from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
@@ -55,9 +57,11 @@ class DistillTrainer(Trainer):
         ahead: bool = False,
         sizes: Sequence[int] = (),
         answers: AnswerSource | None = None,
+        where: Where | None = None,
     ):
         """ahead: whether the teacher's pass over the next micro-batch begins before the student works on this one.
         sizes: samples of each data entry.  answers: where a step's answers come from; None for the data.
+        where: of which run and role, for what is kept of a step that is not finite.
         """
         self.stage, self.sizes = stage, sizes
         self._answers = answers or DataAnswers()
@@ -68,6 +72,8 @@ class DistillTrainer(Trainer):
         self._asks_step = any(t.has_step_sums for t in distiller.terms)
         self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
         self._experts = ExpertUse()
+        where = where or Where(Path(arguments.output_dir), "student", arguments.run_name)
+        self.finite = FiniteWatch(where, self._whole)
         super().__init__(
             model=distiller,
             args=arguments,
@@ -94,18 +100,28 @@ class DistillTrainer(Trainer):
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
             samples = self._answers.take(epoch_iterator, num_batches)
+            self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
             self._sum_over_step(samples)
             return samples, counts
         peeked = self._peeked[1] if self._peeked[0] is epoch_iterator else []
         coming = itertools.chain(peeked, epoch_iterator)
         samples = list(itertools.islice(coming, num_batches))
+        self._count_skipped(samples)
         last = self.state.global_step + 1 >= self.state.max_steps
         self._peeked = (epoch_iterator, [] if last else list(itertools.islice(coming, 1)))
         queue = [inputs["batch"] for inputs in (*samples, *self._peeked[1])]
         self._following = {id(batch): following for batch, following in itertools.pairwise(queue)}
         self._sum_over_step(samples)
         return samples, self._get_num_items_in_batch(samples, device)
+
+    def _count_skipped(self, samples: Sequence[dict[str, Batch]]) -> None:
+        """Counts what was left out of a step's micro-batches; workers that made them could not. Raises DataError."""
+        skips = self.train_dataset.skips
+        for batch in (inputs["batch"] for inputs in samples):
+            skips.seen += len(batch.student.ids) + len(batch.skipped)
+            for skip in batch.skipped:
+                skips.add(skip)
 
     # ---- loss ----
 
@@ -153,6 +169,7 @@ class DistillTrainer(Trainer):
     ) -> Any:
         progress = progress_at(self.state.global_step, self.state.max_steps)
         loss, terms = model(inputs["batch"], num_items_in_batch, progress)
+        self._note(inputs["batch"].on_host, loss, terms, num_items_in_batch, progress)
         self._count_experts(model, inputs["batch"])
         for name, (total, count) in terms.items():
             seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
@@ -161,6 +178,24 @@ class DistillTrainer(Trainer):
                 self._step[name] = self._step[name] + seen if name in self._step else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients; our counts are global already
         return (loss, terms) if return_outputs else loss
+
+    def _note(self, batch: Batch, loss: Tensor, terms: Log, counts: Tensor | None, progress: float) -> None:
+        """For the case that one of these values is not finite."""
+        sums = {name: total for name, (total, _) in terms.items()}
+        counts = counts.tolist() if counts is not None else None
+        self.finite.losses(
+            self.state.global_step + 1, batch, batch.student.ids, loss, sums, counts=counts, progress=float(progress)
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # Under float16 an infinite gradient is how the loss scale finds its size; such a step is left out.
+        self.finite.gradient(None if self.args.fp16 else norm)
+        return norm
+
+    def _whole(self) -> nn.Module | None:
+        """Student and terms; None where each process holds a part of them."""
+        return None if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.accelerator.unwrap_model(self.model)
 
     def _count_experts(self, model: nn.Module, batch: Batch) -> None:
         self._experts.add(self.accelerator.unwrap_model(model).routed, batch.tokens)
@@ -175,6 +210,7 @@ class DistillTrainer(Trainer):
         self._step.clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.finite.look()
         if self._sums and "loss" in logs:
             for name in sorted(self._sums):
                 total, count = self.accelerator.reduce(self._sums[name], reduction="sum").tolist()
@@ -232,6 +268,9 @@ class DistillTrainer(Trainer):
         load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.finite.look()
+        if (whole := self._whole()) is not None:
+            check_trained(whole.state_dict().items(), f"step {self.state.global_step}")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
