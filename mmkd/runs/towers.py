@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mmkd.errors import TowerError
 from mmkd.recipes.recipe import Recipe
 from mmkd.registry import import_modules, registry
 from mmkd.runs.machine import use_machine
@@ -73,12 +74,19 @@ def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | No
 def load_student(recipe: Recipe, folder: Any) -> Tower:
     """A student from a folder or hub id, as the recipe has it. Raises TowerError."""
     spec = recipe.student
-    return to_device(
+    return _as_student(
         Tower.load(
             folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code,
             attn_implementation=spec.attn_implementation, device=device_of_process(), max_length=recipe.max_length,
         )
     )  # fmt: skip
+
+
+def _as_student(tower: Tower) -> Tower:
+    """The tower on its device. Raises TowerError for one that can only be a teacher of rows."""
+    if not tower.has_visual_tokens:
+        raise TowerError(f"the student {tower.lacks()}, so it can only be a teacher of rows; take another student")
+    return to_device(tower)
 
 
 def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: list[str]) -> Any:

@@ -22,6 +22,7 @@ from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
 
 ALL = ("rows", "hidden", "visual_rows", "features", "gram", "switch")
+ROWS = ("rows", "hidden", "gram")  # of a model whose pictures are no tokens of its text
 
 
 @register("teachers", "live")
@@ -42,7 +43,10 @@ class LiveTeacher(Teacher):
 
     @property
     def gives(self) -> Gives:
-        return Gives("the live teacher", frozenset(ALL))
+        name = "the live teacher"
+        if self.body.has_visual_tokens:
+            return Gives(name, frozenset(ALL))
+        return Gives(name, frozenset(ROWS), positions=frozenset({"response", "answer"}), why=self.body.lacks())
 
     def fingerprint(self) -> str:
         return self.tower.fingerprint()
@@ -62,7 +66,7 @@ class LiveTeacher(Teacher):
 
     def shares_encoder(self, student: Tower, inputs: TowerInputs) -> bool:
         """Whether one pass of the vision encoder serves both towers on these inputs, which must be the same for both."""
-        if not inputs.pixels:
+        if not inputs.pixels or not self.tower.has_visual_tokens:
             return False
         if self._sees_alike is None:
             self._sees_alike = sees_alike(student, self.tower, inputs)
