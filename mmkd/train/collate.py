@@ -90,14 +90,14 @@ class PairDataset(Dataset):
     def _with_stored(self, index: int, pair: Pair) -> Pair:
         """The pair with what is on disk of it, which is read anew each time."""
         parts = {
-            name: replace(part, inputs=self._of_teacher(name, self.samples[index], pair.student, index))
+            name: replace(part, inputs=self._of_teacher(name, self.samples[index], pair.student))
             if self.teachers[name].stored else part
             for name, part in pair.teachers.items()
         }  # fmt: skip
         return replace(pair, teachers=parts)
 
-    def _of_teacher(self, name: str, sample: Sample, encoded: Encoded, index: int | None = None) -> object:
-        return self.teachers[name].prepare(sample, encoded, student=self.student, alike=self.alike[name], index=index)
+    def _of_teacher(self, name: str, sample: Sample, encoded: Encoded) -> object:
+        return self.teachers[name].prepare(sample, encoded, student=self.student, alike=self.alike[name])
 
     def _keep(self, index: int, pair: Pair) -> None:
         """Many questions are about one picture: equal pixels are kept once."""

@@ -112,11 +112,12 @@ def _brief(names: list[str]) -> str:
 
 
 def _some(dataset: PairDataset, samples: int) -> tuple[list[Sample], list[Pair]]:
-    """Samples spread over the data set, those with pictures first choice, and the same prepared; unreadable ones left out."""
+    """Samples spread over the data set, those with pictures first choice, and the same prepared; those that cannot be prepared left out."""
     pictured = [i for i, s in enumerate(dataset.samples) if s.images] or list(range(len(dataset.samples)))
     step = max(1, len(pictured) // samples)
     found = [(dataset.samples[i], dataset[i]) for i in pictured[::step][:samples]]
-    return [sample for sample, pair in found if pair is not None], [pair for _, pair in found if pair is not None]
+    usable = [(sample, pair) for sample, pair in found if isinstance(pair, Pair)]
+    return [sample for sample, _ in usable], [pair for _, pair in usable]
 
 
 @torch.no_grad()
