@@ -111,6 +111,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         for role in roles:
             entry[role] = compared["models"][role]["score"]
             entry[f"{role}_ci95"] = compared["models"][role]["ci95"]
+            if said := compared["models"][role].get("remarks"):
+                entry.setdefault("remarks", {})[role] = said
         for other in ("control", "teacher"):
             if found := compared["differences"].get(f"student - {other}"):
                 entry[f"student_minus_{other}"] = {"mean": found["difference"], "ci95": found["ci95"]}
@@ -169,6 +171,7 @@ def table(summary: dict[str, Any]) -> str:
                 f"  {in_words(role):<{width}} {100 * entry[role]:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]   "
                 f"{entry['parameters'][role]:>13,} parameters{_active(entry, role)}"
             )
+            lines += [f"           {said}" for said in entry.get("remarks", {}).get(role, ())]
         if "student_blind" in entry:
             lines.append(f"  student without pictures {100 * entry['student_blind']:.1f} %")
         if any(is_control(role) for role in entry["parameters"]):

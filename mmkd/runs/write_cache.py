@@ -49,6 +49,7 @@ from mmkd.teachers.stored import save_body, wanted
 from mmkd.teachers.teacher import head_of
 from mmkd.terms.spec import build_terms
 from mmkd.towers.finite import not_finite
+from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
@@ -340,8 +341,8 @@ def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[St
     tokens = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]  # [N]
     response = inputs.response[where]  # [N]
     there = inputs.to(teacher.device)
-    half = plan.precision == "bfloat16"
-    with torch.inference_mode(), torch.autocast(teacher.device.type, torch.bfloat16) if half else nullcontext():
+    half = half_of(plan.precision)
+    with torch.inference_mode(), torch.autocast(teacher.device.type, half) if half is not None else nullcontext():
         seen = teacher.see(there)
         hidden = gathered(teacher.read(there, seen), where)  # [N, D]
     if not_finite([("hidden", hidden), *(("features", f) for f in seen.features)]):

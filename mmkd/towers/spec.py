@@ -13,6 +13,7 @@ from mmkd.registry import options_of, registry
 from mmkd.towers.reading import Reading
 
 PARTS = ("vision", "projector", "language")
+Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
 class VisionConfig(Strict):
@@ -96,6 +97,8 @@ class StudentSpec(ReadingSpec):
     assemble: AssembleSpec | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
+    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
+    attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
 
     @model_validator(mode="after")
     def one_origin(self) -> StudentSpec:
