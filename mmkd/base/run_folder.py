@@ -43,7 +43,7 @@ def claim(
     write_whole(path, yaml.safe_dump(dict(recipe), sort_keys=False))
     facts = {"title": title, "seed": seed, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     facts |= {"data": data} if data is not None else {}
-    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
 
 
 def _has_begun(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import set_seed
 
 import mmkd
+from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole
 from mmkd.base.run_folder import claim
@@ -37,7 +38,9 @@ from mmkd.retrieval.summary import summarise, write_summary
 from mmkd.retrieval.trainer import PairTrainer, freeze_unreached
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import device_of_process
-from mmkd.train.trainer import last_checkpoint, split_evenly, training_arguments
+from mmkd.train.checkpoints import last_checkpoint
+from mmkd.train.stop_at_step import train_or_stop
+from mmkd.train.trainer import split_evenly, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
             train_model(model, MatchingDataset(pairs, encoder), recipe.training, recipe.seed, "model", run)
             save_on_main(encoder, final)
             clear(run, "model")
+        check_whole(final, "put it back, or delete it: the same command trains it again")
         teacher = load_matching(final, torch.float32)
         teacher.model.to(device_of_process())
         scores = ScoreTable(teacher.freeze(), test).all_scores()
@@ -124,6 +128,7 @@ def train_dual(recipe: RankingRecipe, role: str, pairs: PairSet, run: Path, tabl
         train_model(model, PairDataset(pairs, student), recipe.training, recipe.seed, role, run)
         save_on_main(student, final)
         clear(run, role)
+    check_whole(final, "put it back, or delete it: the same command trains it again")
     model = load_dual(final, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)
     return model.to(device_of_process()).eval()
 
@@ -139,9 +144,11 @@ def train_model(model: nn.Module, dataset: PairDataset, training: TrainingSpec, 
     resume = last_checkpoint(folder)
     if resume is None:
         logger.info("%s: %d pairs, batches of %d", role, len(dataset), training.optimiser.batch_size)
+    else:
+        logger.info("%s: going on from %s", role, resume)
     set_seed(seed)
     trainer = PairTrainer(model, dataset, training.optimiser, arguments, run / "log" / f"{role}.jsonl")
-    trainer.train(resume_from_checkpoint=resume)
+    train_or_stop(trainer, resume, role)
     trainer.finite.look()
     check_trained(model.state_dict().items(), role)
 

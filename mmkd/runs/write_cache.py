@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mmkd.base.checksums import sums_in
 from mmkd.base.distributed import is_main_process, rank, world_size
+from mmkd.base.files import room_for, synced
 from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
@@ -229,8 +231,11 @@ def about_of(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 def check_folder(recipe: Recipe, folder: Path, plan: Plan) -> None:
     """Raises DataError for a folder that holds a cache of something else, with every difference."""
-    differences = About.load(folder).differences(about_of(recipe, plan)) if (folder / "cache.json").exists() else []
-    if differences:
+    if not (folder / "cache.json").exists():
+        return
+    about = About.load(folder)
+    about.check_body(folder)
+    if differences := about.differences(about_of(recipe, plan)):
         raise DataError(
             f"{folder} is another cache:\n  " + "\n  ".join(differences) + "\nSet teacher.cache=ANOTHER_FOLDER, or delete it"
         )
@@ -245,64 +250,83 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
     body = folder / "teacher"
     if not body.exists():
         partial = folder / f".teacher.{uuid.uuid4().hex[:8]}"
-        save_body(teacher, partial, with_head=plan.top_k is None)
+        with room_for(partial):
+            save_body(teacher, partial, with_head=plan.top_k is None)
+            synced(partial)
         try:
             partial.rename(body)
         except OSError:  # another process was first
             shutil.rmtree(partial)
     hashed = with_hashes(recipe.teacher.model, files)
     About(
-        **about_of(recipe, plan), files=hashed, fingerprint=teacher.fingerprint(), logit_rule=list(rule), vocabulary=vocabulary
-    ).save(folder)
+        **about_of(recipe, plan), files=hashed, fingerprint=teacher.fingerprint(), logit_rule=list(rule), vocabulary=vocabulary,
+        body=sums_in(body),
+    ).save(folder)  # fmt: skip
 
 
 # ---- filling ---------------------------------------------------------------------------------------------------------
 
 
 class _Prepared(Dataset):
-    """(key, text key, the teacher's encoding) of each sample; None where the picture cannot be read or it is known."""
+    """Batches of (key, text key, the teacher's encoding), each sample once; a message in the place of one whose picture cannot
+    be read, and nothing where all of a batch is known.
 
-    def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
-        self.samples, self.teacher, self.known = samples, teacher, known
+    A batch is read as a whole or not at all: what stands beside a sample may change its last bits, and a cache that was killed
+    and goes on is to hold those of an undisturbed one.
+    """
+
+    def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache, batch_size: int):
+        self.batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        self.teacher, self.known = teacher, known
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded] | str | None:
-        sample = self.samples[index]
-        try:
-            key = content_key(sample)
-            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample))
-        except ImageError as error:
-            return str(error)
+    def __getitem__(self, index: int) -> tuple[int, list[tuple[bytes, bytes, Encoded]], list[str]]:
+        keys: dict[bytes, Sample] = {}
+        unreadable = []
+        for sample in self.batches[index]:
+            try:
+                keys.setdefault(content_key(sample), sample)
+            except ImageError as error:
+                unreadable.append(str(error))
+        items = []
+        for key, sample in keys.items() if any(key not in self.known for key in keys) else ():
+            try:
+                items.append((key, text_key(sample), self.teacher.encode(sample)))
+            except ImageError as error:
+                unreadable.append(str(error))
+        return len(self.batches[index]), items, unreadable
 
 
 def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: int, pixels_matter: bool) -> dict[str, Any]:
     # Samples of like length side by side: less padding. The longest first: what does not fit the memory fails at once.
     order = sorted(range(len(plan.samples)), key=lambda i: lengths_of(plan.samples[i : i + 1])[0], reverse=True)
     mine = [plan.samples[i] for i in order[rank() :: world_size()]]
-    prepared = _Prepared(mine, teacher, TeacherCache(folder))
-    loader = DataLoader(prepared, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    known = TeacherCache(folder)
+    loader = DataLoader(_Prepared(mine, teacher, known, batch_size), batch_size=None, num_workers=workers)
     writer = ShardWriter(folder, rank())
+    written: set[bytes] = set()
     done = unreadable = 0
     checked = not pixels_matter
     with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
-        for items in loader:
-            new = {item[0]: item for item in items if isinstance(item, tuple)}
-            unreadable += _log_unreadable(items)
-            if new:
-                keys, texts, encoded = zip(*new.values(), strict=True)
+        for count, items, wrong in loader:
+            unreadable += _log_unreadable(wrong)
+            if items:
+                keys, texts, encoded = zip(*items, strict=True)
                 checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
-                for key, text, stored in zip(keys, texts, stored_of(plan, teacher, encoded), strict=True):
-                    writer.add(key, text, stored)
-            done += len(new)
-            bar.update(len(items))
+                stored = zip(keys, texts, stored_of(plan, teacher, encoded), strict=True)
+                new = {key: (key, text, one) for key, text, one in stored if key not in known and key not in written}
+                for entry in new.values():
+                    writer.add(*entry)
+                written |= set(new)
+                done += len(new)
+            bar.update(count)
     writer.close()
     return {"samples": len(mine), "read": done, "unreadable": unreadable, "rows": writer.rows, "bytes": writer.bytes}
 
 
-def _log_unreadable(items: Sequence[Any]) -> int:
-    wrong = [item for item in items if isinstance(item, str)]
+def _log_unreadable(wrong: Sequence[str]) -> int:
     for message in wrong:
         logger.warning("left out: %s", message)
     return len(wrong)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmkd.base.files import write_whole
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt, upcycle
 from mmkd.train.spec import StageSpec
@@ -37,7 +38,7 @@ def write_receipt(receipt: Receipt, folder: Path) -> None:
     for line in receipt.lines():
         logger.info("%s", line)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECEIPT).write_text(json.dumps(receipt.as_dict(), indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / RECEIPT, json.dumps(receipt.as_dict(), indent=1) + "\n")
 
 
 # ---- use of experts --------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def summarise_experts(run: Path) -> dict[str, Any]:
         for stage, rows in stages.items():
             found.setdefault(path.stem, {})[stage] = _summary(rows) | _receipt_of(run, path.stem, stage)
     if found:
-        (run / "experts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(run / "experts.json", json.dumps(found, indent=1) + "\n")
     return found
 
 
