@@ -41,6 +41,9 @@ _OTHER = "take an output folder that can be made and written to"
 REFUSED = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _OTHER),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "take a shorter path"),
+    **dict.fromkeys((errno.ENOENT, errno.ESTALE), "it was there before; put it back, and the same command goes on"),
+    **dict.fromkeys((errno.EIO, errno.ETIMEDOUT, errno.ENXIO), "look at the disk, or take a copy of the file"),
 }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mmkd.base.distributed import world_size
-from mmkd.errors import DataError, MmkdError, TowerError
+from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts
+from mmkd.runs.room import room_errors
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import Term, terms_of_teacher
@@ -19,26 +20,33 @@ from mmkd.train.distiller import term_errors
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.spec import StageSpec
 from mmkd.train.streaming import stage_stream
+from mmkd.train.trainable import lora_errors
 from mmkd.train.trainer import split_evenly
 
+SHOWN = 16  # findings that a message lists
 TRIED = 3  # samples of a data entry that are prepared
 
 
-def preflight(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None) -> None:
+def preflight(
+    recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None, *, writes: bool = True
+) -> None:
     """Checks every stage against the student as it is before the first one. Raises DataError with all findings.
 
-    processes: that train together; None for those that were started together.
+    processes: that train together; None for those that were started together.  writes: whether the output folder is asked, too.
 
     Terms against towers and teachers, tokenizers, some samples of every data entry prepared by student and teachers, batch
-    sizes, experts.
+    sizes, experts, adapters, the output folder and the room on its disk.
     """
     found = fit_errors(recipe, student, teachers, world_size() if processes is None else processes)
+    found += room_errors(recipe, student) if writes else []
     if not found:  # towers that do not fit would fail on every sample, too
         found = [error for name in recipe.stages for error in _data_errors(recipe, name, student, teachers)]
     if len(found) == 1:
         raise DataError(found[0])
     if found:
-        raise DataError(f"{len(found)} things would stop this run:\n  " + "\n  ".join(found))
+        shown = [one_line(error, 1000) for error in found[:SHOWN]]
+        shown += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise DataError(f"{len(found)} things would stop this run:\n  " + "\n  ".join(shown))
 
 
 def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int = 1) -> list[str]:
@@ -48,6 +56,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
     for name, stage in recipe.stages.items():
         wrong = _upcycle_errors(stage, student, sparse)
         sparse = sparse or stage.upcycle is not None
+        wrong += [f"lora.{error}" for error in lora_errors(student, stage.lora)] if stage.lora else []
         terms, needed = _terms_of(stage, teachers)
         wrong += [f"terms.{error}" for error in term_errors(student, needed, terms, sparse=sparse)]
         wrong += [f"optimiser: {error}" for error in split_evenly(stage.optimiser, processes)]

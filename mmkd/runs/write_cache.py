@@ -111,7 +111,7 @@ def write_cache(
     check_folder(live, folder, plan)
     teachers = load_teachers(live)
     student = build_student(live, teachers, texts_of(all_samples(live)))
-    preflight(live, student, teachers, processes=1)  # those that write a cache do not train together
+    preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together
     del student
     (teacher,) = (teacher.running() for teacher in teachers.values())
     facts: dict[str, Any] = {"folder": str(folder)}

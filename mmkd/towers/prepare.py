@@ -20,6 +20,7 @@ from mmkd.errors import DataError, TowerError
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
 from mmkd.towers.samples import Sample, Turn
+from mmkd.towers.time_limit import limited
 
 # What a processor gives beside pixels.
 _NO_PIXELS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"})
@@ -129,7 +130,8 @@ class Preparer:
         messages = [
             {"role": t.role, "content": [{"type": "image"}] * t.images + [{"type": "text", "text": t.text}]} for t in turns
         ]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        with limited():
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     def _prompt_ids(self, text: str, pictures: list, *, first: bool) -> tuple[list[int], dict[str, Tensor]]:
         """Token ids of a prompt piece, image placeholders expanded by the processor, and its pixels."""

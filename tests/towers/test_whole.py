@@ -134,7 +134,9 @@ def test_cut_and_binary_files_are_one_line(model, name, damage):
 
 
 def test_an_encoder_may_come_from_a_larger_model_but_not_from_half_of_itself(tmp_path):
-    config = CLIPConfig({**SMALL, "vocab_size": 50}, {**SMALL, "image_size": 16, "patch_size": 8})
+    config = CLIPConfig(
+        text_config={**SMALL, "vocab_size": 50}, vision_config={**SMALL, "image_size": 16, "patch_size": 8}
+    )
     clip = CLIPModel(config)
     clip.save_pretrained(tmp_path / "clip")
     assert type(build_encoder(VisionSpec(source=f"local-dir:{tmp_path / 'clip'}"))).__name__.startswith("CLIPVision")
