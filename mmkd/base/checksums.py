@@ -68,6 +68,12 @@ def check_whole(folder: Path, way_out: str) -> None:
         raise DataError(f"{folder} changed since it was written: {wrong}; {way_out}")
 
 
+def same_sums(folder: Path, other: Path) -> bool:
+    """Whether two folders that `mmkd.base.files.save_whole` made were written with the same content."""
+    texts = [path.read_bytes() if path.exists() else None for path in map(sums_of, (folder, other))]
+    return texts[0] is not None and texts[0] == texts[1]
+
+
 def _files(folder: Path, but: Path | None) -> dict[str, Path]:
     paths = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path != but}

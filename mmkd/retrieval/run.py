@@ -21,8 +21,8 @@ from transformers import set_seed
 import mmkd
 from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all, world_size
-from mmkd.base.files import copy_whole, save_whole
-from mmkd.base.run_folder import claim
+from mmkd.base.files import save_whole
+from mmkd.base.run_folder import claim, restart, take_control
 from mmkd.errors import DataError
 from mmkd.retrieval.batches import PairDataset
 from mmkd.retrieval.cross_encoders import load_matching
@@ -45,9 +45,10 @@ from mmkd.train.trainer import split_evenly, training_arguments
 logger = logging.getLogger(__name__)
 
 
-def rank(recipe: RankingRecipe) -> dict[str, Any]:
+def rank(recipe: RankingRecipe, *, anew: bool = False) -> dict[str, Any]:
     """Runs a ranking recipe to its summary; started again with the same recipe it goes on where it stopped.
 
+    anew: what the folder holds of a run is deleted first.
     Returns what it writes to OUTPUT/summary.json. Raises DataError, RecipeError, TowerError.
     """
     started = time.monotonic()
@@ -55,6 +56,8 @@ def rank(recipe: RankingRecipe) -> dict[str, Any]:
     pairs, test = _read(recipe)
     check_sizes(recipe.training, pairs)
     with alone_in(run, "the same output"):
+        if anew:
+            restart(run)
         claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed)
         teacher = load_cross_teacher(recipe.teacher)
         before = build_dual(recipe.student, pairs.texts, recipe.seed)
@@ -69,8 +72,11 @@ def rank(recipe: RankingRecipe) -> dict[str, Any]:
         return summarise(recipe, run, models, teacher, test, time.monotonic() - started)
 
 
-def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
-    """Trains a cross-encoder and scores it on the test set; the model is OUTPUT/model. Raises DataError, TowerError."""
+def train_matching(recipe: MatchingRecipe, *, anew: bool = False) -> dict[str, Any]:
+    """Trains a cross-encoder and scores it on the test set; the model is OUTPUT/model. `anew` as in `rank`.
+
+    Raises DataError, TowerError.
+    """
     started = time.monotonic()
     if world_size() > 1:
         raise DataError(f"a matching recipe draws its negatives in one process; {world_size()} are running")
@@ -80,6 +86,8 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
         raise DataError("evaluation.rerank: a matching recipe has no student whose order could be reranked; take it out")
     check_sizes(recipe.training, pairs)
     with alone_in(run, "the same output"):
+        if anew:
+            restart(run)
         claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed)
         final = run / "model"
         if not final.exists():
@@ -172,10 +180,7 @@ def train_control(recipe: RankingRecipe, before: DualEncoder, pairs: PairSet, ru
     with alone_in(shared, "the control of this one, too,", wait=True):
         control = train_dual(recipe, "control", pairs, shared, None)
     if is_main_process():
-        (run / "log").mkdir(parents=True, exist_ok=True)
-        if not (run / "control").exists():
-            copy_whole(shared / "control", run / "control")
-        shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
+        take_control(shared, run)
     return control
 
 

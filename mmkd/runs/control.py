@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import mmkd
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all
-from mmkd.base.files import copy_whole
+from mmkd.base.run_folder import take_control
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import data_state
 from mmkd.runs.stages import train
@@ -55,10 +54,7 @@ def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
     with alone_in(shared, "the SFT control of this one, too,", wait=True):
         control = train(control_recipe(recipe), "control", student, {}, shared)
     if is_main_process():
-        if not (run / "control").exists():
-            copy_whole(shared / "control", run / "control")
-        (run / "log").mkdir(parents=True, exist_ok=True)
-        shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
+        take_control(shared, run)
         summarise_experts(run)
     wait_for_all()
     return control

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from mmkd.base.files import write_whole
+from mmkd.base.jsonl import log_rows, read_object
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt, upcycle
 from mmkd.train.spec import StageSpec
@@ -91,9 +92,8 @@ def summarise_experts(run: Path) -> dict[str, Any]:
 
 def _stages(log: Path) -> dict[str, list[dict[str, Any]]]:
     stages: dict[str, list[dict[str, Any]]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if LOGGED in row:
+    for row in log_rows(log):
+        if isinstance(row.get(LOGGED), dict):
             stages.setdefault(row["stage"], []).append(row[LOGGED])
     return stages
 
@@ -109,7 +109,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _receipt_of(run: Path, role: str, stage: str) -> dict[str, Any]:
     paths = list((run / "stages" / role).glob(f"*_{stage}/{RECEIPT}"))
-    return {"receipt": json.loads(paths[0].read_text(encoding="utf-8"))} if paths else {}
+    return {"receipt": read_object(paths[0])} if paths else {}
 
 
 def experts_table(found: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from mmkd.answers import AnswerSource
 from mmkd.answers.data import DataAnswers
 from mmkd.base import stopping
 from mmkd.base.files import write_whole
+from mmkd.base.jsonl import log_rows
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
 from mmkd.towers.finite import check_trained
@@ -349,7 +350,7 @@ class TermLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in _rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
+        kept = [r for r in log_rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
         write_whole(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
@@ -357,17 +358,6 @@ class TermLog(TrainerCallback):
             row = {"stage": self.stage, "step": state.global_step, **{k: v if k == LOGGED else float(v) for k, v in logs.items()}}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The log's rows; the last line of a killed run may be cut short."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("dropped an incomplete line of %s", path)
 
 
 def split_evenly(spec: OptimiserSpec, world_size: int) -> Sequence[str]:
