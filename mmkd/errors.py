@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 
 class MmkdError(ValueError):
-    """Something that the user gave is wrong or does not fit."""
+    """Something that the user gave is wrong or does not fit. sample: the id of the one sample that it is about."""
+
+    sample: str | None = None
 
     code = 2  # exit code of a command that it ends
 
@@ -21,6 +23,10 @@ class DataError(MmkdError):
 
 class ImageError(DataError):
     """One picture cannot be read. Training skips these, up to a limit; evaluation reports the row."""
+
+
+class SampleError(DataError):
+    """One sample cannot be prepared; the message names it. Training skips these, up to a limit; evaluation reports the row."""
 
 
 class RecipeError(DataError):

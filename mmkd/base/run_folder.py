@@ -77,9 +77,12 @@ def take_control(shared: Path, run: Path) -> None:
         remove(own)
     if not own.exists():
         copy_whole(shared / "control", own)
-    log = shared / "log" / "control.jsonl"
     (run / "log").mkdir(parents=True, exist_ok=True)
-    write_whole(run / "log" / log.name, log.read_text(encoding="utf-8"))
+    logs = sorted((shared / "log").glob("control*.jsonl"))  # also of the samples that were left out
+    for log in logs:
+        write_whole(run / "log" / log.name, log.read_text(encoding="utf-8"))
+    for old in {path.name for path in (run / "log").glob("control*.jsonl")} - {log.name for log in logs}:
+        remove(run / "log" / old)
 
 
 def _recorded(path: Path) -> dict[str, Any]:

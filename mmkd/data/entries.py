@@ -68,6 +68,12 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
     return found
 
 
+def layout_of(spec: Any) -> str:
+    """The files and pictures that a data entry's format looks for below its root, in words."""
+    fields = resolve(spec)
+    return format_of(fields["format"]).layout(fields["split"], fields["files"])
+
+
 def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
     """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
     stream = stream_of(spec, seed, data_root)

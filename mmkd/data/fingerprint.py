@@ -45,7 +45,7 @@ def samples_fingerprint(samples: Sequence[Sample]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         texts = {key: value for key, value in sample.meta.items() if isinstance(value, str)}
-        row = [sample.id, [(turn.role, turn.text, turn.images) for turn in sample.turns], texts]
+        row = [sample.id, [(turn.role, turn.text, turn.images, *turn.places) for turn in sample.turns], texts]
         row += [[ref.name for ref in sample.images]]
         digest.update(json.dumps(row).encode())
     digest.update(json.dumps(_images_state({ref.key: ref for sample in samples for ref in sample.images}.values())).encode())

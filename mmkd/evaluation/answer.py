@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from mmkd.base.jsonl import lines_of
 from mmkd.data.prompts import letter_of
 from mmkd.data.samples import Question, Sample
-from mmkd.errors import DataError, ImageError
+from mmkd.errors import DataError, ImageError, SampleError
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.items import Item, data_fingerprint, items_of, refuse_unscored
 from mmkd.evaluation.processes import ALONE, Processes
@@ -69,8 +69,8 @@ def evaluate(
     Thinking is taken from answers before they are parsed; an answer that ends within it is unparsed. `thinking_share` and
     `unclosed_thinking_share` say how many there are.
 
-    A question whose picture cannot be read is left out of the score, and counted with its reason in
-    `n_skipped` and `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content)
+    A question whose picture cannot be read, or that the model's processor refuses, is left out of the score, and counted with
+    its reason in `n_skipped` and `skipped`.  Scores are 0..1; intervals treat the questions on one picture (by content)
     as one draw.
 
     Returns the content of `results.json`.  Raises DataError when the data is wrong or no question could be
@@ -203,15 +203,15 @@ def _answer_all(
 
 
 def _answer_batch(ask: _Ask, batch: list[Item], cache: VisionCache) -> dict[str, dict]:
-    """Answers by id; a picture that does not decode gives a reason, and the others are asked again."""
+    """Answers by id; what cannot be read or prepared gives a reason, and the others are asked again."""
     try:
         texts = ask(batch, cache)
-    except ImageError:
-        unreadable = {item.question.id: reason for item in batch if (reason := _why_unreadable(item.sample))}
-        if not unreadable:
+    except (ImageError, SampleError) as error:
+        left_out = {item.question.id: reason for item in batch if (reason := _why_left_out(item.sample, error))}
+        if not left_out:
             raise
-        skipped = {name: {"prediction": None, "skipped": reason} for name, reason in unreadable.items()}
-        rest = [item for item in batch if item.question.id not in unreadable]
+        skipped = {name: {"prediction": None, "skipped": reason} for name, reason in left_out.items()}
+        rest = [item for item in batch if item.question.id not in left_out]
         return skipped | (_answer_batch(ask, rest, cache) if rest else {})
     if len(texts) != len(batch):
         raise RuntimeError(f"the tower gave {len(texts)} answers to {len(batch)} questions; `answer` owes one each")
@@ -220,12 +220,15 @@ def _answer_batch(ask: _Ask, batch: list[Item], cache: VisionCache) -> dict[str,
     }
 
 
-def _why_unreadable(sample: Sample) -> str | None:
-    for ref in sample.images:
+def _why_left_out(sample: Sample, error: ImageError | SampleError) -> str | None:
+    """Why a sample of a batch cannot be asked, if it is that: the error is about it, or a picture of it cannot be read."""
+    if error.sample == sample.id:
+        return str(error)
+    for ref in sample.images if isinstance(error, ImageError) else ():
         try:
             ref.load()
-        except ImageError as error:
-            return str(error)
+        except ImageError as unreadable:
+            return str(unreadable)
     return None
 
 

@@ -32,7 +32,8 @@ def preference_accuracy(
     for role, tower in (("student", student), ("teacher", teacher)):
         fill_reference(dataset, tower, folder, batch_size=batch_size, chunk_bytes=CHUNK_BYTES)
         log_probs[role] = dataset.reference.clone()  # [P, 2]
-    read = [i for i, sample in enumerate(samples) if sample.id not in dataset.skipped]
+    skipped = {skip.index for skip in dataset.skips.found.values()}
+    read = [i for i in range(len(samples)) if i not in skipped]
     groups = [samples[i].images or samples[i].id for i in read]
     own, reward = log_probs["student"][read], (log_probs["student"] - log_probs["teacher"])[read]
     difference = reward[:, 0] - reward[:, 1]

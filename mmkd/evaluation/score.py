@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -167,8 +168,8 @@ def _rows_difference(benchmark: Benchmark, rows: int, limit: int | None) -> str 
 
 
 def _short_reason(row: dict) -> str:
-    """The reason without the picture's path, so that equal reasons are counted together."""
-    reason = row["skipped"]
+    """The reason without the question's id, the picture's path and numbers, so that equal reasons are counted together."""
+    reason = row["skipped"].replace(f" {row['id']!r}", "")
     for key in row["images"]:
         reason = reason.replace(f" {key}", "")
-    return reason.partition(":")[0]
+    return reason.partition(":")[0] if reason.startswith("image ") else re.sub(r"\d[\d,.]*\d|\d", "N", reason)[:160]

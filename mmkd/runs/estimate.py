@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import statistics
@@ -25,7 +26,7 @@ from mmkd.runs.write_cache import forecast_of, plan_of
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
 from mmkd.towers.tower import Tower
-from mmkd.train.batch import Batch
+from mmkd.train.batch import Batch, Pair
 from mmkd.train.build_stage import Stage, build_stage
 from mmkd.train.distiller import Distiller
 from mmkd.train.spec import StageSpec
@@ -106,7 +107,9 @@ def stage_estimate(
     distiller, student = stage.distiller, stage.student
     if stage.of_pairs:
         stage.dataset.reference.zero_()
-    taken = stage.dataset.collator([stage.dataset[i] for i in range(len(stage.dataset))])["batch"].to(student.device)
+    stage.dataset.skips.allowed = len(stage.dataset)  # the preflight has counted them
+    usable = (pair for i in range(len(stage.dataset)) if isinstance(pair := stage.dataset[i], Pair))
+    taken = stage.dataset.collator(list(itertools.islice(usable, micro)))["batch"].to(student.device)
     seconds, activations = _measure(distiller, taken, spec)
     rows = _row_count(taken, stage.terms)
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
@@ -152,9 +155,9 @@ def remedies(
 
 
 def _longest(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The longest of some samples spread over the set: a step must fit with these too."""
+    """Some samples spread over the set, the longest first: a step must fit with these too."""
     some = samples[:: max(1, len(samples) // (8 * count))]
-    return sorted(some, key=lambda s: (len(s.images), sum(len(t.text) for t in s.turns)), reverse=True)[:count]
+    return sorted(some, key=lambda s: (len(s.images), sum(len(t.text) for t in s.turns)), reverse=True)
 
 
 def _measure(distiller: Distiller, batch: Batch, stage: StageSpec) -> tuple[float, int]:

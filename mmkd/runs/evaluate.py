@@ -184,7 +184,11 @@ def _line(name: str, results: Mapping[str, Any]) -> str:
     if results["score"] is None:
         return f"{name}: not scored, the answers are with a test server; {results['n']} questions, file {results['submission']}"
     low, high = results["ci95"]
-    return f"{name}: {100 * results['score']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], {results['n']} questions"
+    line = f"{name}: {100 * results['score']:.2f} % [{100 * low:.2f}, {100 * high:.2f}], {results['n']} questions"
+    if results["n_skipped"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in results["skipped"].items())
+        line += f"; {results['n_skipped']} left out: {reasons}"
+    return line
 
 
 def _importance_line(found: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from mmkd.runs.towers import build_student, load_teachers
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
 from mmkd.towers.tower import Encoded, Tower
+from mmkd.train.batch import Pair
 from mmkd.train.build_stage import Stage, build_stage
 
 PROBE = 64  # samples prepared to learn lengths
@@ -26,7 +27,7 @@ def plan(recipe: Recipe) -> str:
     samples = all_samples(recipe)
     teachers = load_teachers(recipe)
     student = build_student(recipe, teachers, texts_of(samples))
-    preflight(recipe, student, teachers)
+    surveys = preflight(recipe, student, teachers)
     lines = [recipe.title, f"output: {recipe.output}", ""]
     for name, teacher in teachers.items():
         lines += _tower(name, teacher.body)
@@ -38,6 +39,7 @@ def plan(recipe: Recipe) -> str:
         stage = build_stage(name, spec, recipe, student, teachers, samples[name])
         student = stage.student
         lines += ["", *(stage.receipt.lines() if stage.receipt else []), *_stage(recipe, stage, samples[name])]
+        lines += [line for survey in surveys[name] for line in survey.lines()]
         stage.leave()
     lines += ["", disk_line(recipe, student)]
     return "\n".join(lines)
@@ -55,8 +57,8 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
     batch = spec.optimiser.batch_size
     steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
-    encoded = [student.encode(s) for s in samples[:: max(1, len(samples) // PROBE)][:PROBE]]
-    rows = _rows(student, encoded, stage.terms, batch)
+    probed = [stage.dataset.prepare(s) for s in samples[:: max(1, len(samples) // PROBE)][:PROBE]]
+    rows = _rows(student, [pair.student for pair in probed if isinstance(pair, Pair)], stage.terms, batch)
     optimiser = 2 * 4 * trained + 4 * trained  # AdamW's two moments and the gradient, float32
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
     lines = [

@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 
 from mmkd.base.distributed import world_size
 from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts
 from mmkd.runs.room import room_errors
+from mmkd.runs.survey import Survey, look
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.experts import sparse_blocks
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import sparse_config
-from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import term_errors
-from mmkd.train.preference import PreferenceDataset
+from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec
 from mmkd.train.streaming import stage_stream
 from mmkd.train.trainable import lora_errors
 from mmkd.train.trainer import split_evenly
 
 SHOWN = 16  # findings that a message lists
-TRIED = 3  # samples of a data entry that are prepared
+
+logger = logging.getLogger(__name__)
 
 
 def preflight(
     recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None, *, writes: bool = True
-) -> None:
+) -> dict[str, list[Survey]]:
     """Checks every stage against the student as it is before the first one. Raises DataError with all findings.
+
+    Returns by stage what was found in each of its data entries: lengths, and samples that will be left out.
 
     processes: that train together; None for those that were started together.  writes: whether the output folder is asked, too.
 
-    Terms against towers and teachers, tokenizers, some samples of every data entry prepared by student and teachers, batch
-    sizes, experts, adapters, the output folder and the room on its disk.
+    Terms against towers and teachers, tokenizers, samples of every data entry prepared by student and teachers, pictures that
+    are not there, batch sizes, experts, adapters, the output folder and the room on its disk.
     """
     found = fit_errors(recipe, student, teachers, world_size() if processes is None else processes)
     found += room_errors(recipe, student) if writes else []
+    surveys: dict[str, list[Survey]] = {}
     if not found:  # towers that do not fit would fail on every sample, too
-        found = [error for name in recipe.stages for error in _data_errors(recipe, name, student, teachers)]
+        known: dict[str, Survey] = {}
+        found = [error for name in recipe.stages for error in _data_errors(recipe, name, student, teachers, surveys, known)]
     if len(found) == 1:
         raise DataError(found[0])
     if found:
         shown = [one_line(error, 1000) for error in found[:SHOWN]]
         shown += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         raise DataError(f"{len(found)} things would stop this run:\n  " + "\n  ".join(shown))
+    for name, entries in surveys.items():
+        for problem in (problem for survey in entries for problem in survey.problems()):
+            logger.warning("stage %s: %s", name, problem)
+    return surveys
 
 
 def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int = 1) -> list[str]:
@@ -82,31 +92,43 @@ def _upcycle_errors(stage: StageSpec, student: Tower, sparse: bool) -> list[str]
     return []
 
 
-def _data_errors(recipe: Recipe, name: str, student: Tower, teachers: Mapping[str, Teacher]) -> list[str]:
-    stage, wrong = recipe.stages[name], []
+def _data_errors(
+    recipe: Recipe, name: str, student: Tower, teachers: Mapping[str, Teacher], surveys: dict[str, list[Survey]],
+    known: dict[str, Survey],
+) -> list[str]:  # fmt: skip
+    """surveys: gets what is found in the stage's data.  known: what was found in each data entry, in any stage."""
+    stage = recipe.stages[name]
     terms, needed = _terms_of(stage, teachers)
     try:
         streamed = stage_stream(stage, recipe.seed, recipe.data_root) is not None
         parts = stage_parts(recipe, stage)
     except MmkdError as error:
         return [f"stages.{name}.data: {error}"]
+    entries = surveys[name] = []
     for entry, samples in zip(stage.data, parts, strict=True):
-        wrong += _sample_errors(entry.card or entry.format, samples, student, needed, terms)
+        key = entry.model_dump_json()
+        entries.append(look(entry, samples, student, needed, terms, known.get(key)))
+        known.setdefault(key, entries[-1])
+    wrong = _left_out_errors(recipe, entries)
     count, batch = sum(map(len, parts)), stage.optimiser.batch_size
     if not streamed and count < batch:
         wrong.append(f"optimiser: {count} samples, fewer than batch_size {batch}")
     return [f"stages.{name}.{error}" for error in wrong]
 
 
-def _sample_errors(name: str, samples: tuple, student: Tower, teachers: Mapping[str, Teacher], terms: list) -> list[str]:
-    """Errors of preparing some samples of a data entry; a picture that cannot be read is none here."""
-    step = max(1, len(samples) // TRIED)
-    some = list(samples[::step][:TRIED])
-    of_pairs = any(t.needs_pairs for t in terms)
-    try:
-        dataset = (PreferenceDataset if of_pairs else PairDataset)(some, student, teachers, terms, max_skipped=len(some))
-        for index in range(len(some)):
-            dataset[index]
-    except MmkdError as error:
-        return [f"data ({name}): {error}"]
-    return []
+def _left_out_errors(recipe: Recipe, entries: Sequence[Survey]) -> list[str]:
+    """Errors of preparing the samples of a stage, and what it would leave out, where that is more than is allowed."""
+    wrong = [f"data ({survey.name}): {survey.error}" for survey in entries if survey.error]
+    useless = [survey for survey in entries if survey.tried and len(survey.skips) == survey.tried]
+    share, of = recipe.guards.max_skipped, sum(survey.samples for survey in entries)
+    left_out, allowed = sum(survey.left_out for survey in entries), allowance(share, of)
+    if left_out > allowed:
+        whole = all(survey.tried == survey.samples for survey in entries)
+        found = "; ".join(f"{survey.name}: {problem}" for survey in entries for problem in survey.problems())
+        wrong.append(
+            f"data: {'' if whole else 'about '}{round(left_out):,} of {of:,} samples cannot be used, more than the {allowed:,} "
+            f"that guards.max_skipped ({share:g}) allows. {found}"
+        )
+    else:
+        wrong += [f"data ({survey.name}): {'; '.join(survey.problems())}" for survey in useless]
+    return wrong

@@ -29,6 +29,7 @@ from mmkd.runs.towers import build_student, load_teachers
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
 from mmkd.train.experts import experts_table
+from mmkd.train.skips import skipped_counts
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,9 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
     summary = {"title": recipe.title, "seed": recipe.seed, "seconds": round(max(seconds, previous), 1), "benchmarks": benchmarks}
     if experts := _read(run / "experts.json"):
         summary["experts"] = experts
+    skipped = {role: counts for role in ("control", "student") if (counts := skipped_counts(run, role))}
+    if skipped:
+        summary["skipped"] = skipped
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -170,5 +174,9 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"  {verdict({'difference': found['mean'], 'ci95': found['ci95']})}")
     if "experts" in summary:
         lines.append(experts_table(summary["experts"]))
+    for role, stages in summary.get("skipped", {}).items():
+        for stage, reasons in stages.items():
+            counts = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+            lines.append(f"left out of the {role}'s stage {stage}: {sum(reasons.values())} samples ({counts})")
     lines.append(f"{summary['seconds']:.0f} seconds")
     return "\n".join(lines)

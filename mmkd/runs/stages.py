@@ -14,6 +14,7 @@ from mmkd.answers import answer_source
 from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole
+from mmkd.base.jsonl import JsonLines
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts, stage_samples
@@ -30,6 +31,7 @@ from mmkd.train.finite import Where
 from mmkd.train.guards import freeze_unreached, run_guards
 from mmkd.train.reference import fill_reference
 from mmkd.train.sharded import make_whole, spreads_weights
+from mmkd.train.skips import in_words, skipped_file
 from mmkd.train.stop_at_step import train_or_stop
 from mmkd.train.streaming import StreamDataset, stage_stream
 from mmkd.train.trainer import DistillTrainer, split_evenly, training_arguments
@@ -79,6 +81,10 @@ def prepare_stage(
             batch_size=arguments.per_device_train_batch_size, chunk_bytes=recipe.chunk_bytes,
             pixels_matter=recipe.guards.pixels_matter,
         )  # fmt: skip
+    skips = stage.dataset.skips
+    if stream is not None:
+        skips.of, skips.share = None, recipe.guards.max_skipped
+    skips.keep_in(JsonLines(skipped_file(run, role)) if is_main_process() else None, name)
     freeze_unreached(stage.distiller, stage.dataset)
     resume = last_checkpoint(folder)
     if resume is None:
@@ -125,10 +131,9 @@ def _arguments(recipe: Recipe, stage: Stage, folder: Path, *, streamed: bool) ->
 def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> None:
     """Saves the student of a trained stage and drops its checkpoints."""
     dataset = stage.dataset
-    read_whole = trainer.train_dataset is dataset  # of a stream the set holds the first samples alone
-    if read_whole and dataset.skipped_count:
-        logger.warning("stage %s skipped %d samples with unreadable images", stage.name, dataset.skipped_count)
-    if read_whole and dataset.truncated:
+    if skips := dataset.skips.of_all_processes():
+        logger.warning("stage %s left out %d samples: %s", stage.name, len(skips), in_words(skips))
+    if trainer.train_dataset is dataset and dataset.truncated:  # of a stream the set holds the first samples alone
         cut = len(dataset.truncated)
         logger.warning("stage %s cut the ends of %d answers at max_length %d", stage.name, cut, stage.student.max_length)
     trainer.finite.look()

@@ -29,7 +29,7 @@ from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
-from mmkd.errors import DataError, ImageError, NotFiniteError, RecipeError
+from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
@@ -54,6 +54,7 @@ from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.reference import fill_reference
+from mmkd.train.skips import LEFT_OUT, allowance
 from mmkd.train.streaming import stage_stream
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def forecast_of(plan: Plan, teacher: Tower) -> Forecast:
     some = _spread(plan.samples, PROBE)
     counted = [(sample, n) for sample in some if (n := _row_count(plan, teacher, sample)) is not None]
     if not counted:
-        raise DataError(f"none of {len(some)} probed samples has readable pictures")
+        raise DataError(f"none of {len(some)} probed samples can be prepared: {_why(teacher, some[0])}")
     known, rows = [sample for sample, _ in counted], np.array([n for _, n in counted], dtype=float)
     fit, *_ = np.linalg.lstsq(_facts(known), rows, rcond=None)
     total = max(0.0, float((_facts(plan.samples) @ fit).sum()))
@@ -193,9 +194,17 @@ def _facts(samples: Sequence[Sample]) -> np.ndarray:
 def _row_count(plan: Plan, teacher: Tower, sample: Sample) -> int | None:
     try:
         encoded = teacher.encode(sample)
-    except ImageError:
+    except LEFT_OUT:
         return None
     return int((rows_of(plan, teacher.collate([_without_pixels(encoded)])) != 0).sum())
+
+
+def _why(teacher: Tower, sample: Sample) -> str:
+    try:
+        teacher.encode(sample)
+    except LEFT_OUT as error:
+        return str(error)
+    return ""
 
 
 def _encoded(teacher: Tower, samples: Sequence[Sample]) -> list[Encoded]:
@@ -268,8 +277,8 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
 
 
 class _Prepared(Dataset):
-    """Batches of (key, text key, the teacher's encoding), each sample once; a message in the place of one whose picture cannot
-    be read, and nothing where all of a batch is known.
+    """Batches of (key, text key, encoding by the teacher, sample), each sample once; a message in the place of one that cannot be
+    prepared, and nothing where all of a batch is known.
 
     A batch is read as a whole or not at all: what stands beside a sample may change its last bits, and a cache that was killed
     and goes on is to hold those of an undisturbed one.
@@ -282,21 +291,21 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[int, list[tuple[bytes, bytes, Encoded]], list[str]]:
+    def __getitem__(self, index: int) -> tuple[int, list[tuple[bytes, bytes, Encoded, Sample]], list[str]]:
         keys: dict[bytes, Sample] = {}
-        unreadable = []
+        left_out = []
         for sample in self.batches[index]:
             try:
                 keys.setdefault(content_key(sample), sample)
-            except ImageError as error:
-                unreadable.append(str(error))
+            except LEFT_OUT as error:
+                left_out.append(str(error))
         items = []
         for key, sample in keys.items() if any(key not in self.known for key in keys) else ():
             try:
-                items.append((key, text_key(sample), self.teacher.encode(sample)))
-            except ImageError as error:
-                unreadable.append(str(error))
-        return len(self.batches[index]), items, unreadable
+                items.append((key, text_key(sample), self.teacher.encode(sample), sample))
+            except LEFT_OUT as error:
+                left_out.append(str(error))
+        return len(self.batches[index]), items, left_out
 
 
 def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: int, pixels_matter: bool) -> dict[str, Any]:
@@ -310,11 +319,11 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
     done = unreadable = 0
     checked = not pixels_matter
     with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
-        for count, items, wrong in loader:
-            unreadable += _log_unreadable(wrong)
+        for count, items, left_out in loader:
+            unreadable += _log_left_out(left_out)
             if items:
-                keys, texts, encoded = zip(*items, strict=True)
-                checked = checked or check_pixels("teacher", teacher, teacher.collate(encoded).to(teacher.device))
+                keys, texts, encoded, samples = zip(*items, strict=True)
+                checked = checked or check_pixels("teacher", teacher, samples, encoded)
                 stored = zip(keys, texts, stored_of(plan, teacher, encoded), strict=True)
                 new = {key: (key, text, one) for key, text, one in stored if key not in known and key not in written}
                 for entry in new.values():
@@ -326,7 +335,7 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
     return {"samples": len(mine), "read": done, "unreadable": unreadable, "rows": writer.rows, "bytes": writer.bytes}
 
 
-def _log_unreadable(wrong: Sequence[str]) -> int:
+def _log_left_out(wrong: Sequence[str]) -> int:
     for message in wrong:
         logger.warning("left out: %s", message)
     return len(wrong)
@@ -411,7 +420,7 @@ def _fill_references(recipe: Recipe, folder: Path, teacher: Tower, batch_size: i
             continue
         samples = stage_samples(recipe, stage)
         student = build_student(recipe, as_teachers(teacher), texts_of({"": samples}))
-        pairs = PreferenceDataset(samples, student, None, terms, max_skipped=int(recipe.guards.max_skipped_images * len(samples)))
+        pairs = PreferenceDataset(samples, student, None, terms, max_skipped=allowance(recipe.guards.max_skipped, len(samples)))
         read += fill_reference(
             pairs, teacher, folder / "references", batch_size=batch_size, chunk_bytes=recipe.chunk_bytes,
             pixels_matter=recipe.guards.pixels_matter,
@@ -427,7 +436,7 @@ def describe(facts: dict[str, Any], recipe_path: str) -> str:
     if "read" in facts:
         lines.append(
             f"{facts['read']:,} of {facts['samples']:,} samples were read, the others were there; wrote {facts['rows']:,} rows, "
-            f"{facts['bytes']:,} bytes" + (f"; {facts['unreadable']:,} pictures cannot be read" if facts["unreadable"] else "")
+            f"{facts['bytes']:,} bytes" + (f"; {facts['unreadable']:,} samples cannot be prepared" if facts["unreadable"] else "")
         )
     if facts.get("pairs"):
         lines.append(f"{facts['pairs']:,} preference pairs")

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mmkd.base.checksums import sums_in
 from mmkd.base.files import room_for, sync_folder, write_whole
-from mmkd.data.samples import Sample
+from mmkd.data.samples import ImageRef, Sample
 from mmkd.errors import DataError, one_line
 from mmkd.teachers.shard_hashes import hash_of_tensors, name_of_shard
 
@@ -54,15 +54,24 @@ _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 def text_key(sample: Sample) -> bytes:
     """Hash of a sample's turns: roles, texts, and where the pictures stand. 16 bytes"""
-    turns = json.dumps([[turn.role, turn.text, turn.images] for turn in sample.turns])
+    rows: list[Any] = [[turn.role, turn.text, turn.images, *turn.places] for turn in sample.turns]
+    turns = json.dumps([*rows, "last only"] if sample.last_only else rows)
     return hashlib.blake2b(turns.encode(), digest_size=16).digest()
 
 
-def content_key(sample: Sample) -> bytes:
-    """Hash of a sample's turns and of its pictures' bytes. 16 bytes. Raises ImageError."""
+def content_key(sample: Sample, pictures: dict[ImageRef, bytes] | None = None) -> bytes:
+    """Hash of a sample's turns and of its pictures' bytes. 16 bytes. Raises ImageError.
+
+    pictures: hashes of those that were read before; new ones are added.
+    """
     digest = hashlib.blake2b(text_key(sample), digest_size=16)
     for image in sample.images:
-        digest.update(hashlib.blake2b(image.read_bytes(), digest_size=16).digest())
+        known = pictures.get(image) if pictures is not None and image.file is not None else None
+        if known is None:
+            known = hashlib.blake2b(image.read_bytes(), digest_size=16).digest()
+            if pictures is not None and image.file is not None:
+                pictures[image] = known
+        digest.update(known)
     return digest.digest()
 
 

@@ -97,6 +97,11 @@ def _kept_as_it_is(tower: Tower) -> Iterator[None]:
 
 def _check_targets(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
     """What the response rows predict, decoded, is the answers and an end."""
+    if stray := tower.preparer.no_end:
+        raise TowerError(
+            f"targets: the chat template ends an answer with {stray!r}, which is no end token; ends are "
+            f"{sorted(tower.stop_ids)}. Use another chat template"
+        )
     for sample in samples:
         targets = tower.encode(sample).targets
         ids = targets[targets >= 0].tolist()

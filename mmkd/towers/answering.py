@@ -20,6 +20,7 @@ from mmkd.towers.families import GRIDS
 from mmkd.towers.greedy import Prompt, check_logits, greedy
 from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
 from mmkd.towers.modes import evaluating
+from mmkd.towers.one_sample import preparing
 from mmkd.towers.protocol import TowerLike
 from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import decode_answers
@@ -124,7 +125,8 @@ def _encode(
     encoded = []
     for key, sample in zip(keys, samples, strict=True):
         processed = known[key].processed if key in known else prepared.get(key)
-        one, seen_now = _encode_one(tower, sample, processed)
+        with preparing(sample):
+            one, seen_now = _encode_one(tower, sample, processed)
         encoded.append(one)
         if key and key not in known and key not in first:
             first[key], prepared[key] = one, seen_now

@@ -42,6 +42,12 @@ class Family:
     token_marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a token of the prompt sees what stands behind it in the prompt, so that no answer may stand there."""
+        return self.token_types == "answered"
+
+
 FAMILIES: dict[str, Family] = {
     "aria": Family("multi_modal_projector", stacked=True),
     "aya_vision": Family("multi_modal_projector", stacked=True),
@@ -98,7 +104,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h_omni": Family("multi_modal_projector"),
     "ovis2": Family("visual_embeddings_table", stacked=True, indicators=True),
     "paddleocr_vl": Family("projector"),
-    "paligemma": Family("multi_modal_projector", stacked=True, token_types="answer"),
+    "paligemma": Family("multi_modal_projector", stacked=True, token_types="answered"),
     "perception_lm": Family("multi_modal_projector", stacked=True),
     "pp_chart2table": Family("multi_modal_projector", stacked=True),
     "qianfan_ocr": Family("multi_modal_projector", stacked=True),

@@ -58,6 +58,11 @@ class TowerInputs:
         return F.pad(self.response[:, :-1], (1, 0))
 
     @property
+    def answered(self) -> Tensor:
+        """Positions from the first supervised token of a row on: what must not be read in both directions. [B, L] bool"""
+        return self.answer.cumsum(1) > 0
+
+    @property
     def response(self) -> Tensor:
         """Rows that predict a supervised token. [B, L] bool"""
         return self.targets != IGNORE

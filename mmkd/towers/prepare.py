@@ -1,5 +1,8 @@
 """From samples to a model's inputs: chat template, tokenizer, image processor, targets, padding.
 
+What is trained is what is met: the prompt of the last answer is rendered and goes through the processor once, exactly as it does
+when it is asked, and the answer and its end stand behind it. Earlier answers are found in that prompt by marks that are taken out
+before it is tokenised; they are learned there where the tokens before them and their own are those of asking for them.
 Targets are shifted here and nowhere else.
 """
 
@@ -8,19 +11,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmkd.errors import DataError, TowerError
+from mmkd.errors import DataError, SampleError, TowerError
+from mmkd.towers.chat import Chat, Facts
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
 from mmkd.towers.samples import Sample, Turn
-from mmkd.towers.time_limit import limited
+from mmkd.towers.thinking import holds_thinking, opening_of, without_thinking
+from mmkd.towers.tokens import Controls, Guard, MarkedTokenizer, TextTokenizer, control_strings
+
+logger = logging.getLogger(__name__)
 
 # What a processor gives beside pixels.
 _NO_PIXELS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"})
@@ -28,21 +37,88 @@ _NO_PIXELS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_tok
 _TOKEN_COUNTS = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_length")
 
 
-class Preparer:
-    """Prepares samples for one model by its own processor. Of the model it reads configurations, no weights."""
+class _Met:
+    """What one template, on one processor, makes of prompts and answers: found out once."""
 
-    def __init__(self, model: nn.Module, processor: Any, *, max_length: int):
+    def __init__(self, preparer: Preparer, template: str):
+        processor, tokenizer = preparer.processor, preparer.tokenizer
+        self.chat = Chat(processor, template, thinking=preparer.thinking)
+        self.facts: Facts = self.chat.facts
+        self.controls = Controls(control_strings(processor, template))
+        self.words = TextTokenizer(tokenizer, self.controls)
+        guard = Guard(self.controls)
+        last = max((found.start() for found in self.controls.own.finditer(self.facts.generation)), default=0)
+        self.tail = self.facts.generation[last:]  # what an answer's tokens depend on
+        self.tail_ids = self.words.ids(self.tail, guard) if self.tail else []
+        self.newline_ids = self.words.ids("\n", guard)
+        self.end, self.trailer = self._ends(preparer)
+        self.steady = self.facts.steady and not preparer.family.reads_ahead
+
+    def _ends(self, preparer: Preparer) -> tuple[int, list[int]]:
+        """The token that ends an answer, and those that the template writes behind it at the end of a conversation."""
+        stops = preparer.stop_ids
+        found: list[tuple[int, list[int]]] = []
+        for after in self.facts.after:
+            ids = self.words.ids("a" + after, Guard(self.controls))
+            place = next((i for i, token in enumerate(ids) if token in stops), None)
+            found += [(ids[place], ids[place + 1 :])] if place is not None else []
+        last = self.words.ids("a" + self.facts.after[1], Guard(self.controls))
+        end = found[0][0] if found else preparer.tokenizer.eos_token_id
+        place = last.index(end) if end in last else len(last)
+        return end, [] if preparer.family.reads_ahead else last[place + 1 :]
+
+    def answer_ids(self, text: str, guard: Guard) -> list[int]:
+        """Tokens of an answer as they follow the generation prompt, without its end."""
+        for context, before in ((self.tail, self.tail_ids), ("\n", self.newline_ids)):
+            ids = self.words.ids(context + text, guard)
+            if before and len(ids) > len(before) and ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self.words.ids(text, guard)
+
+
+class Preparer:
+    """Prepares samples for one model by its own processor. Of the model it reads configurations, no weights.
+
+    thinking: whether thinking is a target (see `mmkd.towers.options.TowerOptions`).
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, *, max_length: int, thinking: bool | None = None):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+        self.thinking = thinking
         self._model = model
         self._kind = model.config.model_type
-        self._family = family_of(self._kind)
-        self._template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
-        if self._template is None:
+        self.family = family_of(self._kind)
+        self._known: dict[str, _Met] = {}
+        self._takes_text: bool | None = None
+        self._said: set[str] = set()
+        if template_of(processor) is None:
             raise TowerError(
-                f"{type(processor).__name__} has no chat template; set processor.chat_template, "
-                "or assemble the tower with a template of mmkd.towers.assemble.CHAT_TEMPLATES"
+                f"{type(processor).__name__} has no chat template; give the tower one by its key `chat_template` (a file or the "
+                "template itself), or assemble it with a template of mmkd.towers.assemble.CHAT_TEMPLATES"
             )
         self.image_token_id = _image_token_id(model, processor)
+
+    @property
+    def _met(self) -> _Met:
+        template = template_of(self.processor)
+        if template not in self._known:
+            self._known[template] = _Met(self, template)
+            self._tell(self._known[template].facts)
+        return self._known[template]
+
+    def _tell(self, facts: Facts) -> None:
+        name = type(self.processor).__name__
+        if facts.behind:
+            logger.info(
+                "%s: a conversation does not go on as the generation prompt %r does; answers and their end are put behind that",
+                name, facts.generation,
+            )  # fmt: skip
+        if facts.opens and self.thinking is None:
+            logger.warning(
+                "%s: the generation prompt %r opens a thinking block, in which answers without thinking will stand; "
+                "`thinking: false` closes it in the prompt, `thinking: true` teaches to close it",
+                name, facts.generation,
+            )  # fmt: skip
 
     def with_image_processor(self, image_processor: Any) -> Preparer:
         """The same with another image processor; this one stays as it is."""
@@ -64,116 +140,183 @@ class Preparer:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
     def fingerprint(self) -> str:
-        """Hash of what turns a sample into inputs: vocabulary, chat template, image processor, token count, length."""
+        """Hash of what turns a sample into inputs: vocabulary, chat template and what it writes, image processor, length."""
         images = {k: v for k, v in self.processor.image_processor.to_dict().items() if "processor" not in k}
         layout = {name: getattr(self.processor, name, None) for name in _TOKEN_COUNTS}
-        facts = [sorted(self.tokenizer.get_vocab().items()), self._template, images, layout, self.max_length]
+        met = self._met
+        probe = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
+        written = [met.chat.render(probe[:1], prompt=True), met.end, met.trailer, met.answer_ids("b", Guard(met.controls))]
+        template = template_of(self.processor)
+        facts = [sorted(self.tokenizer.get_vocab().items()), template, images, layout, self.max_length, written, self.thinking]
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     # ---- one sample ------------------------------------------------------------------------------------------------------
 
     def encode(self, sample: Sample, *, with_answer: bool = True, pictures: list | None = None) -> Encoded:
-        """One sample. Prompt and answer are tokenised apart, as they are met at generation, and then joined.
+        """One sample: its prompt as it is asked, and behind that, `with_answer`, the answer and its end.
 
-        `pictures` stand in for the sample's own, which are then not loaded.
+        Earlier answers are targets too where the template lets them stand as they were given (`answers_apart` is False).
+        `pictures` stand in for the sample's own, which are then not loaded. Raises SampleError for what cannot be prepared.
         """
         pictures = [ref.load() for ref in sample.images] if pictures is None else pictures
-        ids: list[int] = []
-        supervised: list[bool] = []
-        pixels: list[dict[str, Tensor]] = []
-        for text, is_answer, images in self._segments(sample, with_answer):
-            if is_answer:
-                piece = self._answer_ids(text)
-            else:
-                piece, new_pixels = self._prompt_ids(text, pictures[:images], first=not ids)
-                pictures = pictures[images:]
-                pixels.append(new_pixels)
-            ids += piece
-            supervised += self._supervised(piece) if is_answer else [False] * len(piece)
-        return self._fit(sample, ids, supervised, self._joined(pixels), with_answer)
+        met, guard = self._met, Guard(self._met.controls)
+        if not with_answer:
+            ids, pixels, _ = self._asked(met, sample, pictures, guard)
+            return self._fit(sample, ids, [IGNORE] * len(ids), pixels, with_answer)
+        sample = self._with_own_thinking(sample)
+        answer = self._answer_of(sample)
+        several = sample.answers > 1 and met.steady
+        if sample.answers > 1 and not several:
+            self._leave_out(sample)
+        generation, lead, answer = self._around_thinking(met.facts, answer)
+        ids, pixels, borders = self._asked(met, sample, pictures, guard, marked=several, cut=generation)
+        targets = self._earlier_targets(met, sample, ids, borders, guard) if several else [IGNORE] * len(ids)
+        own = [*met.answer_ids(lead + guard.hide(answer), guard), met.end]
+        targets = [*targets[:-1], *own, *[IGNORE] * (1 + len(met.trailer))]
+        return self._fit(sample, [*ids, *own, *met.trailer], targets, pixels, with_answer)
+
+    @property
+    def no_end(self) -> str:
+        """Words that the template writes behind an answer at the end of a conversation, as an end that is no token."""
+        met = self._met
+        return met.controls.own.split(met.facts.after[1])[0].strip()
+
+    def answers_apart(self, sample: Sample) -> bool:
+        """Whether the sample's answers must be prepared one by one, since a later prompt holds earlier ones otherwise than given.
+
+        That is so for templates that change or drop what they wrote before, for families that read a prompt in both directions,
+        and for earlier answers that hold thinking, which most templates take out.
+        """
+        if sample.answers < 2:
+            return False
+        return not self._met.steady or any(holds_thinking(turn.text) for turn in sample.turns[:-1] if turn.role == "assistant")
 
     def prompt_text(self, sample: Sample) -> str:
         """The prompt as the chat template writes it, pictures as placeholders; none is loaded."""
-        return self._render(sample.prompt_turns, prompt=True)
+        return self._met.chat.render(sample.prompt_turns, prompt=True, name=sample.id)
 
     def answer_tokens(self, sample: Sample, answer: str) -> list[int]:
         """Token ids with which `answer` to the sample's prompt is learned, up to and with the end."""
-        turns = (*sample.prompt_turns, Turn("assistant", answer))
-        text = self._segments(replace(sample, turns=turns), True)[-1][0]
-        return self._answer_ids(text)
+        met, guard = self._met, Guard(self._met.controls)
+        _, lead, answer = self._around_thinking(met.facts, answer.strip())
+        return [*met.answer_ids(lead + guard.hide(answer), guard), met.end]
 
-    def _segments(self, sample: Sample, with_answer: bool) -> list[tuple[str, bool, int]]:
-        """The chat template's text cut into pieces: (text, is an answer, images in it)."""
-        turns = sample.turns if with_answer else sample.prompt_turns
-        if with_answer and (not sample.answer.strip()):
-            raise DataError(f"sample {sample.id!r} has an empty answer; there is nothing to learn from it")
-        if not with_answer:
-            return [(self._render(turns, prompt=True), False, len(sample.images))]
-        segments, done, images = [], "", 0
-        for index, turn in enumerate(turns):
-            images += turn.images
-            if turn.role != "assistant":
-                continue
-            before = self._render(turns[:index], prompt=True)
-            after = self._render(turns[: index + 1], prompt=False)
-            if not before.startswith(done) or not after.startswith(before):
-                raise TowerError(
-                    "the chat template changes earlier turns when a later one is added, so the answer cannot be located: "
-                    f"{before[-60:]!r} is not the beginning of {after[-120:]!r}"
-                )
-            segments += [(before[len(done) :], False, images), (after[len(before) :], True, 0)]
-            done, images = after, 0
-        return segments
+    def _answer_of(self, sample: Sample) -> str:
+        answer = sample.answer.strip()
+        if not answer:
+            raise SampleError(f"sample {sample.id!r} has an empty answer; there is nothing to learn from it")
+        return answer
 
-    def _render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
-        messages = [
-            {"role": t.role, "content": [{"type": "image"}] * t.images + [{"type": "text", "text": t.text}]} for t in turns
-        ]
-        with limited():
-            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def _with_own_thinking(self, sample: Sample) -> Sample:
+        """The sample without thinking in its answers, where that is not to be learned."""
+        if self.thinking is not False:
+            return sample
+        texts = [without_thinking(t.text)[0] or "" if t.role == "assistant" else t.text for t in sample.turns]
+        return replace(sample, turns=tuple(replace(t, text=text) for t, text in zip(sample.turns, texts, strict=True)))
 
-    def _prompt_ids(self, text: str, pictures: list, *, first: bool) -> tuple[list[int], dict[str, Tensor]]:
-        """Token ids of a prompt piece, image placeholders expanded by the processor, and its pixels."""
+    def _around_thinking(self, facts: Facts, answer: str) -> tuple[int, str, str]:
+        """(characters to cut from the prompt's end, lead, answer): an answer's own thinking stands in place of the template's."""
+        opening = opening_of(answer)
+        if not opening:
+            return 0, facts.lead, answer
+        if facts.opens and answer.lower().startswith(opening):
+            return 0, "", answer[len(opening) :].lstrip()
+        return facts.block, facts.lead if not facts.lead.strip() else "", answer
+
+    def _asked(
+        self, met: _Met, sample: Sample, pictures: list, guard: Guard, *, marked: bool = False, cut: int = 0
+    ) -> tuple[list[int], dict[str, Tensor], list[int | None]]:
+        """Token ids of a prompt, placeholders expanded by the processor, its pixels, and where marked answers begin and end."""
+        text = met.chat.render(sample.prompt_turns, guard.hide, prompt=True, marked=marked, name=sample.id)
+        text = text[: len(text) - cut]
         bos = self.tokenizer.bos_token
-        special = first and not (bos and text.startswith(bos))
-        if not pictures:
-            return self.tokenizer(text, add_special_tokens=special)["input_ids"], {}
-        images = [pictures] if self._family.grouped else pictures
-        batch = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=special)
-        pixels = {k: torch.as_tensor(v) for k, v in batch.items() if k not in _NO_PIXELS}
-        if self._family.nested:
+        special = not (bos and text.startswith(bos))
+        reader = MarkedTokenizer(met.words, guard)
+        try:
+            batch = self._processed(text, pictures, special, reader if marked or guard.hidden else None)
+        except DataError as error:
+            raise SampleError(f"sample {sample.id!r}: {error}") from error
+        except Exception as error:  # whatever a processor raises
+            raise SampleError(
+                f"sample {sample.id!r} cannot be prepared by {type(self.processor).__name__}: {type(error).__name__}: {error}"
+            ) from error
+        ids = batch["input_ids"][0].tolist()
+        pixels = {k: torch.as_tensor(v) for k, v in batch.items() if k not in _NO_PIXELS} if pictures else {}
+        if self.family.nested:
             pixels = {k: v.transpose(0, 1) for k, v in pixels.items()}
-        return batch["input_ids"][0].tolist(), pixels
+        return ids, pixels, reader.borders if reader.ids == ids else []
 
-    def _answer_ids(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not self.stop_ids.intersection(ids):  # the template writes no end: without one a student never learns to stop
-            return [*ids, self.tokenizer.eos_token_id]
-        return ids
+    def _processed(self, text: str, pictures: list, special: bool, reader: MarkedTokenizer | None) -> Any:
+        processor = self.processor
+        if reader is not None:
+            processor = copy.copy(processor)
+            processor.tokenizer = reader
+        if pictures:
+            images = [pictures] if self.family.grouped else pictures
+            return processor(text=[text], images=images, return_tensors="pt", add_special_tokens=special)
+        if self._takes_text is None:
+            self._takes_text = self._reads_text_alone()
+        if self._takes_text:
+            return processor(text=[text], return_tensors="pt", add_special_tokens=special)
+        # A processor that wants a picture: what it writes around a text is what is left without the picture's tokens.
+        blank = Image.new("RGB", (64, 64))
+        batch = processor(text=[processor.image_token + text], images=[blank], return_tensors="pt", add_special_tokens=special)
+        ids = batch["input_ids"]
+        return {"input_ids": ids[ids != self.image_token_id][None]}
 
-    def _supervised(self, answer: list[int]) -> list[bool]:
-        """An answer is learned up to and with its first end token; what a template writes behind it is never generated."""
-        stops = self.stop_ids
-        end = next(i for i, token in enumerate(answer) if token in stops)
-        return [i <= end for i in range(len(answer))]
+    def _reads_text_alone(self) -> bool:
+        try:
+            self.processor(text=["a"])
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    def _earlier_targets(
+        self, met: _Met, sample: Sample, ids: list[int], borders: list[int | None], guard: Guard
+    ) -> list[int]:
+        """Targets of the answers within the prompt `ids`. Each is learned where it was tokenised as it would be given."""
+        targets = [IGNORE] * len(ids)
+        answers = [turn.text.strip() for turn in sample.prompt_turns if turn.role == "assistant"]
+        ends = borders[1::2]
+        for number, text in enumerate(answers):
+            own = met.answer_ids(met.facts.lead + guard.hide(text), guard) if text else []
+            end = ends[number] if number < len(ends) and len(borders) == 2 * len(answers) else None
+            start = -1 if end is None else end - len(own)
+            before = ids[max(0, start - len(met.tail_ids)) : start]
+            if start > 0 and own and ids[start:end] == own and before[1:] == met.tail_ids[1:]:
+                targets[start - 1 : end] = [*own, met.end]
+            else:
+                self._leave_out(sample)
+        return targets
+
+    def _leave_out(self, sample: Sample) -> None:
+        """Tells once that an earlier answer is no target."""
+        if "left out" not in self._said:
+            self._said.add("left out")
+            logger.warning(
+                "sample %r: an earlier answer is not learned, since the prompt of a later one holds it otherwise than it is "
+                "given; nor are others like it. Samples with one answer each (`Sample.up_to_answer`) are learned whole",
+                sample.id,
+            )
 
     def _fit(
-        self, sample: Sample, ids: list[int], supervised: list[bool], pixels: dict[str, Tensor], with_answer: bool
+        self, sample: Sample, ids: list[int], targets: list[int], pixels: dict[str, Tensor], with_answer: bool
     ) -> Encoded:
-        """The sample within `max_length`, with its targets."""
-        length, truncated = len(ids), 0
+        """The sample within `max_length`."""
+        length, wanted = len(ids), sum(target != IGNORE for target in targets)
         if length > self.max_length:
-            kept = sum(supervised[: self.max_length])
+            targets = [*targets[: self.max_length - 1], IGNORE]
+            kept = sum(target != IGNORE for target in targets)
             if not with_answer or kept == 0 or self.image_token_id in ids[self.max_length :]:
-                raise DataError(
+                raise SampleError(
                     f"sample {sample.id!r} has {length} tokens, more than max_length {self.max_length}, and would lose "
                     "its answer or part of a picture; raise max_length or shorten the prompt"
                 )
-            truncated = sum(supervised) - kept
-            ids, supervised = ids[: self.max_length], supervised[: self.max_length]
-        targets = [n if s else IGNORE for n, s in zip(ids[1:], supervised[1:], strict=True)] + [IGNORE]
-        return Encoded(sample.id, torch.tensor(ids), torch.tensor(targets), pixels, len(sample.images), truncated)
+            ids, wanted = ids[: self.max_length], wanted - kept
+        else:
+            wanted = 0
+        return Encoded(sample.id, torch.tensor(ids), torch.tensor(targets), pixels, len(sample.images), truncated=wanted)
 
     # ---- visual positions ------------------------------------------------------------------------------------------------
 
@@ -227,9 +370,9 @@ class Preparer:
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        for name, target in self._family.indexed.items():
+        for name, target in self.family.indexed.items():
             pixels = _counted_on(pixels, name, target)
-        return _concatenate(pixels, wide=self._family.wide)
+        return _concatenate(pixels, wide=self.family.wide)
 
 
 def _concatenate(pixels: Sequence[dict[str, Tensor]], wide: bool) -> dict[str, Tensor]:
@@ -262,6 +405,14 @@ def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
     sizes = [max(axis) for axis in zip(*(t.shape[1:] for t in tensors), strict=True)]
     missing = [[max_size - size for max_size, size in zip(sizes, t.shape[1:], strict=True)] for t in tensors]
     return [F.pad(t, [n for gap in reversed(gaps) for n in (0, gap)]) for t, gaps in zip(tensors, missing, strict=True)]
+
+
+def template_of(processor: Any) -> str | None:
+    """The chat template of a processor, or else of its tokenizer; of several named ones the default."""
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    return template
 
 
 def _image_token_id(model: nn.Module, processor: Any) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mmkd.errors import DataError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -22,19 +24,50 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    role: str  # "system", "user" or "assistant"
+    """What one side says, with the pictures that it shows.
+
+    role: "system", "user" or "assistant".  images: how many of the sample's pictures, in order, this turn shows.
+    places: where each of them stands, as an offset in `text`, from small to large: the text of "Is <picture> left of
+    <picture>?" is "Is  left of ?" and its places are (3, 12). Empty: all at the head. No mark of a picture ever stands in `text`,
+    in which every word is a word.
+    """
+
+    role: str
     text: str
-    images: int = 0  # how many of the sample's images stand at the head of this turn, in order
+    images: int = 0
+    places: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = list(self.places) == sorted(self.places)
+        inside = all(0 <= place <= len(self.text) for place in self.places)
+        if self.places and (len(self.places) != self.images or not ordered or not inside):
+            raise DataError(
+                f"a turn of {len(self.text)} characters and {self.images} pictures has its pictures at {self.places}; give each "
+                "picture one offset in the text, from small to large, or none to put all at the head"
+            )
+
+    @property
+    def parts(self) -> list[str | None]:
+        """The turn as it is read: texts, and None where a picture stands. Pictures without places come first."""
+        if not self.places:
+            return [*[None] * self.images, self.text]
+        parts: list[str | None] = []
+        start = 0
+        for place in self.places:
+            parts += [self.text[start:place], None] if place > start else [None]
+            start = place
+        return [*parts, self.text[start:]] if start < len(self.text) else parts
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a tower prepares. Training samples end with an assistant turn; each assistant turn is a target."""
+    """What a tower prepares. Training samples end with an assistant turn; each assistant turn is a target, unless `last_only`."""
 
     id: str
     images: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    last_only: bool = False  # only the last answer is a target; those before are what was said
 
     @property
     def prompt_turns(self) -> tuple[Turn, ...]:
@@ -48,4 +81,18 @@ class Sample:
     def without_images(self) -> Sample:
         """The blind form of the sample: the same words, no picture."""
         turns = tuple(Turn(t.role, t.text) for t in self.turns)
-        return Sample(self.id, (), turns, self.meta)
+        return Sample(self.id, (), turns, self.meta, self.last_only)
+
+    @property
+    def answers(self) -> int:
+        """How many answers are targets."""
+        count = sum(turn.role == "assistant" for turn in self.turns)
+        return min(count, 1) if self.last_only else count
+
+    def up_to_answer(self, number: int) -> Sample:
+        """The sample with its answer `number` (from 0) as the last turn and the only target, behind what was said before."""
+        places = [place for place, turn in enumerate(self.turns) if turn.role == "assistant"]
+        turns = self.turns[: places[number] + 1]
+        shown = sum(turn.images for turn in turns)
+        name = f"{self.id} answer {number + 1}"
+        return Sample(name, self.images[:shown], turns, self.meta, last_only=True)

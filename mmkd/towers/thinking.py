@@ -52,6 +52,17 @@ def without_thinking(text: str, opened: bool = False) -> tuple[str | None, str |
     return (next(part for part in inside.groups() if part is not None).strip() if inside else answer), CLOSED
 
 
+def opening_of(text: str) -> str:
+    """The mark with which a text opens a thinking block at its beginning, in small letters; "" where it does not."""
+    small = text.lstrip().lower()
+    return next((opening.lower() for opening, _ in PAIRS if small.startswith(opening.lower())), "")
+
+
+def holds_thinking(text: str) -> bool:
+    """Whether any mark of thinking stands in a text."""
+    return bool(_OPEN.search(text) or _CLOSE.search(text))
+
+
 def ends_within(text: str) -> bool:
     """Whether a text, such as a prompt, ends within a thinking block."""
     opening, closing = _last(_OPEN, text), _last(_CLOSE, text)

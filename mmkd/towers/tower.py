@@ -30,6 +30,7 @@ from mmkd.towers.families import GRIDS, LANGUAGE_NAMES, VISION_NAMES, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, Seen, TowerInputs, VisualTokens, split_features, split_tokens
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
+from mmkd.towers.one_sample import preparing
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
 from mmkd.towers.samples import Sample
@@ -173,8 +174,12 @@ class Tower:
         return self.collate([self.encode(sample) for sample in samples], padding_side=padding_side)
 
     def encode(self, sample: Sample, *, with_answer: bool = True, pictures: list | None = None) -> Encoded:
-        """One sample, not yet padded; `pictures` stand in for its own, which are then not loaded."""
-        return self.preparer.encode(sample, with_answer=with_answer, pictures=pictures)
+        """One sample, not yet padded; `pictures` stand in for its own, which are then not loaded.
+
+        Raises SampleError, which names the sample, for whatever its processor or template refuses; ImageError, DataError.
+        """
+        with preparing(sample):
+            return self.preparer.encode(sample, with_answer=with_answer, pictures=pictures)
 
     def collate(self, encoded: Sequence[Encoded], *, padding_side: str = "right") -> TowerInputs:
         """Pads encoded samples into one batch."""

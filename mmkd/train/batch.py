@@ -11,6 +11,7 @@ from torch import Tensor
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.teacher import TeacherSignals
 from mmkd.towers.tower import Encoded, TowerInputs
+from mmkd.train.skips import Skip
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Batch:
     counts: Tensor
     # By term, what its `step_sums` gave over all micro-batches and processes of the step; {} where this batch is the step.
     step_sums: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    skipped: list[Skip] = field(default_factory=list, kw_only=True)  # samples that were to be in it
     host: Batch | None = field(default=None, kw_only=True, repr=False)
 
     @property

@@ -20,6 +20,7 @@ from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.experts import upcycled
 from mmkd.train.preference import PreferenceDataset
+from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec, TrainSpec
 from mmkd.train.trainable import add_lora, remove_lora, set_trainable
 
@@ -64,7 +65,7 @@ def build_stage(
         add_lora(student, spec.lora)
     set_trainable(student, spec)
     kind = PreferenceDataset if any(t.needs_pairs for t in terms) else PairDataset
-    skipped = int(settings.guards.max_skipped_images * len(samples))
+    skipped = allowance(settings.guards.max_skipped, len(samples))
     dataset = kind(samples, student, needed, terms, max_skipped=skipped, workers=settings.workers)
     distiller = Distiller(student, needed, terms, chunk_bytes=settings.chunk_bytes, compiled=settings.compile)
     return Stage(name, spec, student, needed, terms, dataset, distiller, receipt)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import COUNTS
-from mmkd.errors import DataError, ImageError
+from mmkd.errors import DataError, SampleError
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher, same_processor
 from mmkd.terms.term import Term, terms_of_teacher
+from mmkd.towers.one_sample import preparing
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.batch import Batch, Pair, TeacherBatch, TeacherPart
-
-logger = logging.getLogger(__name__)
+from mmkd.train.skips import LEFT_OUT, Skip, Skips, in_words
 
 
 class PairDataset(Dataset):
     """Samples prepared by student and teachers. Prepared samples are kept up to `memory` bytes, so later epochs cost nothing.
 
-    A picture that does not decode gives None, is counted in `skipped` and logged; more than `max_skipped` raise.
+    What cannot be read or prepared gives a `Skip`, and is counted in `skips`; more than `max_skipped` raise DataError. Workers
+    count nothing: who gets their batches counts what these say was skipped.
     """
 
     def __init__(
@@ -47,9 +49,7 @@ class PairDataset(Dataset):
         self.terms_of = {name: terms_of_teacher(terms, name, self.teachers) for name in self.teachers}
         for teacher in self.teachers.values():
             teacher.check(samples)
-        self.max_skipped = max_skipped
-        self._unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # workers tell of theirs
-        self.skipped: dict[str, str] = {}
+        self.skips = Skips(max_skipped, len(samples))
         self.truncated: dict[str, int] = {}  # answer tokens that did not fit, by sample
         self._kept: dict[int, Pair] = {}
         self._pixels: dict[bytes, Tensor] = {}
@@ -57,39 +57,47 @@ class PairDataset(Dataset):
 
     @property
     def collator(self) -> Collator:
-        return Collator(self.student, self.teachers)
-
-    @property
-    def skipped_count(self) -> int:
-        """Samples with unreadable pictures so far, in this process and its workers."""
-        return int(self._unreadable.sum())
+        return Collator(self.student, self.teachers, self.next_usable)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Pair | None:
+    def __getitem__(self, index: int) -> Pair | Skip:
+        pair = self.look(index)
+        if isinstance(pair, Skip) and get_worker_info() is None:
+            self.skips.add(pair)
+        return pair
+
+    def look(self, index: int) -> Pair | Skip:
+        """A sample as student and teachers get it, or why it is left out, which is not counted here."""
         pair = self._kept.get(index)
         if pair is None:
-            pair = self._prepare(self.samples[index])
-            if pair is not None and self._free > 0:
+            pair = self.prepare(self.samples[index], index)
+            if isinstance(pair, Pair) and self._free > 0:
                 self._keep(index, pair)
-        if pair is None:
-            self._skip(index)
-        if pair is None or not any(teacher.stored for teacher in self.teachers.values()):
+        if isinstance(pair, Skip) or not any(teacher.stored for teacher in self.teachers.values()):
             return pair
         return self._with_stored(index, pair)
+
+    def next_usable(self, index: int) -> Pair:
+        """The first sample behind `index` that can be prepared; after the last comes the first. Raises DataError."""
+        for step in range(1, len(self)):
+            pair = self[(index + step) % len(self)]
+            if isinstance(pair, Pair):
+                return pair
+        raise DataError(f"none of {len(self)} training samples can be used; see the log for the reasons")
 
     def _with_stored(self, index: int, pair: Pair) -> Pair:
         """The pair with what is on disk of it, which is read anew each time."""
         parts = {
-            name: replace(part, inputs=self._of_teacher(name, self.samples[index], pair.student, index))
+            name: replace(part, inputs=self._of_teacher(name, self.samples[index], pair.student))
             if self.teachers[name].stored else part
             for name, part in pair.teachers.items()
         }  # fmt: skip
         return replace(pair, teachers=parts)
 
-    def _of_teacher(self, name: str, sample: Sample, encoded: Encoded, index: int | None = None) -> object:
-        return self.teachers[name].prepare(sample, encoded, student=self.student, alike=self.alike[name], index=index)
+    def _of_teacher(self, name: str, sample: Sample, encoded: Encoded) -> object:
+        return self.teachers[name].prepare(sample, encoded, student=self.student, alike=self.alike[name])
 
     def _keep(self, index: int, pair: Pair) -> None:
         """Many questions are about one picture: equal pixels are kept once."""
@@ -103,22 +111,18 @@ class PairDataset(Dataset):
             self._free -= 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
         self._kept[index] = pair
 
-    def prepare(self, sample: Sample) -> Pair | None:
-        """A sample that is none of the set's own; None where its picture cannot be read."""
-        pair = self._prepare(sample)
-        if pair is None:
-            logger.warning("skipped %s: %s", sample.id, self.skipped.pop(sample.id))
-        return pair
-
-    def _prepare(self, sample: Sample) -> Pair | None:
+    def prepare(self, sample: Sample, index: int = -1) -> Pair | Skip:
+        """A sample as student and teachers get it, or why it is left out. index: -1 for one that is none of the set's own."""
         try:
-            student = self.student.encode(sample)
-            if student.truncated:
-                self.truncated[sample.id] = student.truncated
-            return Pair(student, {name: self._part(name, sample, student) for name in self.teachers})
-        except ImageError as error:
-            self.skipped[sample.id] = str(error)
-            return None
+            return self._prepare(sample)
+        except LEFT_OUT as error:
+            return Skip.of(sample, error, index)
+
+    def _prepare(self, sample: Sample) -> Pair:
+        student = _encode("student", self.student, sample)
+        if student.truncated:
+            self.truncated[sample.id] = student.truncated
+        return Pair(student, {name: self._part(name, sample, student) for name in self.teachers})
 
     def _part(self, name: str, sample: Sample, student: Encoded) -> TeacherPart:
         """A sample as one teacher reads it; of a stored one, only what the visual switch needs."""
@@ -126,29 +130,24 @@ class PairDataset(Dataset):
         switched = bool(student.images) and any(t.switched for t in terms)
         if teacher.stored and not switched:
             return TeacherPart()
-        own = student if self.alike[name] else teacher.body.encode(sample)
-        self._check(student, own, teacher, terms)
+        own = student if self.alike[name] else _encode(name, teacher.body, sample)
+        self._check(name, sample, student, own)
         count = self.student.visual_count(student)
         switch = teacher.body.with_visual_count(own, count) if switched else None
         return TeacherPart(None if teacher.stored else own, switch)
 
-    def _skip(self, index: int) -> None:
-        error, seen = self.skipped[self.samples[index].id], bool(self._unreadable[index])
-        self._unreadable[index] = True
-        if not seen:
-            logger.warning("skipped %s (%d so far): %s", self.samples[index].id, self.skipped_count, error)
-        if self.skipped_count > self.max_skipped:
-            raise DataError(
-                f"{self.skipped_count} of {len(self.samples)} training samples have unreadable images, more than the "
-                f"{self.max_skipped} that guards.max_skipped_images allows; the last: {error}"
-            )
-
-    def _check(self, student: Encoded, own: Encoded, teacher: Teacher, terms: Sequence[Term]) -> None:
+    def _check(self, name: str, sample: Sample, student: Encoded, own: Encoded) -> None:
         """The compared rows of both towers must be the same tokens, one for one, unless every term compares pieces of text."""
-        if all(t.same_tokens for t in terms):
-            _check_answers(student, own)
-        if any(t.teacher_positions & {"prompt", "text", "all"} and not t.switched for t in terms):
-            _check_prompts(student, own, self.student, teacher.body)
+        teacher, terms = self.teachers[name], self.terms_of[name]
+        try:
+            if all(t.same_tokens for t in terms):
+                _check_answers(student, own)
+            if any(t.teacher_positions & {"prompt", "text", "all"} and not t.switched for t in terms):
+                _check_prompts(student, own, self.student, teacher.body)
+        except DataError:
+            for role, tower, encoded in (("student", self.student, student), (name, teacher.body, own)):
+                refuse_cut(role, tower, sample, encoded)  # the cause, where it is one
+            raise
         if any(t.visual_counts_agree for t in terms):
             n_s, n_t = self.student.visual_count(student), teacher.body.visual_count(own)
             if n_s != n_t:
@@ -156,6 +155,32 @@ class PairDataset(Dataset):
                     f"sample {student.id!r} has {n_s} visual tokens in the student and {n_t} in the teacher; terms on visual "
                     "positions (and relation) need equal counts"
                 )
+
+
+def _encode(role: str, tower: Tower, sample: Sample) -> Encoded:
+    """Raises SampleError that names the tower, ImageError."""
+    try:
+        return tower.encode(sample)
+    except SampleError as error:
+        raise SampleError(f"in the {role}: {error}") from error
+
+
+def refuse_cut(role: str, tower: Tower, sample: Sample, encoded: Encoded) -> None:
+    """Raises SampleError for a sample whose answer `max_length` cuts; its rows are not those of another tower."""
+    if encoded.truncated:
+        raise SampleError(
+            f"sample {sample.id!r} has {len(encode_whole(tower, sample).input_ids)} tokens in the {role}, more than "
+            f"max_length {tower.max_length}, so {encoded.truncated} of its answer are cut there, not in the other tower; raise "
+            "it or shorten the sample"
+        )
+
+
+def encode_whole(tower: Tower, sample: Sample) -> Encoded:
+    """A sample as if there were no `max_length`. Raises SampleError, ImageError, DataError."""
+    preparer = copy.copy(tower.preparer)
+    preparer.max_length = sys.maxsize
+    with preparing(sample):
+        return preparer.encode(sample)
 
 
 def _encoded_of(pair: Pair) -> list[Encoded]:
@@ -169,7 +194,7 @@ def _check_answers(student: Encoded, teacher: Encoded) -> None:
     if rows_s.shape != rows_t.shape or not torch.equal(rows_s, rows_t):
         raise DataError(
             f"sample {student.id!r}: the student predicts {len(rows_s)} answer tokens, the teacher {len(rows_t)}, or other "
-            "ones; both need the same tokenizer and the same end of turn, and max_length must hold the answer in both"
+            "ones; both need the same tokenizer and the same end of turn"
         )
 
 
@@ -188,19 +213,28 @@ class Collator:
 
     student: Tower
     teachers: Mapping[str, Teacher] | Teacher | Tower | None
+    instead: Callable[[int], Pair] | None = None  # for the place of a sample in whose batch no other is left
 
     def __post_init__(self) -> None:
         self.teachers = as_teachers(self.teachers)
 
-    def __call__(self, pairs: Sequence[Pair | None]) -> dict[str, Batch]:
-        kept = [pair for pair in pairs if pair is not None]
-        if not kept:
-            raise DataError(f"none of the {len(pairs)} images of a batch can be read; see the log for their names")
+    def __call__(self, pairs: Sequence[Pair | Skip]) -> dict[str, Batch]:
+        kept = self.kept(pairs)
         student = self.student.collate([p.student for p in kept])
         teachers = {name: self._of_teacher(name, kept, student) for name in kept[0].teachers}
         batch = Batch(student, teachers, torch.zeros(len(COUNTS)))
         batch.counts = counts_of(student, batch.switch)
+        batch.skipped = [skip for skip in pairs if isinstance(skip, Skip)]
         return {"batch": batch}
+
+    def kept(self, pairs: Sequence[Pair | Skip]) -> list[Pair]:
+        """Those that are no skips; where all are, the next sample of the data that can be prepared. Raises DataError."""
+        kept = [pair for pair in pairs if isinstance(pair, Pair)]
+        if kept:
+            return kept
+        if self.instead is None:
+            raise DataError(f"none of the {len(pairs)} samples of a batch can be used: {in_words(pairs)}")
+        return [self.instead(pairs[-1].index)]
 
     def _of_teacher(self, name: str, pairs: Sequence[Pair], student: TowerInputs) -> TeacherBatch:
         teacher = self.teachers[name]

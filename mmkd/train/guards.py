@@ -4,44 +4,57 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from mmkd.data.samples import Sample
 from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.errors import GuardError, NotFiniteError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
-from mmkd.towers.tower import Seen, Tower, TowerInputs
+from mmkd.towers.tower import Encoded, Tower, TowerInputs
+from mmkd.train.batch import Pair
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
+from mmkd.train.exchange import Exchange, exchanged
 
 logger = logging.getLogger(__name__)
+
+# A teacher's loss must rise by this share of it, and by so much, when it is shown other pictures.
+HARDLY, LEAST = 0.02, 0.01
 
 
 def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_matter: bool, teacher_is_better: bool) -> dict:
     """Runs the guards on some training samples; returns what was measured, raises GuardError when one fails."""
-    batch = dataset.collator(_some(dataset, samples))["batch"].to(distiller.tower.device)
+    tried, pairs = _some(dataset, samples)
+    batch = dataset.collator(pairs)["batch"].to(distiller.tower.device)
     towers = {"student": (distiller.tower, batch.student)}
+    encoded = {"student": [pair.student for pair in pairs]}
     facts: dict[str, float] = {}
     for name, part in batch.teachers.items():
         teacher = distiller.teachers[name]
         if not teacher.stored:
             towers[name] = (teacher.running(), part.inputs)
+            encoded[name] = [pair.teachers[name].inputs for pair in pairs]
         elif (loss := teacher.answer_loss(part.inputs)) is not None:  # its pictures were checked when it was written
             facts[f"{name}_loss"] = loss
             _check_finite(name, facts)
+    of_student = None
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
         hidden = answer_rows(tower, inputs)
         facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
         _check_finite(role, facts)
-        if pixels_matter and _pictures_differ(inputs):
-            permuted = answer_rows(tower, inputs, permute=True)
-            facts[f"{role}_loss_permuted"] = answer_loss(tower, inputs, permuted)
-            _check_pixels(role, hidden, permuted)
+        if pixels_matter:
+            alike = of_student is not None and dataset.alike[role]
+            exchange = of_student if alike else exchanged(tower, tried, encoded[role])
+            of_student = exchange if role == "student" else of_student
+            facts |= _picture_losses(role, tower, inputs, hidden, exchange)
     if any(t.compares_features for t in distiller.terms):
         for role, (tower, inputs) in towers.items():
             _check_projection(role, tower, inputs)
@@ -68,7 +81,7 @@ def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
     A pooler that nobody reads, or encoder layers behind the feature layer, would otherwise only suffer weight decay, and
     data-parallel training would wait for their gradients without end.
     """
-    batch = dataset.collator(_some(dataset, 2))["batch"].to(distiller.tower.device)
+    batch = dataset.collator(_some(dataset, 2)[1])["batch"].to(distiller.tower.device)
     distiller.train()
     loss, _ = distiller(batch)
     if not loss.requires_grad:
@@ -98,62 +111,86 @@ def _brief(names: list[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
-def _some(dataset: PairDataset, samples: int) -> list:
-    """Samples spread over the data set, those with pictures first choice."""
+def _some(dataset: PairDataset, samples: int) -> tuple[list[Sample], list[Pair]]:
+    """Samples spread over the data set, those with pictures first choice, and the same prepared; others are left out."""
     pictured = [i for i, s in enumerate(dataset.samples) if s.images] or list(range(len(dataset.samples)))
     step = max(1, len(pictured) // samples)
-    return [dataset[i] for i in pictured[::step][:samples]]
+    found = [(dataset.samples[i], dataset[i]) for i in pictured[::step][:samples]]
+    usable = [(sample, pair) for sample, pair in found if isinstance(pair, Pair)]
+    return [sample for sample, _ in usable], [pair for _, pair in usable]
 
 
 @torch.no_grad()
-def answer_rows(tower: Tower, inputs: TowerInputs, *, permute: bool = False) -> Tensor:
-    """Hidden rows that predict the answers. With `permute` each picture stands in another's place. [R, D]"""
+def answer_rows(tower: Tower, inputs: TowerInputs) -> Tensor:
+    """Hidden rows that predict the answers. [R, D]"""
     with evaluating(tower.model):
-        seen = tower.see(inputs)
-        return tower.read(inputs, _permuted(seen) if permute else seen)[inputs.response]
+        return tower.read(inputs, tower.see(inputs))[inputs.response]
 
 
-def check_pixels(role: str, tower: Tower, inputs: TowerInputs) -> bool:
-    """Raises GuardError when permuting the pictures of a batch changes nothing; False if it cannot tell, from one picture."""
-    if not _pictures_differ(inputs):
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def check_pixels(role: str, tower: Tower, samples: Sequence[Sample], encoded: Sequence[Encoded]) -> bool:
+    """Checks whether a batch's pictures matter to a tower, as `run_guards` does; False if it cannot tell, from one picture.
+
+    encoded: the samples as the tower prepares them. Raises GuardError when other pictures change nothing.
+    """
+    exchange = exchanged(tower, samples, encoded)
+    if not exchange.other:
         return False
-    _check_pixels(role, answer_rows(tower, inputs), answer_rows(tower, inputs, permute=True))
+    own = tower.collate([encoded[place] for place in exchange.places]).to(tower.device)
+    places = list(range(len(exchange.places)))
+    _picture_losses(role, tower, own, answer_rows(tower, own), replace(exchange, places=places))
     return True
 
 
-def _pictures_differ(inputs: TowerInputs) -> bool:
-    """Whether a batch holds two different pictures: many questions may be about one."""
-    count = sum(inputs.images)
-    if count < 2:
-        return False
-    return any(
-        len(tensor) % count or any(not torch.equal(part, tensor[: len(part)]) for part in tensor.chunk(count))
-        for tensor in inputs.pixels.values()
-    )
+def _picture_losses(role: str, tower: Tower, inputs: TowerInputs, hidden: Tensor, exchange: Exchange) -> dict[str, float]:
+    """The loss with other samples' pictures; raises GuardError where these change nothing. hidden [R, D]: `answer_rows`."""
+    if not exchange.other:
+        if any(inputs.images):
+            logger.info("guard: the %d samples hold no two pictures, so whether pictures matter to the %s is not known",
+                        len(inputs.ids), role)  # fmt: skip
+        return {}
+    if exchange.probe:
+        _check_probe(role, tower, exchange)
+    other = tower.collate(exchange.other).to(tower.device)
+    permuted = answer_loss(tower, other, answer_rows(tower, other))
+    chosen = torch.isin(inputs.response.nonzero()[:, 0].cpu(), torch.tensor(exchange.places))
+    loss = _mean_loss(tower, hidden[chosen], inputs.targets[inputs.response][chosen])
+    if role != "student" and permuted - loss < max(HARDLY * loss, LEAST):
+        logger.warning(
+            "the %s's loss on %d answers is %.4f with their own pictures and %.4f with those of other samples: it hardly looks "
+            "at them, so a student learns from it to answer without looking. Do these questions need their picture, and has the "
+            "teacher learned this task?", role, len(exchange.places), loss, permuted,
+        )  # fmt: skip
+    return {f"{role}_loss_permuted": permuted}
 
 
-def _permuted(seen: Seen) -> list[Tensor]:
-    """Visual tokens moved on by one picture; where pictures differ in size, each is turned round in its own place."""
-    if len({t.shape for t in seen.tokens}) > 1:
-        return [tokens.flip(0) for tokens in seen.tokens]
-    return seen.tokens[1:] + seen.tokens[:1]
+def _check_probe(role: str, tower: Tower, exchange: Exchange) -> None:
+    """Other pixels under the same tokens must change hidden states.
+
+    Not only losses: an untrained tower may see so faintly that its loss is the same to the last digit. And not other numbers of
+    tokens, which would change the hidden states of a blind tower, too.
+    """
+    own, other = (tower.collate(list(side)).to(tower.device) for side in zip(*exchange.probe, strict=True))
+    if torch.equal(answer_rows(tower, own), answer_rows(tower, other)):
+        raise GuardError(
+            f"permuting the pictures changes nothing that the {role} computes: its pixels never reach the language model. "
+            "Check its processor and image token; to train all the same set guards.pixels_matter=false"
+        )
 
 
 @torch.no_grad()
 def answer_loss(tower: Tower, inputs: TowerInputs, hidden: Tensor) -> float:
     """Mean cross-entropy of a tower on its own targets; hidden [R, D] as from `answer_rows`."""
+    return _mean_loss(tower, hidden, inputs.targets[inputs.response])
+
+
+@torch.no_grad()
+def _mean_loss(tower: Tower, hidden: Tensor, targets: Tensor) -> float:
     term = RowTerm("cross_entropy", 1.0, CrossEntropy(), needs_teacher=False, rows=None)
-    total, _ = row_losses(hidden, head_of(tower), inputs.targets[inputs.response], [term])
+    total, _ = row_losses(hidden, head_of(tower), targets, [term])
     return float(total) / len(hidden)
-
-
-def _check_pixels(role: str, hidden: Tensor, permuted: Tensor) -> None:
-    # Hidden states, not losses: an untrained tower may see so faintly that its loss is the same to the last digit.
-    if torch.equal(hidden, permuted):
-        raise GuardError(
-            f"permuting the pictures changes nothing that the {role} computes: its pixels never reach the language model. "
-            "Check its processor and image token; to train all the same set guards.pixels_matter=false"
-        )
 
 
 @torch.no_grad()

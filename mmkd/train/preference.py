@@ -22,13 +22,16 @@ from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import COUNTS
 from mmkd.engine.rows import row_log_probs
-from mmkd.errors import DataError
+from mmkd.errors import SampleError
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.experts import Routing, recorded_routing
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.batch import Batch, Pair
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.signals import BatchSignals
+from mmkd.train.skips import Skip
+
+LEFT_OUT_BY_TEACHER = "the teacher cannot prepare it"
 
 # ---- pairs of answers ------------------------------------------------------------------------------------------------
 
@@ -70,16 +73,20 @@ class PreferenceDataset(PairDataset):
 
     @property
     def collator(self) -> PreferenceCollator:
-        return PreferenceCollator(self.student, self.teachers)
+        return PreferenceCollator(self.student, self.teachers, self.next_usable)
 
-    def __getitem__(self, index: int) -> PreferencePair | None:
+    def __getitem__(self, index: int) -> PreferencePair | Skip:
+        if torch.isinf(self.reference[index]).any():
+            return Skip(index, self.samples[index].id, LEFT_OUT_BY_TEACHER, LEFT_OUT_BY_TEACHER)
         pair = super().__getitem__(index)
-        return None if pair is None else replace(pair, reference=self.reference[index])
+        return pair if isinstance(pair, Skip) else replace(pair, reference=self.reference[index])
 
-    def _prepare(self, sample: Sample) -> PreferencePair | None:
+    def leave_out(self, index: int) -> None:
+        """Skips a pair from now on; said in `reference`, whose rows processes add up."""
+        self.reference[index] = torch.inf
+
+    def _prepare(self, sample: Sample) -> PreferencePair:
         pair = super()._prepare(sample)
-        if pair is None:
-            return None
         rejected = encode_rejected(self.student, sample, pair.student)
         if rejected.truncated:
             self.truncated[f"{sample.id} (rejected)"] = rejected.truncated
@@ -89,11 +96,11 @@ class PreferenceDataset(PairDataset):
 def encode_rejected(tower: Tower, sample: Sample, chosen: Encoded) -> Encoded:
     """The rejected answer in a tower's terms, without the pixels that it shares with the chosen one.
 
-    Raises DataError where both become the same tokens.
+    Raises SampleError where both become the same tokens.
     """
     rejected = tower.encode(rejected_of(sample))
     if torch.equal(chosen.input_ids, rejected.input_ids):
-        raise DataError(
+        raise SampleError(
             f"sample {sample.id!r}: chosen and rejected answer are the same {len(chosen.input_ids)} tokens, so nothing can be "
             f"preferred; they may differ only behind max_length {tower.max_length}. Raise it or leave the pair out"
         )
@@ -104,13 +111,15 @@ def encode_rejected(tower: Tower, sample: Sample, chosen: Encoded) -> Encoded:
 class PreferenceCollator(Collator):
     """Pads pairs into a `PreferenceBatch`."""
 
-    def __call__(self, pairs: Sequence[PreferencePair | None]) -> dict[str, PreferenceBatch]:
-        chosen = super().__call__(pairs)["batch"]
-        kept = [pair for pair in pairs if pair is not None]
+    def __call__(self, pairs: Sequence[PreferencePair | Skip]) -> dict[str, PreferenceBatch]:
+        kept = self.kept(pairs)
+        chosen = super().__call__(kept)["batch"]
         chosen.counts[COUNTS.index("pair")] = len(kept)
         rejected = collate_rejected(self.student, [pair.rejected for pair in kept], chosen.student)
         reference = torch.stack([pair.reference for pair in kept])  # [B, 2]
-        return {"batch": PreferenceBatch(chosen.student, chosen.teachers, chosen.counts, rejected, reference)}
+        skipped = [skip for skip in pairs if isinstance(skip, Skip)]
+        batch = PreferenceBatch(chosen.student, chosen.teachers, chosen.counts, rejected, reference, skipped=skipped)
+        return {"batch": batch}
 
 
 def collate_rejected(tower: Tower, rejected: Sequence[Encoded], chosen: TowerInputs) -> TowerInputs:

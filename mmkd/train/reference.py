@@ -36,6 +36,7 @@ from mmkd.train.preference import (
     encode_rejected,
     last_answer,
 )
+from mmkd.train.skips import LEFT_OUT, Skip
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def fill_reference(
     """Fills `dataset.reference` from the cache in `folder`, where missing by the teacher; returns how many pairs it read.
 
     Processes share the pairs. pixels_matter: whether to check, if the teacher runs, that its pictures reach it
-    (GuardError). Raises DataError for a pair whose answers are the same tokens.
+    (GuardError). Pairs that one of the models cannot prepare are left out; raises DataError for more than are allowed.
     """
     rank, world = _processes()
     (teacher,) = as_teachers(teacher).values()
@@ -105,13 +106,14 @@ def fill_reference(
     with tqdm(total=len(mine), desc="reference log-probabilities", unit="pair", disable=rank > 0) as bar:
         for start in range(0, len(mine), batch_size):
             indices = list(mine[start : start + batch_size])
-            pairs = {i: pair for i in indices if (pair := dataset[i]) is not None}
-            encoded = [_encode(dataset, i, pair, teacher.body, same) for i, pair in pairs.items()]
+            pairs = {i: pair for i in indices if isinstance(pair := dataset[i], PreferencePair)}
+            encoded, pairs = _encode_all(dataset, pairs, teacher.body, same)
             keys = [[content_key(answer, chosen) for answer in (chosen, rejected)] for chosen, rejected in encoded]
             # A batch is read as a whole or not at all: what stands beside an answer may change its last bits.
             if any(key not in cache.values for both in keys for key in both):
-                first = pixels_matter and read == 0
-                cache.add(_read(teacher.running(), encoded, keys, chunk_bytes, check=first))
+                if pixels_matter and read == 0:
+                    check_pixels("teacher", teacher.running(), [dataset.samples[i] for i in pairs], [c for c, _ in encoded])
+                cache.add(_read(teacher.running(), encoded, keys, chunk_bytes))
                 read += len(encoded)
             for i, both in zip(pairs, keys, strict=True):
                 dataset.reference[i] = torch.tensor([cache.values[key] for key in both], dtype=torch.float64)
@@ -120,6 +122,21 @@ def fill_reference(
         _add_up(dataset.reference, device_of_process())
     logger.info("reference: the teacher read %d of %d pairs, the others were in %s", read, len(mine), cache.folder)
     return read
+
+
+def _encode_all(
+    dataset: PreferenceDataset, pairs: dict[int, PreferencePair], body: Tower, same: bool
+) -> tuple[list[tuple[Encoded, Encoded]], dict[int, PreferencePair]]:
+    """The pairs in the teacher's terms, and those of them that it can prepare; the others are left out from now on."""
+    encoded, kept = [], {}
+    for index, pair in pairs.items():
+        try:
+            encoded.append(_encode(dataset, index, pair, body, same))
+            kept[index] = pair
+        except LEFT_OUT as error:
+            dataset.leave_out(index)
+            dataset.skips.add(Skip.of(dataset.samples[index], error, index, "in the teacher: "))
+    return encoded, kept
 
 
 def _encode(
@@ -145,13 +162,11 @@ def content_key(answer: Encoded, chosen: Encoded) -> str:
 
 @torch.no_grad()
 def _read(
-    teacher: Tower, encoded: Sequence[tuple[Encoded, Encoded]], keys: list[list[str]], chunk_bytes: int, check: bool
+    teacher: Tower, encoded: Sequence[tuple[Encoded, Encoded]], keys: list[list[str]], chunk_bytes: int
 ) -> list[dict]:
     """The cache's rows of some pairs."""
     chosen = teacher.collate([pair[0] for pair in encoded]).to(teacher.device)
     rejected = collate_rejected(teacher, [pair[1] for pair in encoded], chosen).to(teacher.device)
-    if check:
-        check_pixels("teacher", teacher, chosen)
     seen = teacher.see(chosen)
     rows = []
     for place, (name, inputs) in enumerate((("chosen", chosen), ("rejected", rejected))):

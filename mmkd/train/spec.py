@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from mmkd.base.schema import Strict, is_default, is_number, one_of
 from mmkd.data.samplers.spec import SamplerSpec
@@ -142,7 +142,9 @@ class GuardSpec(Strict):
     pixels_matter: bool = True
     teacher_is_better: bool = True
     samples: int = Field(32, gt=1, le=2**16)
-    max_skipped_images: float = Field(0.01, ge=0, le=1)  # share of a training set that may be unreadable
+    # Share of a training set, rounded up, that may be left out: rows that cannot be used, pictures that cannot be read, samples
+    # that are too long or that a processor or template refuses. `max_skipped_images` is its name in older recipes.
+    max_skipped: float = Field(0.01, ge=0, le=1, validation_alias=AliasChoices("max_skipped", "max_skipped_images"))
 
 
 class TrainSpec(Strict):

@@ -11,6 +11,7 @@ from mmkd.data.stream import Stream
 from mmkd.errors import DataError
 from mmkd.train.batch import Pair
 from mmkd.train.collate import Collator, PairDataset
+from mmkd.train.skips import Skip, Skips
 from mmkd.train.spec import StageSpec
 
 
@@ -27,7 +28,11 @@ class StreamDataset(IterableDataset):
     def collator(self) -> Collator:
         return self.head.collator
 
-    def __iter__(self) -> Iterator[Pair | None]:
+    @property
+    def skips(self) -> Skips:
+        return self.head.skips
+
+    def __iter__(self) -> Iterator[Pair | Skip]:
         worker = get_worker_info()
         mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for number, sample in enumerate(self.stream):

@@ -101,18 +101,28 @@ class DistillTrainer(Trainer):
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
             samples = self._answers.take(epoch_iterator, num_batches)
+            self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
             self._sum_over_step(samples)
             return samples, counts
         peeked = self._peeked[1] if self._peeked[0] is epoch_iterator else []
         coming = itertools.chain(peeked, epoch_iterator)
         samples = list(itertools.islice(coming, num_batches))
+        self._count_skipped(samples)
         last = self.state.global_step + 1 >= self.state.max_steps
         self._peeked = (epoch_iterator, [] if last else list(itertools.islice(coming, 1)))
         queue = [inputs["batch"] for inputs in (*samples, *self._peeked[1])]
         self._following = {id(batch): following for batch, following in itertools.pairwise(queue)}
         self._sum_over_step(samples)
         return samples, self._get_num_items_in_batch(samples, device)
+
+    def _count_skipped(self, samples: Sequence[dict[str, Batch]]) -> None:
+        """Counts what was left out of a step's micro-batches; workers that made them could not. Raises DataError."""
+        skips = self.train_dataset.skips
+        for batch in (inputs["batch"] for inputs in samples):
+            skips.seen += len(batch.student.ids) + len(batch.skipped)
+            for skip in batch.skipped:
+                skips.add(skip)
 
     # ---- loss ----
 

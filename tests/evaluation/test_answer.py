@@ -9,6 +9,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.results import read_predictions
 from mmkd.evaluation.store import PARTIAL
+from mmkd.towers.one_sample import preparing
 
 
 @pytest.fixture
@@ -133,6 +134,25 @@ def test_unreadable_pictures_are_skipped_and_counted(
     assert "3.png does not decode" in rows["green-3"]["skipped"]
     assert rows["green-3"]["score"] is None and rows["green-3"]["prediction"] is None
     assert rows["green-5"]["skipped"] is None
+
+
+def test_what_a_processor_refuses_is_skipped_and_counted(ask, benchmark_of, fake_tower, tmp_path: Path) -> None:
+    tower = fake_tower()
+    answer = tower.answer
+
+    def picky(samples, **options):
+        for sample in samples:
+            if sample.id in ("green-3", "red-5"):
+                with preparing(sample):
+                    raise IndexError(f"list index {len(sample.id)} out of range")
+        return answer(samples, **options)
+
+    tower.answer = picky
+    result = ask(tower, benchmark_of())
+    assert (result["n_skipped"], result["score"]) == (2, 1.0)
+    assert result["skipped"] == {"sample cannot be prepared: IndexError: list index N out of range": 2}
+    rows = read_predictions(tmp_path / "out" / "predictions.jsonl")
+    assert "sample 'red-5' cannot be prepared" in rows["red-5"]["skipped"] and rows["red-4"]["skipped"] is None
 
 
 def test_nothing_answered_is_an_error(ask, benchmark_of, fake_tower, data: Path) -> None:

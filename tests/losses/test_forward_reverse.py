@@ -11,8 +11,10 @@ BAR = 2e-6
 
 
 def softmax(z, temperature):
-    e = [math.exp((x - max(z)) / temperature) for x in z]
-    return [x / sum(e) for x in e]
+    most = max(z)
+    e = [math.exp((x - most) / temperature) for x in z]
+    total = sum(e)
+    return [x / total for x in e]
 
 
 def mixed(q, p, forward, reverse):

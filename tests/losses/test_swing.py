@@ -13,8 +13,10 @@ SCORES = [0.0, 0.1, 0.25, 0.5, 0.75, 1.0]
 
 
 def softmax(z, temperature):
-    e = [math.exp((x - max(z)) / temperature) for x in z]
-    return [x / math.fsum(e) for x in e]
+    most = max(z)
+    e = [math.exp((x - most) / temperature) for x in z]
+    total = math.fsum(e)
+    return [x / total for x in e]
 
 
 def reference(s, t, score, loss, xi):

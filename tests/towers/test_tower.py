@@ -134,7 +134,7 @@ def test_the_contract_finds_too_many_placeholders(samples):
 def test_the_contract_finds_a_template_without_roles_end(samples):
     tower = tiny_tower()
     tower.processor.chat_template = tower.processor.chat_template.replace("<|end|>", "[end]")
-    with pytest.raises(TowerError, match=r"its targets say '.*\[end\]'"):
+    with pytest.raises(TowerError, match=r"ends an answer with '\[end\]', which is no end token"):
         check_tower(tower, samples)
 
 
@@ -190,13 +190,21 @@ def test_a_picture_that_does_not_decode_is_named(tmp_path):
         tiny_tower().prepare([Sample("s", (ref,), (Turn("user", "what", 1), Turn("assistant", "A")))])
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
+def test_a_template_that_rewrites_earlier_turns_is_trained_as_it_is_met():
     template = (
         "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}{{ c.text }}{% endfor %}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    with pytest.raises(TowerError, match="changes earlier turns"):
-        tiny_tower(chat_template=template).prepare([Sample("s", (), (Turn("user", "A"), Turn("assistant", "B")))])
+    tower = tiny_tower(chat_template=template)
+    turns = (Turn("user", "A"), Turn("assistant", "B"), Turn("user", "C"), Turn("assistant", "red"))
+    whole = Sample("s", (), turns)
+    assert tower.preparer.answers_apart(whole)
+    for number, answer in enumerate(("B", "red")):
+        sample = whole.up_to_answer(number)
+        encoded, asked = tower.encode(sample), tower.encode(sample, with_answer=False).input_ids
+        assert encoded.input_ids[: len(asked)].tolist() == asked.tolist()
+        assert tower.tokenizer.decode(encoded.targets[encoded.targets != IGNORE]) == f"{answer}<|end|>"
+        assert (encoded.targets[: len(asked) - 1] == IGNORE).all()
 
 
 def test_a_processor_without_a_template_is_refused():

@@ -15,6 +15,7 @@ from mmkd.terms.term import Schedule
 from mmkd.towers.assemble import CHAT_TEMPLATES, train_tokenizer
 from mmkd.train.collate import Collator, PairDataset
 from mmkd.train.distiller import Distiller
+from mmkd.train.skips import Skip
 
 TOKENIZER = tiny_tokenizer()
 
@@ -314,10 +315,10 @@ def test_unreadable_pictures_are_counted_and_limited(tmp_path):
     for sample in samples[:2]:
         (tmp_path / sample.images[0].name).write_bytes(b"not a picture")
     dataset = PairDataset(samples, student, None, [term("cross_entropy")], max_skipped=1)
-    assert dataset[0] is None and dataset[0] is None and len(dataset.skipped) == 1
+    assert isinstance(dataset[0], Skip) and isinstance(dataset[0], Skip) and len(dataset.skips) == 1
     batch = Collator(student, None)([dataset[0], dataset[2]])["batch"]
     assert batch.student.ids == [samples[2].id]
-    with pytest.raises(DataError, match="2 of 4 training samples have unreadable images, more than the 1") as error:
+    with pytest.raises(DataError, match="2 of 4 training samples cannot be used, more than the 1") as error:
         dataset[1]
     assert not isinstance(error.value, ImageError)
 
