@@ -61,6 +61,14 @@ def one_line(error: object, length: int = 300) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def shown(value: object, length: int = 120) -> str:
+    """A value as it would be written in Python, short however long it is; also of numbers that Python does not write."""
+    try:
+        return one_line(repr(value), length)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too long to be shown"
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """ "did you mean 'x'?" for a close name, else "known: a, b, c"."""
     options = sorted(options)
