@@ -155,8 +155,8 @@ def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> N
         logger.warning("stage %s cut the ends of %d answers at max_length %d", stage.name, cut, stage.student.max_length)
     trainer.finite.look()
     make_whole(trainer)
-    check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
-    if is_main_process():
+    if is_main_process():  # it alone has the whole weights of a sharded run
+        check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
         summarise_experts(run)
         save_whole(folder / "model", stage.student.save, stage.student.footprint()["weight_bytes"])
         for checkpoint in folder.glob("checkpoint-*"):
