@@ -50,8 +50,9 @@ class _Met:
         self.controls = Controls(control_strings(processor, template))
         self.words = TextTokenizer(tokenizer, self.controls)
         guard = Guard(self.controls)
-        last = max((found.start() for found in self.controls.own.finditer(self.facts.generation)), default=0)
-        self.tail = self.facts.generation[last:]  # what an answer's tokens depend on
+        last = max((found.start() for found in self.controls.own.finditer(self.facts.generation)), default=None)
+        # What an answer's tokens depend on. Some tokenizers put a space of their own before a text without a control token.
+        self.tail = self.facts.generation.lstrip() if last is None else self.facts.generation[last:]
         self.tail_ids = self.words.ids(self.tail, guard) if self.tail else []
         self.newline_ids = self.words.ids("\n", guard)
         self.end, self.trailer = self._ends(preparer)
