@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.base.schema import Strict
 from mmkd.data.formats import format_of, read_split
+from mmkd.data.lazy import Lazy
 from mmkd.data.prompts import PromptStyle, render
 from mmkd.data.samples import Question, Sample
 from mmkd.data.source import Source
 from mmkd.data.stream import Stream
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 2000  # questions of a large file that are put into words to see whether that works
 
 
 class DataCard(Strict):
@@ -31,6 +40,7 @@ class DataCard(Strict):
     ocr: bool = False
     files: dict[str, str] | None = None
     target: Literal["first", "majority", "sampled"] = "first"
+    text_only: bool = False
     licence: str = ""
     source: str = ""
     notes: str = ""
@@ -47,7 +57,7 @@ def resolve(spec: Any) -> dict[str, Any]:
     about = {"name", "title", "imports", "licence", "source", "notes"}
     card = load_card("data", spec.card, DataCard).model_dump(exclude=about) if spec.card else {}
     given = {k: v for k, v in spec.model_dump(exclude={"card"}).items() if v is not None}
-    fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", **card, **given}
+    fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", "text_only": False, **card, **given}
     missing = [name for name in ("format", "root") if name not in fields]
     if missing:
         raise DataError(f"a data entry lacks {' and '.join(missing)}; give them or name a `card`")
@@ -74,12 +84,19 @@ def layout_of(spec: Any) -> str:
     return format_of(fields["format"]).layout(fields["split"], fields["files"])
 
 
-def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
-    """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
+def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0) -> Sequence[Sample]:
+    """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError.
+
+    allowed: the share of rows, rounded up, that may be left out since they cannot be used; what was left out is logged.
+    """
     stream = stream_of(spec, seed, data_root)
-    if stream is not None:
-        return stream.head()
     fields = resolve(spec)
+    name = f"{spec.card or fields['format']} {fields['root']}"
+    if stream is not None:
+        samples = stream.head()
+        _check_stream(samples, fields, name)
+        return samples
+    tally = Tally()
     items = read_split(
         fields["format"],
         folder_of(fields, data_root),
@@ -89,9 +106,36 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sam
         limit=fields.get("limit"),
         image_limit=fields.get("image_limit"),
         seed=seed,
+        allowed=allowed,
+        needs_pictures=not fields["text_only"],
+        tally=tally,
     )
-    samples = [_sample(item, fields) for item in items]
+    samples = _rendered(items, fields, tally, allowed)
+    for line in tally.lines():
+        logger.info("data %s: %s", name, line)
     return _weighted(samples, fields["weight"], seed)
+
+
+def _rendered(items: Sequence[Question | Sample], fields: dict[str, Any], tally: Tally, allowed: float) -> Sequence[Sample]:
+    """The items as samples; those that cannot be trained on, such as questions without an answer, are left out and counted."""
+    make = partial(_sample, fields=fields)
+    looked_at = items[:: max(1, len(items) // LOOKED_AT)] if isinstance(items, Lazy) else items
+    samples = []
+    for item in looked_at:
+        try:
+            samples.append(make(item))
+        except DataError as error:
+            tally.drop(f"question {item.id!r}", error)
+    tally.check(allowed)
+    return items.then(make) if isinstance(items, Lazy) else samples
+
+
+def _check_stream(samples: Sequence[Sample], fields: dict[str, Any], name: str) -> None:
+    """Raises DataError for a stream whose first samples have no picture."""
+    found = Tally()
+    found.made(samples)
+    if not fields["text_only"]:
+        found.refuse_no_pictures(f"the first samples of {name}", format_of(fields["format"]).pictures_by)
 
 
 def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | None:
@@ -127,11 +171,14 @@ def _sample(item: Question | Sample, fields: dict[str, Any]) -> Sample:
     return render(item, fields["prompt"], with_answer=True, ocr=fields["ocr"])
 
 
-def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
+def _weighted(samples: Sequence[Sample], weight: float, seed: int) -> Sequence[Sample]:
     """`weight` copies of the set; the fraction is drawn."""
     whole, part = int(weight), weight - int(weight)
-    drawn = random.Random(f"weight {seed}").sample(samples, round(part * len(samples)))
-    return samples * whole + drawn
+    drawn = random.Random(f"weight {seed}").sample(range(len(samples)), round(part * len(samples)))
+    if isinstance(samples, Lazy):
+        places = np.concatenate([np.tile(np.arange(len(samples)), whole), np.array(drawn, dtype=np.int64)])
+        return samples if weight == 1 else samples.taken(places)
+    return [*samples] * whole + [samples[place] for place in drawn]
 
 
 README_HEAD = """\

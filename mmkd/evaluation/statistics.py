@@ -11,6 +11,7 @@ import numpy as np
 
 from mmkd.errors import DataError
 from mmkd.evaluation.results import group_of, read_predictions, same_questions
+from mmkd.evaluation.roles import best_control, in_words
 
 LEVEL = 0.95
 _CHUNK_BYTES = 32 * 2**20  # of one array of drawn clusters; about three such arrays live at once
@@ -115,7 +116,8 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
         fidelity    {name: agreement}      with the teacher, where there is one
         beats_teacher {name: ids}          that a model has fully right and the teacher has not, where there is one
         student_beats_teacher              the student's, if both are there
-        verdict                            in words: is the student better than its control?
+        best_control                       the control with the highest score, None where there is none
+        verdict                            in words: is the student better than its best control?
     Scores are 0..1.  Raises DataError when ids differ or nothing is left.
     """
     if not predictions:
@@ -133,6 +135,7 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
     for name, values in scores.items():
         mean, low, high = interval(values, groups, n_boot, seed)
         models[name] = {"score": mean, "ci95": [low, high]}
+    best = best_control({name: cell["score"] for name, cell in models.items()})
     differences = {}
     for a, b in _pairs(list(runs)):
         mean, low, high = paired_difference(scores[a], scores[b], groups, n_boot, seed)
@@ -149,7 +152,8 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
         "models": models,
         "differences": differences,
         **_with_teacher(scores, differences, kept),
-        "verdict": verdict(differences.get("student - control")),
+        "best_control": best,
+        "verdict": verdict(differences.get(f"student - {best}"), best or "control"),
     }
 
 
@@ -209,15 +213,15 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
 
 
-def verdict(difference: Mapping | None) -> str:
+def verdict(difference: Mapping | None, control: str = "control") -> str:
     """The paired difference of student and control in words; `difference` as in `compare_runs`, or None."""
     if difference is None:
         return "no control was evaluated: the effect of the teacher is not known"
     low, high = (100 * bound for bound in difference["ci95"])
     points = 100 * difference["difference"]
-    span = f"[{low:+.1f}, {high:+.1f}]"
+    span, other = f"[{low:+.1f}, {high:+.1f}]", in_words(control)
     if low > 0:
-        return f"student leads its control by {points:.1f} points {span}"
+        return f"student leads its {other} by {points:.1f} points {span}"
     if high < 0:
-        return f"student is behind its control by {-points:.1f} points {span}"
-    return f"student and control show no difference: {points:+.1f} points {span}"
+        return f"student is behind its {other} by {-points:.1f} points {span}"
+    return f"student and {other} show no difference: {points:+.1f} points {span}"

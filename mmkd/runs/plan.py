@@ -113,8 +113,9 @@ def disk_line(recipe: Recipe, student: Tower) -> str:
     weights = sum(p.numel() * 4 for p in student.model.parameters())
     models = len(recipe.stages) + 1
     total = models * weights + 2 * 3 * weights  # one model a stage and the last; two checkpoints with two moments each
-    control = " (twice, with the SFT control)" if recipe.control and recipe.teacher_specs else ""
-    return f"disk: at most {bytes_text(total)}{control} in {Path(recipe.output)}"
+    controls = len(recipe.controls) if recipe.teacher_specs else 0
+    again = f" ({1 + controls} times, with the controls)" if controls else ""
+    return f"disk: at most {bytes_text(total)}{again} in {Path(recipe.output)}"
 
 
 def bytes_text(count: float) -> str:

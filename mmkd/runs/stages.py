@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from transformers import TrainingArguments, set_seed
 
 from mmkd.answers import answer_source
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
-from mmkd.base.files import copy_whole, save_whole
+from mmkd.base.files import copy_whole, save_whole, write_whole
 from mmkd.base.jsonl import JsonLines
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
@@ -35,6 +37,8 @@ from mmkd.train.trainer import DistillTrainer, last_checkpoint, split_evenly, tr
 
 logger = logging.getLogger(__name__)
 
+SECONDS = "seconds.json"  # of a stage's folder: how long it was trained
+
 
 def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teacher] | Teacher | None, run: Path) -> Tower:
     """Puts the student through all stages; what is done already is loaded. Returns the trained tower.
@@ -48,13 +52,26 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
         folder = run / "stages" / role / f"{number}_{name}"
         if not (folder / "model").exists():
             stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
+            started = time.monotonic()
             trainer.train(resume_from_checkpoint=resume)
+            if is_main_process():
+                _add_seconds(folder, time.monotonic() - started)
             _finish(stage, trainer, run, folder)
         student = load_student(recipe, folder / "model")
     if is_main_process():
         copy_whole(folder / "model", final)
     wait_for_all()
     return student
+
+
+def seconds_of(run: Path, role: str) -> float:
+    """Seconds that the training of a model took, all stages together; the time between a checkpoint and a kill is not in it."""
+    return sum(json.loads(path.read_text(encoding="utf-8")) for path in (run / "stages" / role).glob(f"*/{SECONDS}"))
+
+
+def _add_seconds(folder: Path, seconds: float) -> None:
+    before = json.loads((folder / SECONDS).read_text(encoding="utf-8")) if (folder / SECONDS).exists() else 0.0
+    write_whole(folder / SECONDS, json.dumps(round(before + seconds, 1)))
 
 
 def prepare_stage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
     }
 
 
-def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: list[str]) -> Tower:
+def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: Iterable[str]) -> Tower:
     """The student before its first stage. `texts` train its tokenizer where the recipe asks for one."""
     spec, teachers = recipe.student, as_teachers(teachers)
     if spec.model is not None:
@@ -77,7 +77,7 @@ def load_student(recipe: Recipe, folder: Any) -> Tower:
     )
 
 
-def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: list[str]) -> Any:
+def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: Iterable[str]) -> Any:
     spec = parts.tokenizer
     if spec is None:
         return None

@@ -47,9 +47,7 @@ class LiveTeacher(Teacher):
     def fingerprint(self) -> str:
         return self.tower.fingerprint()
 
-    def prepare(
-        self, sample: Sample, encoded: Encoded, *, student: Tower, alike: bool, index: int | None = None
-    ) -> Encoded:
+    def prepare(self, sample: Sample, encoded: Encoded, *, student: Tower, alike: bool) -> Encoded:
         return encoded if alike else self.body.encode(sample)
 
     def collate(self, prepared: Sequence[Encoded]) -> TowerInputs:

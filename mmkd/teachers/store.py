@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmkd.base.files import write_whole
-from mmkd.data.samples import Sample
+from mmkd.data.samples import ImageRef, Sample
 from mmkd.errors import DataError
 
 FORMAT = 1
@@ -56,11 +56,19 @@ def text_key(sample: Sample) -> bytes:
     return hashlib.blake2b(turns.encode(), digest_size=16).digest()
 
 
-def content_key(sample: Sample) -> bytes:
-    """Hash of a sample's turns and of its pictures' bytes. 16 bytes. Raises ImageError."""
+def content_key(sample: Sample, pictures: dict[ImageRef, bytes] | None = None) -> bytes:
+    """Hash of a sample's turns and of its pictures' bytes. 16 bytes. Raises ImageError.
+
+    pictures: hashes of those that were read before; new ones are added.
+    """
     digest = hashlib.blake2b(text_key(sample), digest_size=16)
     for image in sample.images:
-        digest.update(hashlib.blake2b(image.read_bytes(), digest_size=16).digest())
+        known = pictures.get(image) if pictures is not None and image.file is not None else None
+        if known is None:
+            known = hashlib.blake2b(image.read_bytes(), digest_size=16).digest()
+            if pictures is not None and image.file is not None:
+                pictures[image] = known
+        digest.update(known)
     return digest.digest()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
-from mmkd.data.samples import Sample
+from mmkd.data.samples import ImageRef, Sample
 from mmkd.engine.positions import rows_at
 from mmkd.errors import DataError, TowerError
 from mmkd.registry import register
@@ -47,7 +47,7 @@ class StoredTeacher(Teacher):
         self.about = self.cache.about
         self.body = _body(self.cache.folder / "teacher", self.about, max_length, trust_remote_code, live)
         self.positions, self.features = frozenset(positions), features
-        self._keys: dict[int, bytes] = {}  # by the sample's place; a picture is hashed once
+        self._pictures: dict[ImageRef, bytes] = {}  # their hashes: each is read once
 
     @classmethod
     def open(cls, spec: TeacherSpec, opening: Opening) -> StoredTeacher:
@@ -123,16 +123,9 @@ class StoredTeacher(Teacher):
                 f"`mmkd cache RECIPE teacher.cache={self.cache.folder}`"
             )
 
-    def prepare(
-        self, sample: Sample, encoded: Encoded, *, student: Tower, alike: bool, index: int | None = None
-    ) -> StoredRows:
+    def prepare(self, sample: Sample, encoded: Encoded, *, student: Tower, alike: bool) -> StoredRows:
         """The rows of a sample from the cache. Raises DataError, ImageError."""
-        key = self._keys.get(index) if index is not None else None
-        if key is None:
-            key = content_key(sample)
-            if index is not None:
-                self._keys[index] = key
-        stored = self.cache.entry(key, self.positions, self.features)
+        stored = self.cache.entry(content_key(sample, self._pictures), self.positions, self.features)
         if stored is None:
             raise DataError(
                 f"sample {sample.id!r} is not in the teacher cache {self.cache.folder}, though its text is: its pictures "

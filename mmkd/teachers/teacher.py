@@ -98,11 +98,11 @@ class Teacher(ABC):
         """What it can give."""
 
     @abstractmethod
-    def prepare(self, sample: Sample, encoded: Encoded, *, student: Tower, alike: bool, index: int | None = None) -> Any:
+    def prepare(self, sample: Sample, encoded: Encoded, *, student: Tower, alike: bool) -> Any:
         """What stands for a sample in `collate`.
 
         encoded: the sample as the student prepares it.  alike: whether the teacher's processor makes the same of it.
-        index: the sample's place in the data set. Raises DataError, ImageError.
+        Raises DataError, ImageError.
         """
 
     @abstractmethod

@@ -401,3 +401,19 @@ def test_workers_prepare_what_the_training_process_would(folder, tmp_path):
     assert [r["loss"] for r in rows] == [r["loss"] for r in other]
     for name, tensor in alone.model.state_dict().items():
         assert torch.equal(tensor, helped.model.state_dict()[name]), name
+
+
+def test_two_data_sets_of_one_teacher_do_not_take_each_others_rows(folder, cache):
+    """The check before training and each stage make data sets of their own, with other samples at the same places."""
+    spec = recipe(folder, teacher__cache=str(cache))
+    stage, teacher = spec.stages["only"], the_teacher(spec)
+    student, terms = build_student(spec, teacher, []), build_terms(stage.terms)
+    samples = stage_samples(spec, stage)
+
+    def rows(samples):
+        dataset = PairDataset(samples, student, teacher, terms)
+        return {sample.id: dataset[place].teachers["teacher"].inputs.signal["hidden"] for place, sample in enumerate(samples)}
+
+    one_way, other_way = rows(samples), rows(samples[::-1])
+    for name, hidden in one_way.items():
+        assert torch.equal(hidden, other_way[name]), name
