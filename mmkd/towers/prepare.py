@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -52,8 +53,9 @@ class _Met:
         self.controls = Controls(control_strings(processor, template))
         self.words = TextTokenizer(tokenizer, self.controls)
         guard = Guard(self.controls)
-        last = max((found.start() for found in self.controls.own.finditer(self.facts.generation)), default=0)
-        self.tail = self.facts.generation[last:]  # what an answer's tokens depend on
+        last = max((found.start() for found in self.controls.own.finditer(self.facts.generation)), default=None)
+        # What an answer's tokens depend on. Some tokenizers put a space of their own before a text without a control token.
+        self.tail = self.facts.generation.lstrip() if last is None else self.facts.generation[last:]
         self.tail_ids = self.words.ids(self.tail, guard) if self.tail else []
         self.newline_ids = self.words.ids("\n", guard)
         self.end, self.trailer = self._ends(preparer)
@@ -208,6 +210,31 @@ class Preparer:
         met, guard = self._met, Guard(self._met.controls)
         _, lead, answer = self._around_thinking(met.facts, answer.strip())
         return [*met.answer_ids(lead + guard.hide(answer), guard), met.end]
+
+    def misread(self, sample: Sample, encoded: Encoded) -> str | None:
+        """How the targets of a prepared sample, decoded, differ from its answers; None where they are these and their ends.
+
+        White space around an answer is the template's, and a tokenizer may compose letters and their accents (NFC).
+        """
+        met = self._met
+        rows = (encoded.targets != IGNORE).nonzero().flatten().tolist()
+        runs: list[list[int]] = []
+        for number, row in enumerate(rows):
+            if number == 0 or row != rows[number - 1] + 1 or int(encoded.targets[rows[number - 1]]) == met.end:
+                runs.append([])
+            runs[-1].append(int(encoded.targets[row]))
+        answers = [turn.text for turn in self._with_own_thinking(sample).turns if turn.role == "assistant"]
+        if len(runs) < len(answers):  # earlier ones are not learned, which was told
+            runs, answers = runs[-1:], answers[-1:]
+        for run, answer in zip(runs, answers, strict=True):
+            _, lead, wanted = self._around_thinking(met.facts, answer.strip())
+            said = self.tokenizer.decode(run[:-1] if run[-1] == met.end else run, clean_up_tokenization_spaces=False)
+            said, wanted = (unicodedata.normalize("NFC", text.strip()) for text in (said, lead + wanted))
+            if said != wanted and not (encoded.truncated and run is runs[-1] and wanted.startswith(said.rstrip("\ufffd"))):
+                return f"sample {sample.id!r} is to answer {wanted!r}, its targets say {said!r}"
+            if run[-1] != met.end and not encoded.truncated:
+                return f"sample {sample.id!r} has no end behind the answer {wanted!r}"
+        return None
 
     def _answer_of(self, sample: Sample) -> str:
         answer = sample.answer.strip()
