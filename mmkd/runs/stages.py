@@ -89,7 +89,7 @@ def prepare_stage(
     stage = build_stage(name, spec, recipe, student, teachers, samples)
     if stage.receipt is not None and is_main_process():
         write_receipt(stage.receipt, folder)
-    stream = stage_stream(spec, recipe.seed, recipe.data_root)
+    stream = stage_stream(spec, recipe.seed, recipe.data_root, recipe.guards.max_skipped)
     arguments = _arguments(recipe, stage, folder, streamed=stream is not None)
     if stage.of_pairs:
         (teacher,) = teachers.values()
