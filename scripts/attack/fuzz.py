@@ -4,10 +4,10 @@
     python scripts/attack/fuzz.py                                 a short round of each kind
     python scripts/attack/fuzz.py --cases 1500 --seed 7 --json found.json
 
-A case is wrong where it ends in anything but success or one of mmkd's own errors, takes longer than 5 s, adds more than 1 GiB to the
-process, says more than 20 lines, reads a picture from outside its root, or, refused, changes the output folder. A cache or
-checkpoint that was damaged is wrong where it is read without a word and gives other values. Each wrong case can be made again
-by its kind and seed: --kinds KIND --seed SEED --cases 1.
+A case is wrong where it ends in anything but success or one of mmkd's own errors, takes longer than 5 s, adds more than 1 GiB to
+the process, says more than 20 lines, or reads a picture from outside its root. A cache or checkpoint that was damaged is wrong
+where it is read without a word and gives other values. Each wrong case can be made again by its kind and seed:
+--kinds KIND --seed SEED --cases 1.
 """
 
 from __future__ import annotations

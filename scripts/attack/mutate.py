@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"), "", " ",
-    "x", "x" * 5000, "../outside", "../../../../etc/passwd", "/dev/zero",
+    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"), "",
+    " ", "x", "x" * 5000, "../outside", "../../../../etc/passwd", "/dev/zero",
     "/proc/self/mem", "a\0b", "ä\u202e字", "\ud800", "${NOT_SET}",
     "{{ 7 * 7 }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "<script>alert(1)</script>",
     [], [[]], [1, 2, 3], ["a", None], {}, {"x": {"y": {}}}, {"kind": "nothing"}, [None] * 1000,
