@@ -25,10 +25,17 @@ _asked = False
 _waiting = 0  # loops that look at `asked` by themselves
 
 
-def listen() -> None:
-    """From now on SIGTERM ends this process as described; only a program's main thread can ask for that."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _on_signal)
+@contextmanager
+def listening() -> Iterator[None]:
+    """While SIGTERM ends this process as described; only a program's main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def asked() -> bool:

@@ -16,8 +16,8 @@ from importlib import import_module
 from typing import NoReturn
 
 from mmkd.base.distributed import end_process, lost_connection, world_size
-from mmkd.base.stopping import CODE, Terminated, listen
-from mmkd.errors import MmkdError, one_line
+from mmkd.base.stopping import CODE, Terminated, listening
+from mmkd.errors import MmkdError, one_line, printable
 
 # Of each command its module and what it does. Modules to the right of this package are found by these names alone.
 COMMANDS = {
@@ -50,15 +50,17 @@ REFUSED = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a user's mistake is one message on stderr and exit code 2 (3: a value is not finite)."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
     # bitsandbytes warns at import about a kernel that only 4-bit models on a CPU would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    listen()
     try:
-        return arguments.run(arguments)
+        with listening():
+            return arguments.run(arguments)
     except MmkdError as error:
-        print(f"mmkd: {error}", file=sys.stderr)
+        print(printable(f"mmkd: {error}"), file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("mmkd: stopped; the same command goes on from what is on the disk", file=sys.stderr)
@@ -77,8 +79,15 @@ def main(argv: list[str] | None = None) -> int:
         message, code = (lost_connection(error), 1) if message is None else (message, 2)
         if message is None:
             raise
-        print(f"mmkd: {message}", file=sys.stderr)
+        print(printable(f"mmkd: {message}"), file=sys.stderr)
         return code
+
+
+class _Printable(logging.Formatter):
+    """Names in data must not write to the terminal what they like."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def run() -> NoReturn:

@@ -16,10 +16,8 @@ from mmkd.train.stop_at_step import train_or_stop
 
 @pytest.fixture
 def listening():
-    before = signal.getsignal(signal.SIGTERM)
-    stopping.listen()
-    yield
-    signal.signal(signal.SIGTERM, before)
+    with stopping.listening():
+        yield
     stopping._asked = False
 
 
