@@ -74,6 +74,13 @@ def test_a_list_is_read_through_once_for_all(tmp_path, as_large, monkeypatch):
     monkeypatch.setattr(large, "list_entries", None)  # reading again would fail
     again = read_samples(spec, 0, allowed=0.01)
     assert list(again) == list(found)
+    (kept,) = (tmp_path / "cache" / "rows").glob("*.npz")
+    monkeypatch.undo()
+    monkeypatch.setenv("MMKD_CACHE", str(tmp_path / "cache"))
+    as_large()
+    kept.write_bytes(kept.read_bytes()[:-90])
+    assert list(read_samples(spec, 0, allowed=0.01)) == list(found)  # what is damaged is made anew
+    monkeypatch.setattr(large, "list_entries", None)
     with pytest.raises(DataError, match="In all 2 of 300 rows cannot be used"):
         read_samples(spec, 0)
     (tmp_path / "data" / "train.json").write_text(json.dumps(rows()))

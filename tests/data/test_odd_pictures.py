@@ -45,9 +45,10 @@ class Draw:
         self.colour = self.rng.integers(0, 256, (*self.shape, 3), dtype=np.uint8)
         self.opacity = self.rng.choice(np.array([0, 90, 255], dtype=np.uint8), self.shape)
 
-    def saved(self, picture, kind, plain=None, **options):
+    def saved(self, picture, kind, plain=None, tags=(), **options):
         exif = Image.Exif()
-        exif[0x0112] = self.turn
+        for tag, value in ((0x0112, self.turn), *tags):
+            exif[tag] = value
         buffer = io.BytesIO()
         picture.save(buffer, kind, **({} if kind in ("GIF", "BMP", "PPM", "JPEG2000") else {"exif": exif}), **options)
         turned = kind not in ("GIF", "BMP", "PPM", "JPEG2000")
@@ -102,6 +103,15 @@ class Draw:
     def sixteen_bits(self):
         values = self.rng.integers(0, 65536, self.shape, dtype=np.uint16)
         return self.saved(Image.fromarray(values), self.rng.choice(["PNG", "TIFF"]), three(values / 257))
+
+    def sixteen_bits_with_a_transparent_shade(self):
+        values = self.rng.integers(0, 65536, self.shape, dtype=np.uint16)
+        key = int(values[0, 0])
+        return self.saved(Image.fromarray(values), "PNG", three(np.where(values == key, 255, values / 257)), transparency=key)
+
+    def sixteen_bits_of_a_negative(self):
+        values = self.rng.integers(0, 65536, self.shape, dtype=np.uint16)
+        return self.saved(Image.fromarray(values), "TIFF", three(255 - values / 257), tags=[(262, 0)])
 
     def floats(self):
         values = self.grey.astype(np.float32) / 255
