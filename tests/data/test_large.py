@@ -11,6 +11,7 @@ from mmkd.data.fingerprint import samples_fingerprint
 from mmkd.data.lazy import is_lazy, joined
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
+from mmkd.runs.data import AnswersApart
 
 COUNT = 300
 
@@ -104,6 +105,16 @@ def test_a_list_that_was_cut_is_refused(tmp_path, as_large, end):
     with pytest.raises(DataError, match=r"train\.json.*(complete)"):
         read_samples(spec, 0, allowed=0.5)
     assert not list((tmp_path / "cache").glob("rows/*.npz"))
+
+
+def test_answers_of_a_large_set_are_taken_apart(tmp_path, as_large):
+    several = {n: {"id": f"id{n}", "image": "0.png", "conversations": conversation(n)["conversations"] + [
+        {"from": "human", "value": "And?"}, {"from": "gpt", "value": "More."}]} for n in range(0, COUNT, 3)}  # fmt: skip
+    spec = written(tmp_path / "data", json.dumps(rows(several)), "train.json")
+    whole = [one for sample in read_samples(spec, 0) for one in sample.by_answer()]
+    as_large()
+    apart = AnswersApart(read_samples(spec, 0))
+    assert len(apart) == COUNT + len(several) and list(apart) == whole and list(apart[4:9]) == whole[4:9]
 
 
 def test_large_data_are_known_by_content_too(tmp_path, as_large):
