@@ -34,6 +34,7 @@ from mmkd.recipes.recipe import Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
+from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers, openings
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.store import (
@@ -112,12 +113,13 @@ def write_cache(
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
     plan, samples = plan_of(recipe, top_k), all_samples(live)
     talks = any(sample.answers > 1 for stage in samples.values() for sample in stage)
+    talks = talks or any(spec.target == "teacher" for stage in live.stages.values() for spec in stage.data)
     if not talks:  # else the towers decide which samples there are
         check_folder(live, folder, plan)
     teachers = load_teachers(live)
     student = build_student(live, teachers, texts_of(samples))
     if talks:
-        live = with_answers_apart(live, student, teachers)
+        live = with_answers_apart(live if forecast_only else with_teacher_answers(live, teachers), student, teachers)
         plan = plan_of(recipe.model_copy(update={"stages": live.stages}), top_k)
         check_folder(live, folder, plan)
     preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together
