@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
-from mmkd.data.lazy import is_lazy, joined
+from mmkd.data.lazy import Lazy, is_lazy, joined
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample
 from mmkd.data.spec import DataSpec
@@ -47,7 +49,35 @@ def _read_once(
     entry: str, seed: int, data_root: str | None, allowed: float, one_answer: bool, state: str
 ) -> Sequence[Sample]:
     samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed)
-    return tuple(one for sample in samples for one in sample.by_answer()) if one_answer else samples
+    if not one_answer:
+        return samples
+    return AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
+
+
+class AnswersApart(Lazy[Sample]):
+    """A sample for each answer of the samples of a large set; how many answers each has is counted once."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        counts = np.fromiter((max(1, sample.answers) for sample in samples), dtype=np.int64, count=len(samples))
+        first = np.cumsum(counts) - counts
+        rows = np.repeat(np.arange(len(samples)), counts)
+        super().__init__(_Numbered(samples, rows, np.arange(len(rows)) - first[rows]), _answer_apart)
+
+
+class _Numbered(Sequence[tuple[Sample, int]]):
+    def __init__(self, samples: Sequence[Sample], rows: np.ndarray, numbers: np.ndarray):
+        self.samples, self.rows, self.numbers = samples, rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Sample, int]:  # type: ignore[override]
+        return self.samples[int(self.rows[index])], int(self.numbers[index])
+
+
+def _answer_apart(entry: tuple[Sample, int]) -> Sample:
+    sample, number = entry
+    return sample.by_answer()[number]
 
 
 def data_state(recipe: Recipe, stage: StageSpec) -> list:

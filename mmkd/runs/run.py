@@ -17,10 +17,11 @@ from mmkd.base.run_folder import claim, restart
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
+from mmkd.evaluation.items import refuse_missing_pictures
 from mmkd.evaluation.report import build_report
 from mmkd.evaluation.roles import HARD_ANSWERS, in_words, is_control, ordered
 from mmkd.evaluation.statistics import compare_runs
-from mmkd.recipes.recipe import Recipe
+from mmkd.recipes.recipe import CHANGEABLE, Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, texts_of
@@ -53,7 +54,7 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         if anew:
             restart(run)
         content = recipe.model_dump(mode="json", exclude={"output", "title"})
-        claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe))
+        claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe), changeable=CHANGEABLE)
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
         recipe = with_answers_apart(with_teacher_answers(recipe, teachers), student, teachers)
@@ -83,7 +84,9 @@ def check_benchmarks(recipe: Recipe) -> None:
     """Every benchmark and its data is looked for before hours of training."""
     for name in recipe.evaluation.benchmarks:
         benchmark = load_benchmark(name)
-        refuse_unscored(benchmark, benchmark.read(recipe.data_root, recipe.evaluation.limit), submission=False)
+        questions = benchmark.read(recipe.data_root, recipe.evaluation.limit)
+        refuse_unscored(benchmark, questions, submission=False)
+        refuse_missing_pictures(benchmark, questions, recipe.data_root)
 
 
 def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[str, dict[str, Any]]:

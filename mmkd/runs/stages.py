@@ -103,9 +103,9 @@ def prepare_stage(
     skips = stage.dataset.skips
     if stream is not None:
         skips.of, skips.share = None, recipe.guards.max_skipped
-    skips.keep_in(JsonLines(skipped_file(run, role)) if is_main_process() else None, name)
     freeze_unreached(stage.distiller, stage.dataset)
     resume = last_checkpoint(folder)
+    skips.keep_in(JsonLines(skipped_file(run, role)) if is_main_process() else None, name, anew=resume is None)
     if resume is None:
         logger.info("%s, stage %s: %d samples, terms %s", role, name, len(samples), ", ".join(t.name for t in stage.terms))
         guards, first = recipe.guards, name == next(iter(recipe.stages))
