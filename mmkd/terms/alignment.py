@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 
+LITTLE = 0.9  # share of answer tokens that spans cover, below which that is a warning
 END = b"<end>\xff"  # stands for either tokenizer's end token; \xff is in no text
 
 Span = tuple[int, int, int, int]  # student's tokens [a, b), teacher's tokens [c, d)
@@ -97,13 +99,17 @@ def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
     ended = [bool(tokens) and tokens[-1] == END for tokens in (own, other)]
     own_text, other_text = own[: len(own) - ended[0]], other[: len(other) - ended[1]]
     texts = [b"".join(tokens) for tokens in (own_text, other_text)]
+    ends = [list(accumulate(map(len, tokens))) for tokens in (own_text, other_text)]
+    if texts[0] != texts[1]:
+        both = [_normalised(tokens, text) for tokens, text in zip((own_text, other_text), texts, strict=True)]
+        texts, ends = [text for text, _ in both], [found for _, found in both]
     blanks = [len(text) - len(text.lstrip()) for text in texts]
     if texts[0][: blanks[0]] == texts[1][: blanks[1]]:
         blanks = [0, 0]
     shared = _common_length(texts[0][blanks[0] :], texts[1][blanks[1] :])
     found, last = [], (0, 0)
-    borders = {end: index + 1 for index, end in enumerate(_ends(other_text, blanks[1])) if 0 < end <= shared}
-    for index, end in enumerate(_ends(own_text, blanks[0])):
+    borders = {end - blanks[1]: index + 1 for index, end in enumerate(ends[1]) if 0 < end - blanks[1] <= shared}
+    for index, end in enumerate(end - blanks[0] for end in ends[0]):
         if end in borders and 0 < end:
             found.append((last[0], index + 1, last[1], borders[end]))
             last = (index + 1, borders.pop(end))
@@ -112,9 +118,25 @@ def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
     return found
 
 
-def _ends(tokens: Sequence[bytes], blank: int) -> list[int]:
-    """Bytes up to and with each token, the first `blank` left out."""
-    return [total - blank for total in accumulate(map(len, tokens))]
+def _normalised(tokens: Sequence[bytes], raw: bytes) -> tuple[bytes, list[int]]:
+    """A text in Unicode's NFKC, and the bytes of it up to and with each token; -1 for a border within what becomes one character.
+
+    Tokenizers normalise differently: Qwen's compose accents (NFC), SentencePiece's also unfold ligatures and full-width letters
+    (NFKC), Llama 3's leave a text as it is. `raw`: the tokens' bytes.
+    """
+    whole = _nfkc(raw)
+    if whole == raw:
+        return raw, list(accumulate(map(len, tokens)))
+    ends, at = [], 0
+    for token in tokens:
+        at += len(token)
+        before = _nfkc(raw[:at])
+        ends.append(len(before) if before + _nfkc(raw[at:]) == whole else -1)
+    return whole, ends
+
+
+def _nfkc(text: bytes) -> bytes:
+    return unicodedata.normalize("NFKC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def _common_length(a: bytes, b: bytes) -> int:
@@ -174,6 +196,11 @@ class Alignment:
             self._told = True
             facts = (100 * covered / tokens, tokens, groups)
             logger.info("alignment: %.1f %% of the student's %d answer tokens of the first batch, in %d spans", *facts)
+            if covered < LITTLE * tokens:
+                logger.warning(
+                    "alignment: the teacher's words stand beside only %.1f %% of the student's answer tokens, so the others "
+                    "learn nothing from it; the towers write answers differently, or one cuts them off (max_length)", facts[0],
+                )  # fmt: skip
 
 
 def span_losses(

@@ -271,7 +271,8 @@ class Preparer:
             return processor(text=[text], return_tensors="pt", add_special_tokens=special)
         # A processor that wants a picture: what it writes around a text is what is left without the picture's tokens.
         blank = Image.new("RGB", (64, 64))
-        batch = processor(text=[processor.image_token + text], images=[blank], return_tensors="pt", add_special_tokens=special)
+        token = getattr(processor, "image_token", None) or self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        batch = processor(text=[token + text], images=[blank], return_tensors="pt", add_special_tokens=special)
         ids = batch["input_ids"]
         return {"input_ids": ids[ids != self.image_token_id][None]}
 

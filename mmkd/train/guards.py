@@ -112,7 +112,7 @@ def _brief(names: list[str]) -> str:
 
 
 def _some(dataset: PairDataset, samples: int) -> tuple[list[Sample], list[Pair]]:
-    """Samples spread over the data set, those with pictures first choice, and the same prepared; those that cannot be prepared left out."""
+    """Samples spread over the data set, those with pictures first choice, and the same prepared; what cannot be is left out."""
     pictured = [i for i, s in enumerate(dataset.samples) if s.images] or list(range(len(dataset.samples)))
     step = max(1, len(pictured) // samples)
     found = [(dataset.samples[i], dataset[i]) for i in pictured[::step][:samples]]
