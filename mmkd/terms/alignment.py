@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mmkd.engine.rows import Head
+from mmkd.engine.span_rows import Side, span_sum
 from mmkd.errors import TowerError
-from mmkd.losses.numerics import exact
-from mmkd.losses.spans import span_events, spans
+from mmkd.losses.spans import Spans
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -215,53 +213,7 @@ def span_losses(
 ) -> Tensor:
     """The losses of all spans, each times its number of student tokens, summed.
 
-    hidden: rows [Rs, Ds] and [Rt, Dt] of student and teacher that predict `targets` [Rs] and [Rt].  Logits are made for a few
-    spans at a time and once more on the way back, so memory is flat in the number of rows.
+    hidden: rows [Rs, Ds] and [Rt, Dt] of student and teacher that predict `targets` [Rs] and [Rt].  See `mmkd.engine.span_rows`.
     """
-    if not len(aligned.own):
-        return hidden[0].sum() * 0.0
-    rows_of_chunk = max(1, chunk_bytes // (32 * sum(vocabularies)))  # about four tensors of eight bytes a logit
-    longest = torch.maximum(aligned.tokens, aligned.other[:, 1] - aligned.other[:, 0])
-    total = hidden[0].new_zeros((), dtype=torch.float32)
-    for piece in _chunks(longest.tolist(), rows_of_chunk):
-        part = Aligned(aligned.own[piece], aligned.other[piece])
-
-        def loss(own: Tensor, other: Tensor, part: Aligned = part) -> Tensor:
-            events = [
-                _events(rows, head, size, ids, borders)
-                for rows, head, size, ids, borders in zip(
-                    (own, other), heads, vocabularies, targets, (part.own, part.other), strict=True
-                )
-            ]
-            return (spans(*events, matched.to(own.device), **options) * part.tokens.to(own.device)).sum()
-
-        total = total + checkpoint(loss, *hidden, use_reentrant=False)
-    return total
-
-
-def _chunks(sizes: list[int], budget: int) -> list[slice]:
-    """Consecutive spans whose rows fit the budget; at least one."""
-    found, start, used = [], 0, 0
-    for index, size in enumerate(sizes):
-        if used + size > budget and index > start:
-            found.append(slice(start, index))
-            start, used = index, 0
-        used += size
-    return [*found, slice(start, len(sizes))]
-
-
-def _events(rows: Tensor, head: Head, vocabulary: int, targets: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
-    """`span_events` of the spans [G, 2] over rows [R, D]. (probabilities [G, V], of the span [G])"""
-    start, end = int(borders[0, 0]), int(borders[-1, 1])
-    log_probs = torch.log_softmax(_logits(head, rows[start:end], vocabulary), -1)  # [r, V]
-    chosen = log_probs.gather(1, targets[start:end, None]).squeeze(1)  # [r]
-    first = (borders[:, 0] - start).to(rows.device)
-    up_to = torch.cat([chosen.new_zeros(1), chosen.cumsum(0)])  # [r + 1]
-    following = up_to[(borders[:, 1] - start).to(rows.device)] - up_to[first + 1]
-    return span_events(log_probs[first], targets[start:end][first], following)
-
-
-def _logits(head: Head, rows: Tensor, vocabulary: int) -> Tensor:
-    bias = None if head.bias is None else head.bias[:vocabulary]
-    logits = exact(linear(rows, head.weight[:vocabulary], bias)) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    sides = [Side(*given) for given in zip(heads, vocabularies, targets, (aligned.own, aligned.other), strict=True)]
+    return span_sum(hidden, (sides[0], sides[1]), Spans(**options), matched, aligned.tokens, chunk_bytes)
