@@ -11,6 +11,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.intervals import interval, paired_difference
 from mmkd.evaluation.remarks import remarks
 from mmkd.evaluation.results import group_of, read_predictions, same_questions
+from mmkd.evaluation.roles import best_control, in_words
 
 
 def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str | None]) -> float:
@@ -39,7 +40,8 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
         fidelity    {name: agreement}      with the teacher, where there is one
         beats_teacher {name: ids}          that a model has fully right and the teacher has not, where there is one
         student_beats_teacher              the student's, if both are there
-        verdict                            in words: is the student better than its control?
+        best_control                       the control with the highest score, None where there is none
+        verdict                            in words: is the student better than its best control?
     Scores are 0..1.  Raises DataError when ids differ or nothing is left.
     """
     if not predictions:
@@ -59,6 +61,7 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
         models[name] = {"score": mean, "ci95": [low, high]}
         if said := remarks([runs[name][i] for i in kept]):
             models[name]["remarks"] = said
+    best = best_control({name: cell["score"] for name, cell in models.items()})
     differences = {}
     for a, b in _pairs(list(runs)):
         mean, low, high = paired_difference(scores[a], scores[b], groups)
@@ -75,7 +78,8 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
         "models": models,
         "differences": differences,
         **_with_teacher(scores, differences, kept),
-        "verdict": verdict(differences.get("student - control")),
+        "best_control": best,
+        "verdict": verdict(differences.get(f"student - {best}"), best or "control"),
     }
 
 
@@ -135,15 +139,15 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
 
 
-def verdict(difference: Mapping | None) -> str:
+def verdict(difference: Mapping | None, control: str = "control") -> str:
     """The paired difference of student and control in words; `difference` as in `compare_runs`, or None."""
     if difference is None:
         return "no control was evaluated: the effect of the teacher is not known"
     low, high = (100 * bound for bound in difference["ci95"])
     points = 100 * difference["difference"]
-    span = f"[{low:+.1f}, {high:+.1f}]"
+    span, other = f"[{low:+.1f}, {high:+.1f}]", in_words(control)
     if low > 0:
-        return f"student leads its control by {points:.1f} points {span}"
+        return f"student leads its {other} by {points:.1f} points {span}"
     if high < 0:
-        return f"student is behind its control by {-points:.1f} points {span}"
-    return f"student and control show no difference: {points:+.1f} points {span}"
+        return f"student is behind its {other} by {-points:.1f} points {span}"
+    return f"student and {other} show no difference: {points:+.1f} points {span}"

@@ -18,6 +18,7 @@ from mmkd.data.samples import Sample
 from mmkd.engine.positions import rows_at
 from mmkd.errors import DataError, RecipeError
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, texts_of
 from mmkd.runs.plan import bytes_text, disk_line, loss_memory, term_text
 from mmkd.runs.preflight import preflight
@@ -90,6 +91,8 @@ def estimate(recipe: Recipe, memory: float | None = None) -> str:
     samples = all_samples(recipe)
     teachers = load_teachers(recipe)
     student = build_student(recipe, teachers, texts_of(samples))
+    recipe = with_answers_apart(recipe, student, teachers)
+    samples = all_samples(recipe)
     preflight(recipe, student, teachers)
     limit = available_memory() if memory is None else int(memory * GIB)
     lines = [f"{recipe.title}: on {_device_name(student)}, {bytes_text(limit)}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mmkd.terms.spec import build_terms
 from mmkd.terms.term import terms_of_teacher
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
+from mmkd.towers.reading import AS_SAVED
 from mmkd.towers.spec import AssembleSpec
 from mmkd.towers.tower import Tower
 
@@ -46,7 +47,7 @@ def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
     }
 
 
-def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: list[str]) -> Tower:
+def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: Iterable[str]) -> Tower:
     """The student before its first stage. `texts` train its tokenizer where the recipe asks for one."""
     spec, teachers = recipe.student, as_teachers(teachers)
     if spec.model is not None:
@@ -66,6 +67,8 @@ def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | No
         seed=recipe.seed,
         dtype=torch.float32 if spec.dtype == "auto" else dtype_of(spec.dtype),
     )
+    if spec.reading != AS_SAVED:
+        tower = Tower(tower.model, tower.processor, max_length=recipe.max_length, reading=spec.reading)
     if spec.attn_implementation is not None:
         tower.model.set_attn_implementation(spec.attn_implementation)
     return to_device(tower)
@@ -78,6 +81,7 @@ def load_student(recipe: Recipe, folder: Any) -> Tower:
         Tower.load(
             folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code,
             attn_implementation=spec.attn_implementation, device=device_of_process(), max_length=recipe.max_length,
+            reading=spec.reading,
         )
     )  # fmt: skip
 
@@ -89,7 +93,7 @@ def _as_student(tower: Tower) -> Tower:
     return to_device(tower)
 
 
-def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: list[str]) -> Any:
+def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: Iterable[str]) -> Any:
     spec = parts.tokenizer
     if spec is None:
         return None

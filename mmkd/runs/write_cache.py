@@ -22,13 +22,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mmkd.base.checksums import sums_in
 from mmkd.base.distributed import is_main_process, rank, world_size
+from mmkd.base.files import room_for, synced
 from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
 from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
 from mmkd.runs.towers import build_student, load_teachers, openings
@@ -106,12 +109,18 @@ def write_cache(
     forecast does not fit the disk; GuardError where pictures do not reach the teacher.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    plan = plan_of(recipe, top_k)
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
-    check_folder(live, folder, plan)
+    plan, samples = plan_of(recipe, top_k), all_samples(live)
+    talks = any(sample.answers > 1 for stage in samples.values() for sample in stage)
+    if not talks:  # else the towers decide which samples there are
+        check_folder(live, folder, plan)
     teachers = load_teachers(live)
-    student = build_student(live, teachers, texts_of(all_samples(live)))
-    preflight(live, student, teachers, processes=1)  # those that write a cache do not train together
+    student = build_student(live, teachers, texts_of(samples))
+    if talks:
+        live = with_answers_apart(live, student, teachers)
+        plan = plan_of(recipe.model_copy(update={"stages": live.stages}), top_k)
+        check_folder(live, folder, plan)
+    preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together
     del student
     (teacher,) = (teacher.running() for teacher in teachers.values())
     facts: dict[str, Any] = {"folder": str(folder)}
@@ -239,8 +248,11 @@ def about_of(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 def check_folder(recipe: Recipe, folder: Path, plan: Plan) -> None:
     """Raises DataError for a folder that holds a cache of something else, with every difference."""
-    differences = About.load(folder).differences(about_of(recipe, plan)) if (folder / "cache.json").exists() else []
-    if differences:
+    if not (folder / "cache.json").exists():
+        return
+    about = About.load(folder)
+    about.check_body(folder)
+    if differences := about.differences(about_of(recipe, plan)):
         raise DataError(
             f"{folder} is another cache:\n  " + "\n  ".join(differences) + "\nSet teacher.cache=ANOTHER_FOLDER, or delete it"
         )
@@ -255,64 +267,83 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
     body = folder / "teacher"
     if not body.exists():
         partial = folder / f".teacher.{uuid.uuid4().hex[:8]}"
-        save_body(teacher, partial, with_head=plan.top_k is None)
+        with room_for(partial):
+            save_body(teacher, partial, with_head=plan.top_k is None)
+            synced(partial)
         try:
             partial.rename(body)
         except OSError:  # another process was first
             shutil.rmtree(partial)
     hashed = with_hashes(recipe.teacher.model, files)
     About(
-        **about_of(recipe, plan), files=hashed, fingerprint=teacher.fingerprint(), logit_rule=list(rule), vocabulary=vocabulary
-    ).save(folder)
+        **about_of(recipe, plan), files=hashed, fingerprint=teacher.fingerprint(), logit_rule=list(rule), vocabulary=vocabulary,
+        body=sums_in(body),
+    ).save(folder)  # fmt: skip
 
 
 # ---- filling ---------------------------------------------------------------------------------------------------------
 
 
 class _Prepared(Dataset):
-    """(key, text key, encoding by the teacher, place) of each sample; None where it is known, else why it cannot be prepared."""
+    """Batches of (key, text key, encoding by the teacher, sample), each sample once; a message in the place of one that cannot be
+    prepared, and nothing where all of a batch is known.
 
-    def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
-        self.samples, self.teacher, self.known = samples, teacher, known
+    A batch is read as a whole or not at all: what stands beside a sample may change its last bits, and a cache that was killed
+    and goes on is to hold those of an undisturbed one.
+    """
+
+    def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache, batch_size: int):
+        self.batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        self.teacher, self.known = teacher, known
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded, int] | str | None:
-        sample = self.samples[index]
-        try:
-            key = content_key(sample)
-            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample), index)
-        except LEFT_OUT as error:
-            return str(error)
+    def __getitem__(self, index: int) -> tuple[int, list[tuple[bytes, bytes, Encoded, Sample]], list[str]]:
+        keys: dict[bytes, Sample] = {}
+        left_out = []
+        for sample in self.batches[index]:
+            try:
+                keys.setdefault(content_key(sample), sample)
+            except LEFT_OUT as error:
+                left_out.append(str(error))
+        items = []
+        for key, sample in keys.items() if any(key not in self.known for key in keys) else ():
+            try:
+                items.append((key, text_key(sample), self.teacher.encode(sample), sample))
+            except LEFT_OUT as error:
+                left_out.append(str(error))
+        return len(self.batches[index]), items, left_out
 
 
 def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: int, pixels_matter: bool) -> dict[str, Any]:
     # Samples of like length side by side: less padding. The longest first: what does not fit the memory fails at once.
     order = sorted(range(len(plan.samples)), key=lambda i: lengths_of(plan.samples[i : i + 1])[0], reverse=True)
     mine = [plan.samples[i] for i in order[rank() :: world_size()]]
-    prepared = _Prepared(mine, teacher, TeacherCache(folder))
-    loader = DataLoader(prepared, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    known = TeacherCache(folder)
+    loader = DataLoader(_Prepared(mine, teacher, known, batch_size), batch_size=None, num_workers=workers)
     writer = ShardWriter(folder, rank())
+    written: set[bytes] = set()
     done = unreadable = 0
     checked = not pixels_matter
     with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
-        for items in loader:
-            new = {item[0]: item for item in items if isinstance(item, tuple)}
-            unreadable += _log_left_out(items)
-            if new:
-                keys, texts, encoded, places = zip(*new.values(), strict=True)
-                checked = checked or check_pixels("teacher", teacher, [mine[place] for place in places], encoded)
-                for key, text, stored in zip(keys, texts, stored_of(plan, teacher, encoded), strict=True):
-                    writer.add(key, text, stored)
-            done += len(new)
-            bar.update(len(items))
+        for count, items, left_out in loader:
+            unreadable += _log_left_out(left_out)
+            if items:
+                keys, texts, encoded, samples = zip(*items, strict=True)
+                checked = checked or check_pixels("teacher", teacher, samples, encoded)
+                stored = zip(keys, texts, stored_of(plan, teacher, encoded), strict=True)
+                new = {key: (key, text, one) for key, text, one in stored if key not in known and key not in written}
+                for entry in new.values():
+                    writer.add(*entry)
+                written |= set(new)
+                done += len(new)
+            bar.update(count)
     writer.close()
     return {"samples": len(mine), "read": done, "unreadable": unreadable, "rows": writer.rows, "bytes": writer.bytes}
 
 
-def _log_left_out(items: Sequence[Any]) -> int:
-    wrong = [item for item in items if isinstance(item, str)]
+def _log_left_out(wrong: Sequence[str]) -> int:
     for message in wrong:
         logger.warning("left out: %s", message)
     return len(wrong)

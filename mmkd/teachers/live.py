@@ -149,6 +149,7 @@ def load_tower(spec: TeacherSpec, max_length: int) -> Tower:
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
         attn_implementation=spec.attn_implementation, device=device_of_process(), max_length=max_length,
+        reading=spec.reading,
     )  # fmt: skip
     if spec.gradient_checkpointing:
         recompute_layers(tower)

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mmkd.base.schema import Strict, is_default
+from mmkd.base.schema import is_default
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
-from mmkd.towers.spec import Attention
+from mmkd.towers.spec import Attention, ReadingSpec
 
 
-class TeacherSpec(Strict):
+class TeacherSpec(ReadingSpec):
     model: str
     # A name of the registry (`mmkd list teachers`); None: "stored" where a cache is given, else "live".
     kind: str | None = Field(None, exclude_if=is_default(None))

@@ -160,15 +160,10 @@ def _check_targets(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
             f"{sorted(tower.stop_ids)}. Use another chat template"
         )
     for sample in samples:
-        targets = tower.encode(sample).targets
-        ids = targets[targets >= 0].tolist()
-        said = tower.tokenizer.decode(ids, skip_special_tokens=True)
-        wanted = "".join(turn.text for turn in sample.turns if turn.role == "assistant")
-        if said.split() != wanted.split() and "".join(said.split()) != "".join(wanted.split()):
-            raise TowerError(
-                f"targets: sample {sample.id!r} is to answer {wanted!r}, its targets say {said!r}; the chat template or the "
-                "tokenizer changes answers. Use another chat template"
-            )
+        encoded = tower.encode(sample)
+        if wrong := tower.preparer.misread(sample, encoded):
+            raise TowerError(f"targets: {wrong}; the tokenizer changes answers. Use another one, or another chat template")
+        ids = encoded.targets[encoded.targets >= 0].tolist()
         if not tower.stop_ids.intersection(ids):
             raise TowerError(
                 f"targets: sample {sample.id!r} has no end among its targets {ids}; ends are {sorted(tower.stop_ids)}. Set "

@@ -38,6 +38,7 @@ class Family:
     # The positions (of TowerInputs) that are of type 1 in `token_type_ids`: Gemma 3 lets the tokens of one picture see each
     # other, PaliGemma everything before the answer. None: it has no such input.
     token_types: str | None = None
+    chat_template: str | None = None  # a name of `mmkd.towers.templates`, for models that are published without one
     # Models that can only be teachers of rows (see `mmkd.towers.tokenless`).
     tokenless: str = ""  # why a picture is no tokens of the text; "" where it is
     pictures: str = "any"  # how many of them a sample may have: "any", "some" (one at least), "one"
@@ -134,7 +135,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h_omni": Family("multi_modal_projector"),
     "ovis2": Family("visual_embeddings_table", stacked=True, indicators=True),
     "paddleocr_vl": Family("projector"),
-    "paligemma": Family("multi_modal_projector", stacked=True, token_types="answered"),
+    "paligemma": Family("multi_modal_projector", stacked=True, token_types="answered", chat_template="paligemma"),
     "perception_lm": Family("multi_modal_projector", stacked=True),
     "pp_chart2table": Family("multi_modal_projector", stacked=True),
     "qianfan_ocr": Family("multi_modal_projector", stacked=True),

@@ -32,8 +32,10 @@ from mmkd.towers.inputs import IGNORE, Encoded, Seen, TowerInputs, VisualTokens,
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.one_sample import preparing
+from mmkd.towers.options import configured
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
+from mmkd.towers.reading import AS_SAVED, Reading
 from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import ends_within
 from mmkd.towers.tokenless import arguments_of, as_dtype, hidden_states, identity, joined, nothing_of
@@ -44,13 +46,15 @@ __all__ = ["IGNORE", "Encoded", "Seen", "Tower", "TowerInputs", "VisualTokens"]
 class Tower:
     """A transformers image-text model with its processor, as teacher or student."""
 
-    def __init__(self, model: nn.Module, processor: Any, *, max_length: int = 2048):
+    def __init__(self, model: nn.Module, processor: Any, *, max_length: int = 2048, reading: Reading = AS_SAVED):
         if (kind := model.config.model_type) in REFUSED:
             raise TowerError(f"{kind!r} can be no tower: {REFUSED[kind]}; take another model")
         self.model = model
-        self.processor = processor
+        self.processor = configured(processor, model.config.model_type, reading)
         self.tokenizer = processor.tokenizer
-        self.preparer = Preparer(model, processor, max_length=max_length)
+        self.preparer = Preparer(
+            model, self.processor, max_length=max_length, thinking=reading.thinking, day=reading.date
+        )
         self._family = family_of(model.config.model_type)
 
     # ---- making, saving ------------------------------------------------------------------------------------------
@@ -66,15 +70,17 @@ class Tower:
         attn_implementation: str | None = None,
         device: torch.device | None = None,
         max_length: int = 2048,
+        reading: Reading = AS_SAVED,
     ) -> Tower:
         """A tower from a transformers folder or hub id. `quantise` is "8bit" or "4bit" (bitsandbytes).
 
         attn_implementation: as transformers names it.  device: where the weights go, straight from their files; None for the CPU.
+        reading: options of the processor, the chat template and its arguments, and thinking, where not as the folder says.
         Raises TowerError where no image-text model can be loaded.
         """
         options = {"dtype": dtype, "quantise": quantise, "trust_remote_code": trust_remote_code}
         options |= {"attn_implementation": attn_implementation, "device": device}
-        return cls(*load_model_and_processor(folder, **options), max_length=max_length)
+        return cls(*load_model_and_processor(folder, **options), max_length=max_length, reading=reading)
 
     def save(self, folder: str | Path) -> None:
         """Writes model (safetensors), processor, chat template and generation config: a plain transformers folder."""

@@ -23,12 +23,16 @@ from transformers.trainer_utils import seed_worker
 
 from mmkd.answers import AnswerSource
 from mmkd.answers.data import DataAnswers
+from mmkd.base import stopping
+from mmkd.base.files import write_whole
+from mmkd.base.jsonl import log_rows
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import half_of
 from mmkd.towers.modes import evaluating, varies_in_training
 from mmkd.train.batch import Batch
+from mmkd.train.checkpoints import writing_checkpoint
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
@@ -36,11 +40,11 @@ from mmkd.train.finite import FiniteWatch, Where
 from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
+from mmkd.train.stop_at_step import StopWhenAsked
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "distiller.safetensors"
-COMPLETE = "complete"  # written last: a checkpoint without it was interrupted
 
 
 class DistillTrainer(Trainer):
@@ -73,13 +77,13 @@ class DistillTrainer(Trainer):
         self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
         self._experts = ExpertUse()
         where = where or Where(Path(arguments.output_dir), "student", arguments.run_name)
-        self.finite = FiniteWatch(where, self._whole)
+        self.finite, self.stop = FiniteWatch(where, self._whole), StopWhenAsked()
         super().__init__(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[TermLog(log, arguments.run_name), TermStates(self)],
+            callbacks=[TermLog(log, arguments.run_name), TermStates(self), self.stop],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -131,7 +135,9 @@ class DistillTrainer(Trainer):
             return torch.zeros(len(COUNTS))
         counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
         if self.args.world_size > 1:
-            torch.distributed.all_reduce(counts, group=self._host_group)
+            told = torch.cat([counts, torch.tensor([float(stopping.asked())])])  # a process that is asked to end tells all
+            torch.distributed.all_reduce(told, group=self._host_group)
+            counts, self.stop.agreed = told[:-1], bool(told[-1])
         return counts.long()  # wrappers round floating-point arguments to the precision of training
 
     @cached_property
@@ -277,22 +283,20 @@ class DistillTrainer(Trainer):
         self.finite.look()
         if (whole := self._whole()) is not None:
             check_trained(whole.state_dict().items(), f"step {self.state.global_step}")
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process has written its part
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / COMPLETE).touch()
+        with writing_checkpoint(Path(self.args.output_dir), self.state.global_step, self.args.should_save, self._needed(whole)):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process has written its part
+
+    def _needed(self, whole: nn.Module | None) -> int | None:
+        """Bytes of a checkpoint, about: the weights, and AdamW's two averages of those that are trained."""
+        if whole is None:
+            return None
+        return sum((1 + 2 * p.requires_grad) * p.numel() * p.element_size() for p in whole.parameters())
 
 
 def progress_at(step: int, steps: int) -> float:
     """0..1 of a stage at its `step`, counted from 0: the first is 0, the last is 1, and so is a stage's only one."""
     return step / (steps - 1) if steps > 1 else 1.0
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint under `folder`."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
 def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str, Any]]:
@@ -338,7 +342,6 @@ def training_arguments(
         fp16=stage.precision == "float16",
         logging_steps=stage.log_every,
         save_steps=stage.save_every,
-        save_total_limit=2,
         seed=seed,
         data_seed=seed,
         dataloader_drop_last=True,
@@ -373,25 +376,14 @@ class TermLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in _rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        kept = [r for r in log_rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
+        write_whole(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             row = {"stage": self.stage, "step": state.global_step, **{k: v if k == LOGGED else float(v) for k, v in logs.items()}}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The log's rows; the last line of a killed run may be cut short."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("dropped an incomplete line of %s", path)
 
 
 def split_evenly(spec: OptimiserSpec, world_size: int) -> Sequence[str]:

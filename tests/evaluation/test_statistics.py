@@ -53,6 +53,19 @@ def test_compare_runs(tmp_path: Path) -> None:
     assert result["verdict"].startswith("student leads its control by 20.0 points [+")
 
 
+def test_the_verdict_is_against_the_best_control(tmp_path: Path) -> None:
+    paths = {
+        "control": write_predictions(tmp_path / "c", make_scores(100)),
+        "control_equal_compute": write_predictions(tmp_path / "e", make_scores(139)),
+        "student": write_predictions(tmp_path / "s", make_scores(140)),
+    }
+    result = compare_runs(paths)
+    assert result["best_control"] == "control_equal_compute"
+    assert result["verdict"].startswith("student and control (equal compute) show no difference: +0.5 points")
+    del paths["control"], paths["control_equal_compute"]
+    assert compare_runs(paths)["best_control"] is None
+
+
 def test_better_and_worse_are_said_only_where_they_are_shown(tmp_path: Path) -> None:
     paths = {
         "student": write_predictions(tmp_path / "s", make_scores(101)),
