@@ -38,7 +38,8 @@ def recipe_of(folder, teacher, **changes):
         (folder / "train.jsonl").write_text('{"question": "which", "answer": "red"}\n' * 4)
     blind = "image" not in (folder / "train.jsonl").read_text()
     stage = {
-        "data": [{"format": "jsonl", "root": str(folder), "prompt": "plain", "text_only": blind}], "terms": {"forward_kl": 1.0}, "steps": 1,
+        "data": [{"format": "jsonl", "root": str(folder), "prompt": "plain", "text_only": blind}],
+        "terms": {"forward_kl": 1.0}, "steps": 1,
         "optimiser": {"batch_size": 2, **changes.pop("optimiser", {})}, **changes.pop("stage", {}),
     }  # fmt: skip
     content = {
