@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shlex
 import sys
@@ -22,7 +23,7 @@ UNTRAINED = (RECIPE, FACTS, ".lock", "upcycle.json")  # files of a run in which 
 def claim(
     folder: Path, recipe: Mapping[str, Any], *, title: str, seed: int, data: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes the resolved recipe into a run's folder, and title, seed, command and the hashes of its data beside it.
+    """Writes the resolved recipe into a run's folder, and title, seed, command, day and the hashes of its data beside it.
 
     data: by stage, what tells that its files are still the same. A folder in which nothing was trained yet may be taken by
     another recipe. Raises DataError, with what differs, where it holds a run of another recipe or of other data.
@@ -42,8 +43,15 @@ def claim(
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.safe_dump(dict(recipe), sort_keys=False))
     facts = {"title": title, "seed": seed, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    facts |= {"data": data} if data is not None else {}
+    facts |= {"date": dt.date.today().isoformat()} | ({"data": data} if data is not None else {})
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def day_of(folder: Path) -> dt.date:
+    """The day on which a run was begun, as it is recorded; today where it is not."""
+    path = folder / FACTS
+    recorded = json.loads(path.read_text(encoding="utf-8")).get("date") if path.exists() else None
+    return dt.date.fromisoformat(recorded) if recorded else dt.date.today()
 
 
 def _has_begun(folder: Path) -> bool:

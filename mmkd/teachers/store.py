@@ -135,6 +135,8 @@ class About:
     logit_rule: list  # (scale, soft cap) between the teacher's head and its logits
     vocabulary: int  # columns that the log-probabilities run over
     format: int = FORMAT
+    reading: dict = field(default_factory=dict)  # the teacher's keys on how it reads samples
+    date: str | None = None  # what the teacher's template printed, where it prints the date
 
     @property
     def mode(self) -> str:

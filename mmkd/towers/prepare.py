@@ -28,7 +28,7 @@ from mmkd.towers.chat import Chat, Facts
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
 from mmkd.towers.samples import Sample, Turn
-from mmkd.towers.templates import dated, template_of
+from mmkd.towers.templates import dated, prints_date, template_of
 from mmkd.towers.thinking import holds_thinking, opening_of, without_thinking
 from mmkd.towers.tokens import Controls, Guard, MarkedTokenizer, TextTokenizer, control_strings
 
@@ -91,7 +91,7 @@ class Preparer:
         self, model: nn.Module, processor: Any, *, max_length: int, thinking: bool | None = None, day: date | None = None
     ):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.thinking, self.day = thinking, day or date.today()
+        self.thinking, self._day = thinking, day or date.today()
         self._model = model
         self._kind = model.config.model_type
         self.family = family_of(self._kind)
@@ -133,6 +133,21 @@ class Preparer:
         other.processor = copy.copy(self.processor)
         other.processor.image_processor = image_processor
         return other
+
+    @property
+    def prints_day(self) -> bool:
+        """Whether the chat template asks for the date."""
+        return prints_date(template_of(self.processor))
+
+    @property
+    def day(self) -> date:
+        """What a template that asks for the date is told."""
+        return self._day
+
+    @day.setter
+    def day(self, day: date) -> None:
+        self._day = day
+        self._known.clear()
 
     @property
     def stop_ids(self) -> set[int]:
