@@ -84,7 +84,7 @@ class _Met:
 class Preparer:
     """Prepares samples for one model by its own processor. Of the model it reads configurations, no weights.
 
-    thinking: whether thinking is a target (see `mmkd.towers.options.Reading`).  day: what a template that prints a date prints.
+    thinking: whether thinking is a target (see `mmkd.towers.reading.Reading`).  day: what a template that prints a date prints.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Preparer:
         self._model = model
         self._kind = model.config.model_type
         self.family = family_of(self._kind)
-        self._known: dict[str, _Met] = {}
+        self._known: dict[tuple[str, frozenset[int]], _Met] = {}
         self._takes_text: bool | None = None
         self._said: set[str] = set()
         if template_of(processor) is None:
@@ -108,10 +108,11 @@ class Preparer:
     @property
     def _met(self) -> _Met:
         template = template_of(self.processor)
-        if template not in self._known:
-            self._known[template] = _Met(self, template)
-            self._tell(self._known[template].facts)
-        return self._known[template]
+        key = (template, frozenset(self.stop_ids))
+        if key not in self._known:
+            self._known[key] = _Met(self, template)
+            self._tell(self._known[key].facts)
+        return self._known[key]
 
     def _tell(self, facts: Facts) -> None:
         name = type(self.processor).__name__
@@ -183,10 +184,10 @@ class Preparer:
         """
         pictures = [ref.load() for ref in sample.images] if pictures is None else pictures
         met, guard = self._met, Guard(self._met.controls)
+        sample = self._with_own_thinking(sample)
         if not with_answer:
             ids, pixels, _ = self._asked(met, sample, pictures, guard)
             return self._fit(sample, ids, [IGNORE] * len(ids), pixels, with_answer)
-        sample = self._with_own_thinking(sample)
         answer = self._answer_of(sample)
         several = sample.answers > 1 and met.steady
         if sample.answers > 1 and not several:
