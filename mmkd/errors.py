@@ -6,6 +6,7 @@ The command line prints the message without a traceback and ends with the error'
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -59,6 +60,25 @@ def one_line(error: object, length: int = 300) -> str:
         text = f"a {type(error).__name__} that is too long to be shown"
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def shown(value: object, length: int = 120) -> str:
+    """A value as it would be written in Python, short however long it is; also of numbers that Python does not write."""
+    try:
+        return one_line(repr(value), length)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too long to be shown"
+
+
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that turn the direction of writing
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would move its cursor, change its title or turn its writing round is written out instead."""
+    def odd(c: str) -> bool:
+        return c in _TURNS or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
+
+    return "".join(ascii(c)[1:-1] if odd(c) else c for c in text)
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -129,6 +129,33 @@ def the_teacher(recipe: Any) -> Any:
     return teacher
 
 
+def tiny_trainer(folder: Path, towers: tuple[Tower, Tower], *, steps: int = 4, **optimiser: Any) -> Any:
+    """The trainer of a stage on 8 samples: cross-entropy and forward KL, two micro-batches of 2, a checkpoint every 2 steps."""
+    from transformers import TrainingArguments
+
+    from mmkd.train.collate import PairDataset
+    from mmkd.train.distiller import Distiller
+    from mmkd.train.finite import Where
+    from mmkd.train.spec import StageSpec
+    from mmkd.train.trainer import DistillTrainer
+
+    student, teacher = towers
+    kinds = ("cross_entropy", "forward_kl")
+    terms = [make_term(kind, kind, Schedule(1.0, 1.0)) for kind in kinds]
+    dataset = PairDataset(tiny_samples(folder / "pictures", 8), student, teacher, terms)
+    stage = StageSpec(
+        data=[{"format": "jsonl"}], terms=dict.fromkeys(kinds, 1), steps=steps, save_every=2, log_every=4,
+        optimiser={"batch_size": 4, **optimiser},
+    )  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=str(folder / "stages"), run_name="sft", per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_steps=steps, save_steps=2, logging_steps=4, remove_unused_columns=False, report_to=[], use_cpu=True,
+        logging_nan_inf_filter=False, learning_rate=stage.optimiser.learning_rate, disable_tqdm=True,
+    )  # fmt: skip
+    distiller = Distiller(student, teacher, terms)
+    return DistillTrainer(distiller, dataset, stage, arguments, folder / "log.jsonl", where=Where(folder, "student", "sft"))
+
+
 # ---- families of transformers, built without a network ---------------------------------------------------------------
 
 _TEMPLATE = (

@@ -19,7 +19,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmkd.errors import DataError, did_you_mean
+from mmkd.errors import DataError, did_you_mean, one_line, shown
 from mmkd.registry import import_modules
 
 if TYPE_CHECKING:  # pydantic is only needed once a card is loaded
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # pydantic is only needed once a card is loaded
 KINDS = ("models", "data", "evaluation")
 SUFFIXES = (".yaml", ".yml")
 ENVIRONMENT = "MMKD_CARDS"
+SHOWN = 16  # errors that a message lists
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -87,7 +88,7 @@ def find_card(kind: str, name: str) -> Path:
     if name.endswith(SUFFIXES):
         if not Path(name).is_file():
             raise DataError(
-                f"there is no card file {name}; give the path of a YAML file or a name of `mmkd list {kind}`"
+                f"there is no card file {one_line(name)}; give the path of a YAML file or a name of `mmkd list {kind}`"
             )
         return Path(name)
     cards = list_cards(kind)
@@ -143,7 +144,10 @@ def named_modules(content: dict[str, Any]) -> list[str]:
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """Every complaint of pydantic on a line of its own: key path, what is wrong, the value, a suggestion."""
-    return "\n".join("  " + _complaint(item, schema) for item in error.errors(include_url=False))
+    found = error.errors(include_url=False)
+    lines = [one_line(_complaint(item, schema), 700) for item in found[:SHOWN]]
+    lines += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def _complaint(item: dict[str, Any], schema: type[BaseModel]) -> str:
@@ -155,4 +159,4 @@ def _complaint(item: dict[str, Any], schema: type[BaseModel]) -> str:
             did_you_mean(str(item["loc"][-1]), schema.model_fields) if len(item["loc"]) == 1 else "remove it"
         )
         return f"{where}: is not a key of this card; {hint}"
-    return f"{where}: {item['msg']}, got {item['input']!r}"
+    return f"{where}: {item['msg']}, got {shown(item['input'])}"

@@ -12,7 +12,11 @@ from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
-from mmkd.errors import DataError
+from mmkd.errors import DataError, one_line
+
+# How gloo and NCCL say that the other end is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited",
+         "NCCL communicator was aborted", "Socket Timeout", "connection was closed")  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,17 @@ def alone_in(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     logger.info("waiting for another run that writes %s in %s", what, folder)
     with claimed(lock, wait=True):
         yield
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """That another process of this run ended, where this is why a message to it failed; None for other errors."""
+    told = str(error)
+    if world_size() == 1 or not (isinstance(error, RuntimeError | OSError) and any(word in told for word in _LOST)):
+        return None
+    return (
+        f"process {rank()} of {world_size()} ends, since another one of this run did ({one_line(told, 120)}); its own output "
+        "says why. The same command goes on from what is on the disk"
+    )
 
 
 def end_process(code: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping
@@ -12,9 +13,14 @@ from typing import Any
 
 import yaml
 
-from mmkd.base.distributed import is_main_process
-from mmkd.base.files import write_whole
-from mmkd.errors import DataError
+from mmkd.base.checksums import same_sums
+from mmkd.base.distributed import is_main_process, world_size
+from mmkd.base.files import copy_whole, remove, write_whole
+from mmkd.base.jsonl import read_object
+from mmkd.base.yaml_files import read_mapping
+from mmkd.errors import DataError, one_line
+
+logger = logging.getLogger(__name__)
 
 RECIPE, FACTS = "recipe.yaml", "run.json"
 UNTRAINED = (RECIPE, FACTS, ".lock", "upcycle.json")  # files of a run in which nothing was trained yet
@@ -30,13 +36,15 @@ def claim(
     """
     path = folder / RECIPE
     if path.exists() and _has_begun(folder):
-        differing = sorted(differences(yaml.safe_load(path.read_text(encoding="utf-8")), recipe))
+        differing = sorted(differences(_recorded(path), recipe))
         if differing:
             raise DataError(
-                f"{folder} holds a run of another recipe (differs in {', '.join(differing[:5])}); set output=ANOTHER_FOLDER or "
-                "remove it"
+                f"{folder} holds a run of another recipe (differs in {', '.join(differing[:5])}); set output=ANOTHER_FOLDER, or "
+                "start anew in it with --restart"
             )
         _refuse_other_data(folder, data)
+        if is_main_process():
+            logger.info("%s holds a run of this recipe: going on from what is there", folder)
         return
     if not is_main_process():
         return
@@ -44,14 +52,56 @@ def claim(
     write_whole(path, yaml.safe_dump(dict(recipe), sort_keys=False))
     facts = {"title": title, "seed": seed, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     facts |= {"date": dt.date.today().isoformat()} | ({"data": data} if data is not None else {})
-    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+
+
+def restart(folder: Path) -> None:
+    """Deletes what a run left in its folder, for one that starts anew. Raises DataError for a folder that is no run's."""
+    if is_main_process() and folder.is_dir():
+        there = [path for path in folder.iterdir() if path.name not in UNTRAINED]
+        if there and not (folder / RECIPE).exists():
+            raise DataError(f"{folder} holds no run but {one_line(there[0].name, 80)}; nothing of it is deleted")
+        if there:
+            logger.info("starting anew: deleting the run in %s", folder)
+        for path in [*there, folder / RECIPE, folder / FACTS]:  # the recipe last: until then the folder is known as a run's
+            remove(path)
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()  # nobody reads what is being deleted
+
+
+def take_control(shared: Path, run: Path, role: str) -> None:
+    """Copies a control and its log into a run, under its role. Another one that is there goes with its log: the two never mix."""
+    own, logs = run / role, run / "log"
+    if own.exists() and not same_sums(shared / "control", own):
+        remove(own)
+    if not own.exists():
+        copy_whole(shared / "control", own)
+    logs.mkdir(parents=True, exist_ok=True)
+    for ending in (".jsonl", "_skipped.jsonl"):  # the second tells which samples were left out
+        log = shared / "log" / f"control{ending}"
+        if log.exists():
+            write_whole(logs / f"{role}{ending}", log.read_text(encoding="utf-8"))
+        elif (logs / f"{role}{ending}").exists():
+            remove(logs / f"{role}{ending}")
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        return read_mapping(path, "run's recipe")
+    except DataError as error:
+        raise DataError(f"{error}; {path.parent} is damaged: start anew in it with --restart, or take another folder") from error
 
 
 def day_of(folder: Path) -> dt.date:
     """The day on which a run was begun, as it is recorded; today where it is not."""
     path = folder / FACTS
-    recorded = json.loads(path.read_text(encoding="utf-8")).get("date") if path.exists() else None
-    return dt.date.fromisoformat(recorded) if recorded else dt.date.today()
+    recorded = read_object(path).get("date") if path.exists() else None
+    try:
+        return dt.date.fromisoformat(recorded) if recorded else dt.date.today()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} has the date {recorded!r}, which is none; write the day on which the run was begun") from error
 
 
 def _has_begun(folder: Path) -> bool:
@@ -61,14 +111,14 @@ def _has_begun(folder: Path) -> bool:
 
 def _refuse_other_data(folder: Path, data: Mapping[str, Any] | None) -> None:
     path = folder / FACTS
-    recorded = json.loads(path.read_text(encoding="utf-8")).get("data") if path.exists() else None
+    recorded = read_object(path).get("data") if path.exists() else None
     if recorded is None or data is None:  # a run of an earlier version
         return
     differing = sorted(differences(recorded, json.loads(json.dumps(data))))
     if differing:
         raise DataError(
             f"{folder} holds a run of other data (differs in {', '.join(differing[:5])}): files changed since it began; put them "
-            "back, set output=ANOTHER_FOLDER, or remove the folder to start anew"
+            "back, set output=ANOTHER_FOLDER, or start anew with --restart"
         )
 
 

@@ -11,11 +11,13 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from importlib import import_module
 from typing import NoReturn
 
-from mmkd.base.distributed import end_process
-from mmkd.errors import MmkdError
+from mmkd.base.distributed import end_process, lost_connection, world_size
+from mmkd.base.stopping import CODE, Terminated, listening
+from mmkd.errors import MmkdError, one_line, printable
 
 # Of each command its module and what it does. Modules to the right of this package are found by these names alone.
 COMMANDS = {
@@ -39,42 +41,71 @@ _OTHER = "take an output folder that can be made and written to"
 REFUSED = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _OTHER),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "take a shorter path"),
+    **dict.fromkeys((errno.ENOENT, errno.ESTALE), "it was there before; put it back, and the same command goes on"),
+    **dict.fromkeys((errno.EIO, errno.ETIMEDOUT, errno.ENXIO), "look at the disk, or take a copy of the file"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a user's mistake is one message on stderr and exit code 2 (3: a value is not finite)."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
     # bitsandbytes warns at import about a kernel that only 4-bit models on a CPU would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return arguments.run(arguments)
+        with listening():
+            return arguments.run(arguments)
     except MmkdError as error:
-        print(f"mmkd: {error}", file=sys.stderr)
+        print(printable(f"mmkd: {error}"), file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("mmkd: stopped; the same command goes on from what is on the disk", file=sys.stderr)
         return 130
+    except Terminated as stop:
+        done = f" {stop};" if str(stop) else ""
+        print(f"mmkd: asked to end (SIGTERM);{done} the same command goes on from what is on the disk", file=sys.stderr)
+        return CODE
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         sys.stderr.close()
         return 0
-    except OSError as error:
-        message = _refusal(error)
+    except Exception as error:
+        from mmkd.base.files import is_full
+
+        message = _refusal(error) if isinstance(error, OSError) or is_full(error) else None
+        message, code = (lost_connection(error), 1) if message is None else (message, 2)
         if message is None:
             raise
-        print(f"mmkd: {message}", file=sys.stderr)
-        return 2
+        print(printable(f"mmkd: {message}"), file=sys.stderr)
+        return code
+
+
+class _Printable(logging.Formatter):
+    """Names in data must not write to the terminal what they like."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def run() -> NoReturn:
     """The `mmkd` command."""
-    end_process(main())
+    try:
+        code = main()
+    except Exception:  # a bug; one of several processes must end all the same, since the others wait for it
+        if world_size() == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    end_process(code)
 
 
-def _refusal(error: OSError) -> str | None:
+def _refusal(error: Exception) -> str | None:
     """What the file system refused, with the way out; None for failures that it did not cause."""
+    if not isinstance(error, OSError):
+        return f"{one_line(error)}; {_ROOM}"
     if isinstance(error, shutil.Error):  # of a folder that was copied: (from, to, text) of each file
         _, target, text = error.args[0][0]
         number = next((n for n in REFUSED if f"[Errno {n}]" in text), None)

@@ -15,6 +15,12 @@ def add_recipe(parser: argparse.ArgumentParser, recipe: str, overrides: str | No
     parser.set_defaults(listed="overrides")
 
 
+def add_restart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--restart", action="store_true", help="delete what the output folder holds of a run, and start anew (default: go on)"
+    )
+
+
 def add_seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
 

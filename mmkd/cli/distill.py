@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from mmkd.cli.arguments import add_recipe, add_seeds
+from mmkd.cli.arguments import add_recipe, add_restart, add_seeds
 from mmkd.cli.seeds import run_seeds
 from mmkd.cli.startup import quick_imports
 
@@ -13,6 +14,7 @@ from mmkd.cli.startup import quick_imports
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser, "a YAML file, see scripts/recipes", "for example stages.sft.steps=100 seed=1")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
+    add_restart(parser)
     add_seeds(parser)
 
 
@@ -31,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(plan(recipe))
         return 0
     if arguments.seeds is not None:
-        run_seeds(recipe, arguments.seeds, distill)
+        run_seeds(recipe, arguments.seeds, partial(distill, anew=arguments.restart))
         return 0
-    summary = distill(recipe)
+    summary = distill(recipe, anew=arguments.restart)
     if summary:
         print(table(summary))
         if "report" in summary:
@@ -43,8 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_grid(arguments: argparse.Namespace) -> int:
     with quick_imports():
+        from mmkd.errors import DataError
         from mmkd.runs.ablation import ablate, ablation_table, load_grid
 
+    if arguments.restart:
+        raise DataError("--restart is for one recipe; of a grid, delete the runs that are to start anew")
     seeds = [] if arguments.seeds is None else [f"seeds=[{arguments.seeds}]"]
     grid, runs = load_grid(arguments.recipe, [*arguments.overrides, *seeds])
     if arguments.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from mmkd.cli.arguments import names
 from mmkd.registry import PACKAGES
@@ -36,11 +37,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _cards(kind: str) -> list[tuple[str, str]]:
     """A line a card, and the text that is searched."""
     from mmkd.base.cards import list_cards, read_yaml
+    from mmkd.errors import DataError, one_line
 
     found = []
     for name, path in list_cards(kind).items():
-        card = read_yaml(path)
-        found.append((f"{name:<32} {card.get('title', '')}", f"{name} {' '.join(map(str, card.values()))}"))
+        try:
+            card = read_yaml(path)
+        except DataError as error:  # one bad card must not hide the others
+            print(f"mmkd: left out: {error}", file=sys.stderr)
+            continue
+        found.append((f"{name:<32} {one_line(card.get('title', ''), 200)}", f"{name} {' '.join(map(str, card.values()))}"))
     return found
 
 

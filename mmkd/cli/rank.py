@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-from mmkd.cli.arguments import add_recipe, add_seeds
+from mmkd.cli.arguments import add_recipe, add_restart, add_seeds
 from mmkd.cli.seeds import run_seeds
 from mmkd.cli.startup import quick_imports
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a YAML file with `kind: ranking` or `kind: matching`, see scripts/recipes/cprd_*.yaml",
         "for example ranking.weight=0.5 seed=1",
     )
+    add_restart(parser)
     add_seeds(parser)
 
 
@@ -26,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         from mmkd.retrieval.run import rank, train_matching
         from mmkd.retrieval.summary import ranking_table
 
-    train = train_matching if isinstance(recipe, MatchingRecipe) else rank
+    train = partial(train_matching if isinstance(recipe, MatchingRecipe) else rank, anew=arguments.restart)
     if arguments.seeds is not None:
         run_seeds(recipe, arguments.seeds, train)
         return 0

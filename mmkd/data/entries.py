@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pydantic import Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.base.schema import Strict
-from mmkd.data.formats import format_of, read_split
+from mmkd.data.formats import Format, format_of, read_split
 from mmkd.data.lazy import Lazy
 from mmkd.data.prompts import PromptStyle, render
 from mmkd.data.samples import Question, Sample
@@ -89,12 +90,12 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: fl
 
     allowed: the share of rows, rounded up, that may be left out since they cannot be used; what was left out is logged.
     """
-    stream = stream_of(spec, seed, data_root)
+    stream = stream_of(spec, seed, data_root, allowed)
     fields = resolve(spec)
     name = f"{spec.card or fields['format']} {fields['root']}"
     if stream is not None:
         samples = stream.head()
-        _check_stream(samples, fields, name)
+        _check_stream(samples, stream.tally, fields, name)
         return samples
     tally = Tally()
     items = read_split(
@@ -130,16 +131,22 @@ def _rendered(items: Sequence[Question | Sample], fields: dict[str, Any], tally:
     return items.then(make) if isinstance(items, Lazy) else samples
 
 
-def _check_stream(samples: Sequence[Sample], fields: dict[str, Any], name: str) -> None:
-    """Raises DataError for a stream whose first samples have no picture."""
-    found = Tally()
-    found.made(samples)
+def _check_stream(samples: Sequence[Sample], tally: Tally, fields: dict[str, Any], name: str) -> None:
+    """Says what its first samples show of a stream. Raises DataError where none has a picture."""
+    format = format_of(fields["format"])
+    tally.made(samples)
+    tally.own = format.own_data
     if not fields["text_only"]:
-        found.refuse_no_pictures(f"the first samples of {name}", format_of(fields["format"]).pictures_by)
+        tally.refuse_no_pictures(f"the first samples of {name}", format.pictures_by)
+    for line in tally.lines():
+        logger.info("data %s: %s", name, line)
 
 
-def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | None:
-    """The stream of a data entry, None for one whose samples are all read. Raises DataError for what a stream cannot do."""
+def stream_of(spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0) -> Stream | None:
+    """The stream of a data entry, None for one whose samples are all read. Raises DataError for what a stream cannot do.
+
+    allowed: the share of rows that may be left out since they cannot be used.
+    """
     fields = resolve(spec)
     format = format_of(fields["format"])
     if format.gives != "stream":
@@ -152,10 +159,26 @@ def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | No
     if not format.hub:
         format.paths(source)  # whether there are any, before training
 
-    def samples(number: int) -> Iterator[Sample]:
-        return (_sample(item, fields) for item in format.stream(source, seed, number))
+    return Stream(partial(_stream_samples, format, source, fields, seed, allowed), seed, tally=source.tally)
 
-    return Stream(samples, seed)
+
+def _stream_samples(
+    format: Format, source: Source, fields: dict[str, Any], seed: int, allowed: float, number: int
+) -> Iterator[Sample]:
+    """One pass over a stream. Raises DataError where more rows than are allowed cannot be used."""
+    tally = source.tally
+    counted = tally.count
+    for item in itertools.chain(format.stream(source, seed, number), [None]):  # None: the rows behind the last item
+        try:
+            sample = None if item is None else _sample(item, fields)
+        except DataError as error:
+            sample = None
+            tally.drop(f"question {item.id!r}", error)
+        if tally.count > counted:
+            counted = tally.count
+            tally.check_stream(allowed)
+        if sample is not None:
+            yield sample
 
 
 def source_of(fields: dict[str, Any], data_root: str | None) -> Source:

@@ -72,9 +72,10 @@ def answer_texts(row: Row, key: str = "answers") -> tuple[str, ...]:
     return tuple(Row(value, f"{row.where} {key} {number}").text("answer") for number, value in enumerate(entries))
 
 
-def asked_and_answered(name: str, row: Any, images: tuple[ImageRef, ...], where: str) -> Question:
+def asked_and_answered(name: str, row: Row, images: tuple[ImageRef, ...]) -> Question:
     """A question of a row of {"question", "answer"}. Raises DataError where these are no text."""
-    texts = {key: row.get(key) if isinstance(row, dict) else None for key in ("question", "answer")}
+    where = row.where
+    texts = {key: row.get(key) if row.has(key) else None for key in ("question", "answer")}
     wrong = [key for key, value in texts.items() if not isinstance(value, str)]
     if wrong:
         raise DataError(f"{where}: {' and '.join(wrong)} must be text, as in {json.dumps({'question': '?', 'answer': '!'})}")

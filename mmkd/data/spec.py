@@ -26,7 +26,7 @@ class DataSpec(Strict):
     text_only: bool = Field(False, exclude_if=is_default(False))  # whether it is right that no sample has a picture
     limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
     image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions
-    weight: float = Field(1.0, gt=0)  # how many times the set stands in one epoch (fractions by drawing)
+    weight: float = Field(1.0, gt=0, le=1000)  # how many times the set stands in one epoch (fractions by drawing)
 
     @field_validator("format")
     @classmethod

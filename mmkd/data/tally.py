@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -11,7 +12,10 @@ from typing import Any
 
 from mmkd.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 NAMED = 3  # rows of one reason that are named
+AT_LEAST = 512  # rows of a stream that a share is taken of when fewer were read
 REASONS = 8  # reasons that are listed
 # What a message says of one row alone: its texts and numbers, but not the names of keys and speakers.
 _OWN = re.compile(r"(?<!key )(?<!turn of )(?<!speaker )('[^']*'|\"[^\"]*\")|\d[\d,.]*")
@@ -76,6 +80,14 @@ class Tally:
             raise DataError(first)
         limit = f", more than the share {allowed:g} that may be left out (guards.max_skipped)" if allowed else ""
         raise DataError(f"{first}. In all {self.count:,} of {self.rows:,} rows cannot be used{limit}: {self.reasons()}")
+
+    def check_stream(self, allowed: float) -> None:
+        """Logs the latest row of a stream that cannot be used; raises DataError where there are more than the share `allowed`."""
+        reason = next(reversed(self.first))
+        if self.count > math.ceil(allowed * max(self.rows, AT_LEAST)):
+            self.check(0.0)
+        if self.count <= NAMED:
+            logger.warning("left out: %s", self.first[reason])
 
     def lines(self) -> list[str]:
         """What a reader should know, a line each."""

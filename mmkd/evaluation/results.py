@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmkd.data.annotations import Row, kind, one_line, shown
+from mmkd.base.jsonl import read_object
+from mmkd.data.annotations import Row, one_line, shown
 from mmkd.errors import DataError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -58,6 +59,7 @@ class Results(_Part):
     n_skipped: int = Field(0, ge=0)
     skipped: dict[str, int] = {}
     unparsed_share: Share = 0.0
+    remarks: list[str] = []
     thinking_share: Share = 0.0
     unclosed_thinking_share: Share = 0.0
     score_lenient: Share | None = None
@@ -81,18 +83,6 @@ def read_results(path: Path | str) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         key = shown(".".join(map(str, first["loc"])))
         raise DataError(f"{path}: key {key} is {shown(first['input'])}: {first['msg']}; evaluate again") from error
-    return content
-
-
-def read_object(path: Path | str) -> dict[str, Any]:
-    """The object in a JSON file such as results.json. Raises DataError naming the file."""
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {one_line(error)}; write it again or delete it") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {kind(content)}, an object is expected; write it again or delete it")
     return content
 
 

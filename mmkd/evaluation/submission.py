@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmkd.base.files import write_whole
 from mmkd.data.samples import Question
 from mmkd.registry import Registry
 
@@ -29,7 +30,7 @@ class Submission:
     def write(self, folder: Path, predictions: Predictions, questions: Sequence[Question]) -> None:
         """Writes `file` to `folder`."""
         rows = [self.row(predictions.get(question.id, ""), question) for question in questions]
-        (folder / self.file).write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
+        write_whole(folder / self.file, json.dumps(rows, ensure_ascii=False), errors="backslashreplace")
 
 
 def submission(name: str) -> Callable[[type[Submission]], type[Submission]]:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from mmkd.base.cards import load_card
+from mmkd.base.files import write_whole
 from mmkd.base.schema import Strict
 from mmkd.errors import DataError
 from mmkd.evaluation.benchmarks import Benchmark, ReferenceScore, load_benchmark
@@ -84,7 +85,7 @@ def _value(part: SuitePart, results: Mapping[str, Mapping[str, Any]]) -> float |
 
 
 def write_suite(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def suite_table(suite: Suite, content: Mapping[str, Any]) -> str:

@@ -11,16 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmkd.base.schema import is_number
-from mmkd.base.yaml_files import Loader, read_mapping
-from mmkd.errors import RecipeError, did_you_mean
+from mmkd.base.yaml_files import parse, read_mapping
+from mmkd.errors import RecipeError, did_you_mean, one_line, shown
 from mmkd.recipes.recipe import Recipe
 from mmkd.registry import import_modules
 
 Model = TypeVar("Model", bound=BaseModel)
+SHOWN = 16  # errors that a message lists
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -64,9 +64,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(key.split(".")) or key != key.strip() or text.startswith("="):
         raise RecipeError(f"override {override!r} is not key=value, for example seed=1")
     try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the value of override {override!r} is not YAML: {error}") from error
+        value = parse(text)
+    except ValueError as error:
+        raise RecipeError(f"the value of override {one_line(override, 100)!r} is not YAML: {one_line(error)}") from error
     *path, last = key.split(".")
     place: Any = raw
     for step in path:
@@ -114,7 +114,8 @@ def _expand(value: Any, where: str = "") -> Any:
 
     expanded = walk(value, "")
     if missing:
-        raise RecipeError(f"{where} has {_errors(len(missing))}:\n" + "\n".join(missing))
+        told = missing[:SHOWN] + ([f"  and {len(missing) - SHOWN} more"] if len(missing) > SHOWN else [])
+        raise RecipeError(f"{where} has {_errors(len(missing))}:\n" + "\n".join(told))
     return expanded
 
 
@@ -131,8 +132,10 @@ def validate(raw: dict[str, Any], where: str, model: type[Model]) -> Model:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(e, model) for e in error.errors()]
-        raise RecipeError(f"{where} has {_errors(len(lines))}:\n" + "\n".join(lines)) from error
+        found = error.errors(include_url=False)
+        lines = [one_line(_explain(e, model), 700) for e in found[:SHOWN]]
+        lines += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise RecipeError(f"{where} has {_errors(len(found))}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
 def import_named(raw: dict[str, Any], where: str) -> None:
@@ -143,20 +146,20 @@ def import_named(raw: dict[str, Any], where: str) -> None:
 
 
 def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
-    path = ".".join(str(p) for p in error["loc"])
+    path = one_line(".".join(str(p) for p in error["loc"]), 200)
     kind = error["type"]
     if kind == "extra_forbidden":
-        return f"  {path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1], model))}"
+        return f"{path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1], model))}"
     if kind == "missing":
-        return f"  {path}: missing"
+        return f"{path}: missing"
     if kind == "invalid_key":
         return (
-            f"  {path}: the key {error['input']!r} is not text; YAML reads on, off, yes and no as true and false "
+            f"{path}: the key {shown(error['input'])} is not text; YAML reads on, off, yes and no as true and false "
             "(the field of a term is called `positions`)"
         )
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if kind == "value_error" else f" (given: {error['input']!r})"
-    return f"  {path or 'recipe'}: {message}{given}"
+    given = "" if kind == "value_error" else f" (given: {shown(error['input'])})"
+    return f"{path or 'recipe'}: {message}{given}"
 
 
 def _fields_at(loc: tuple, model: Any) -> list[str]:

@@ -6,23 +6,24 @@ The keys of a part are defined beside the code that reads them (`data/spec.py`, 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.base.schema import Strict, is_default
-from mmkd.errors import did_you_mean
+from mmkd.errors import did_you_mean, shown
 from mmkd.recipes.controls import DEFAULT, ControlSpec, changed, named
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.terms.term import Term
 from mmkd.towers.spec import StudentSpec
-from mmkd.train.spec import StageSpec, TrainSpec
+from mmkd.train.spec import Seed, StageSpec, TrainSpec
 
 
 class EvaluationSpec(Strict):
     benchmarks: list[str] = Field([])
     limit: int | None = Field(None, gt=0)
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, le=2**16)
     blind: bool = False  # also score the student without its pictures
     every: int | None = Field(None, gt=0)  # also score the student in training, every so many steps
 
@@ -40,7 +41,7 @@ class RunSpec(Strict):
     imports: list[str] = Field([], exclude_if=is_default([]))  # modules of your own that register terms, formats, metrics, ...
     output: str
     data_root: str | None = None  # folder that holds the data sets of cards, for training and for benchmarks
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Recipe(RunSpec, TrainSpec):
@@ -50,6 +51,14 @@ class Recipe(RunSpec, TrainSpec):
     stages: dict[str, StageSpec] = Field(min_length=1)
     controls: dict[str, ControlSpec] = {name: ControlSpec(kind=name) for name in DEFAULT}  # noqa: RUF012
     evaluation: EvaluationSpec = EvaluationSpec()
+
+    @field_validator("stages", "controls")
+    @classmethod
+    def names_are_folders(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if not re.fullmatch(r"[\w.-]{1,100}", name) or set(name) == {"."}:
+                raise ValueError(f"{shown(name)} names a folder: use letters, digits, _, - and ., at most 100")
+        return given
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from mmkd.data.samples import ImageRef
 from mmkd.retrieval.dual_encoders import Inputs
 from mmkd.retrieval.pairs import PairSet
+from mmkd.train.batch_file import KINDS
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # {term: (sum, count)}, as a training module gives them for the log
 
@@ -38,6 +39,9 @@ class PairBatch:
             return {k: v.to(device, non_blocking=non_blocking) for k, v in inputs.items()}
 
         return PairBatch(self.images.to(device), self.texts.to(device), move(self.pixels), move(self.tokens))
+
+
+KINDS[PairBatch.__name__] = PairBatch
 
 
 class PixelCache:

@@ -153,7 +153,8 @@ class ItmEncoder(MatchingEncoder):
         try:
             model = load_whole(BlipForImageTextRetrieval, folder, "BLIP with a matching head", dtype=dtype)
         except TowerError as error:
-            raise TowerError(f"{error}; use a BLIP made for retrieval (blip-itm-...)") from error
+            head = "no image-text-matching head: " if "itm_head" in str(error) else ""
+            raise TowerError(f"{head}{error}; use a BLIP made for retrieval (blip-itm-...)") from error
         return cls(model, load_beside(AutoProcessor, folder, "BLIP's processor"))
 
     @property

@@ -24,7 +24,7 @@ KINDS = ("ranking", "matching")
 class TextConfig(Strict):
     source: str | None = None
     config: dict[str, Any] | None = None
-    vocab_size: int | None = Field(None, gt=0)  # of the tokenizer trained on the captions; goes with `config`
+    vocab_size: int | None = Field(None, gt=0, le=2**24)  # of the tokenizer trained on the captions; goes with `config`
     tokenizer: Literal["bpe", "words"] = "bpe"  # what it cuts captions into: byte pairs, or the most frequent whole words
     # The encoder's own pooled output, or the mean of its last states.
     pooling: Literal["own", "mean"] = Field("own", exclude_if=is_default("own"))
@@ -43,13 +43,13 @@ class TextConfig(Strict):
 class DualSpec(Strict):
     vision: VisionConfig
     text: TextConfig
-    embedding: int = Field(256, gt=0)
+    embedding: int = Field(256, gt=0, le=2**16)
 
 
 class FusionSpec(DualSpec):
     """Cross-attention over the parts of a dual encoder, which may be pretrained or start from random weights."""
 
-    heads: int = Field(4, gt=0)
+    heads: int = Field(4, gt=0, le=1024)
     dropout: float = Field(0.1, ge=0, lt=1)  # of the matching head
 
 
@@ -73,7 +73,7 @@ class CrossTeacherSpec(Strict):
     no: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
-    batch_size: int = Field(256, gt=0)  # pairs scored at once
+    batch_size: int = Field(256, gt=0, le=2**20)  # pairs scored at once
 
     @model_validator(mode="after")
     def question_is_asked(self) -> CrossTeacherSpec:
@@ -110,7 +110,7 @@ class StepSpec(AdamWSpec):
 
     weight_decay: float = Field(0.02, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
-    batch_size: int = Field(128, gt=1)  # pairs a step, over all processes
+    batch_size: int = Field(128, gt=1, le=2**20)  # pairs a step, over all processes
     micro_batch_size: ClassVar[None] = None
 
 

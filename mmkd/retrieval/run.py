@@ -19,9 +19,10 @@ from torch import nn
 from transformers import set_seed
 
 import mmkd
+from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all, world_size
-from mmkd.base.files import copy_whole, save_whole
-from mmkd.base.run_folder import claim
+from mmkd.base.files import save_whole
+from mmkd.base.run_folder import claim, restart, take_control
 from mmkd.errors import DataError
 from mmkd.retrieval.batches import PairDataset
 from mmkd.retrieval.cross_encoders import load_matching
@@ -37,14 +38,17 @@ from mmkd.retrieval.summary import summarise, write_summary
 from mmkd.retrieval.trainer import PairTrainer, freeze_unreached
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import device_of_process
-from mmkd.train.trainer import last_checkpoint, split_evenly, training_arguments
+from mmkd.train.checkpoints import last_checkpoint
+from mmkd.train.stop_at_step import train_or_stop
+from mmkd.train.trainer import split_evenly, training_arguments
 
 logger = logging.getLogger(__name__)
 
 
-def rank(recipe: RankingRecipe) -> dict[str, Any]:
+def rank(recipe: RankingRecipe, *, anew: bool = False) -> dict[str, Any]:
     """Runs a ranking recipe to its summary; started again with the same recipe it goes on where it stopped.
 
+    anew: what the folder holds of a run is deleted first.
     Returns what it writes to OUTPUT/summary.json. Raises DataError, RecipeError, TowerError.
     """
     started = time.monotonic()
@@ -52,6 +56,8 @@ def rank(recipe: RankingRecipe) -> dict[str, Any]:
     pairs, test = _read(recipe)
     check_sizes(recipe.training, pairs)
     with alone_in(run, "the same output"):
+        if anew:
+            restart(run)
         claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed)
         teacher = load_cross_teacher(recipe.teacher)
         before = build_dual(recipe.student, pairs.texts, recipe.seed)
@@ -66,8 +72,11 @@ def rank(recipe: RankingRecipe) -> dict[str, Any]:
         return summarise(recipe, run, models, teacher, test, time.monotonic() - started)
 
 
-def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
-    """Trains a cross-encoder and scores it on the test set; the model is OUTPUT/model. Raises DataError, TowerError."""
+def train_matching(recipe: MatchingRecipe, *, anew: bool = False) -> dict[str, Any]:
+    """Trains a cross-encoder and scores it on the test set; the model is OUTPUT/model. `anew` as in `rank`.
+
+    Raises DataError, TowerError.
+    """
     started = time.monotonic()
     if world_size() > 1:
         raise DataError(f"a matching recipe draws its negatives in one process; {world_size()} are running")
@@ -77,6 +86,8 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
         raise DataError("evaluation.rerank: a matching recipe has no student whose order could be reranked; take it out")
     check_sizes(recipe.training, pairs)
     with alone_in(run, "the same output"):
+        if anew:
+            restart(run)
         claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed)
         final = run / "model"
         if not final.exists():
@@ -85,6 +96,7 @@ def train_matching(recipe: MatchingRecipe) -> dict[str, Any]:
             train_model(model, MatchingDataset(pairs, encoder), recipe.training, recipe.seed, "model", run)
             save_on_main(encoder, final)
             clear(run, "model")
+        check_whole(final, "put it back, or delete it: the same command trains it again")
         teacher = load_matching(final, torch.float32)
         teacher.model.to(device_of_process())
         scores = ScoreTable(teacher.freeze(), test).all_scores()
@@ -124,6 +136,7 @@ def train_dual(recipe: RankingRecipe, role: str, pairs: PairSet, run: Path, tabl
         train_model(model, PairDataset(pairs, student), recipe.training, recipe.seed, role, run)
         save_on_main(student, final)
         clear(run, role)
+    check_whole(final, "put it back, or delete it: the same command trains it again")
     model = load_dual(final, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)
     return model.to(device_of_process()).eval()
 
@@ -139,9 +152,11 @@ def train_model(model: nn.Module, dataset: PairDataset, training: TrainingSpec, 
     resume = last_checkpoint(folder)
     if resume is None:
         logger.info("%s: %d pairs, batches of %d", role, len(dataset), training.optimiser.batch_size)
+    else:
+        logger.info("%s: going on from %s", role, resume)
     set_seed(seed)
     trainer = PairTrainer(model, dataset, training.optimiser, arguments, run / "log" / f"{role}.jsonl")
-    trainer.train(resume_from_checkpoint=resume)
+    train_or_stop(trainer, resume, role)
     trainer.finite.look()
     check_trained(model.state_dict().items(), role)
 
@@ -165,10 +180,7 @@ def train_control(recipe: RankingRecipe, before: DualEncoder, pairs: PairSet, ru
     with alone_in(shared, "the control of this one, too,", wait=True):
         control = train_dual(recipe, "control", pairs, shared, None)
     if is_main_process():
-        (run / "log").mkdir(parents=True, exist_ok=True)
-        if not (run / "control").exists():
-            copy_whole(shared / "control", run / "control")
-        shutil.copy(shared / "log" / "control.jsonl", run / "log" / "control.jsonl")
+        take_control(shared, run, "control")
     return control
 
 

@@ -6,9 +6,13 @@ import hashlib
 from pathlib import Path
 
 import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mmkd.errors import NotFiniteError
+from mmkd.base.files import room_for
+from mmkd.errors import DataError, NotFiniteError, one_line
 from mmkd.retrieval.cross_encoders import CrossEncoder
 from mmkd.retrieval.pairs import PairSet
 from mmkd.towers.finite import not_finite
@@ -30,9 +34,7 @@ class ScoreTable:
         self._table = torch.full(shape, torch.nan) if shape[0] * shape[1] <= TABLE_ENTRIES else None
         self._path = folder / f"{self._key()}.safetensors" if folder is not None and self._table is not None else None
         if self._path is not None and self._path.exists():
-            from safetensors.torch import load_file
-
-            self._table = load_file(self._path)["scores"]
+            self._table = _read(self._path, shape)
 
     def _key(self) -> str:
         digest = hashlib.blake2b(self.teacher.fingerprint().encode(), digest_size=16)
@@ -68,9 +70,34 @@ class ScoreTable:
         """Keeps what is known so far for other runs."""
         if self._path is None or not self.computed:
             return
-        from safetensors.torch import save_file
+        self.write(self._path)
 
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        save_file({"scores": self._table}, partial)
-        partial.replace(self._path)
+    def write(self, path: Path) -> None:
+        """Writes the table; a file of that name appears whole or not at all. Raises DataError where there is no room."""
+        if self._table is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with room_for(partial, self._table.nbytes):
+            save_file({"scores": self._table}, partial, {"sum": _sum(self._table)})
+            partial.replace(path)
+
+    def read(self, path: Path) -> None:
+        """Takes up what `write` left. Raises DataError for a file that is damaged."""
+        if self._table is not None and path.exists():
+            self._table = _read(path, tuple(self._table.shape))
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            named, table = (file.metadata() or {}).get("sum"), file.get_tensor("scores")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is damaged ({one_line(error)}); delete it, it is computed again") from error
+    if tuple(table.shape) != shape or named != _sum(table):
+        raise DataError(f"{path} is damaged: it is not what was written; delete it, it is computed again")
+    return table
+
+
+def _sum(table: Tensor) -> str:
+    return xxhash.xxh3_128(table.contiguous().numpy()).hexdigest()

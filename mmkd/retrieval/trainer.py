@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from mmkd.base import stopping
 from mmkd.base.distributed import wait_for_all
 from mmkd.retrieval.batches import PairBatch, PairDataset
 from mmkd.retrieval.recipe import StepSpec
 from mmkd.towers.finite import check_trained
+from mmkd.train.checkpoints import writing_checkpoint
 from mmkd.train.finite import FiniteWatch, Where
 from mmkd.train.guards import freeze_unreached_by
-from mmkd.train.trainer import COMPLETE, TermLog
+from mmkd.train.stop_at_step import StopWhenAsked
+from mmkd.train.trainer import TermLog
 
 WEIGHTS = "model.safetensors"  # the name under which the Trainer looks for them
 
@@ -30,17 +34,22 @@ class PairTrainer(Trainer):
     """
 
     def __init__(self, model: nn.Module, dataset: PairDataset, optimiser: StepSpec, arguments: TrainingArguments, log: Path):
-        self.optimiser = optimiser
+        self.optimiser, self.table = optimiser, getattr(model, "table", None)
         self._sums: dict[str, Tensor] = {}
         where = Where(log.parent.parent, arguments.run_name, "train")
         self.finite = FiniteWatch(where, lambda: self.accelerator.unwrap_model(self.model))
-        callbacks = [TermLog(log, arguments.run_name), MarkComplete()]
+        self.stop = StopWhenAsked()
+        callbacks = [TermLog(log, arguments.run_name), self.stop]
         super().__init__(model, arguments, data_collator=dataset.collate, train_dataset=dataset, callbacks=callbacks)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, PairBatch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch = inputs["batch"]
+        if self.args.world_size > 1:  # a process that is asked to end tells all
+            told = torch.tensor(float(stopping.asked()))
+            torch.distributed.all_reduce(told, group=self._host_group)
+            self.stop.agreed = bool(told)
         loss, terms = model(batch.to(self.args.device, non_blocking=True))
         sums = {name: total for name, (total, _) in terms.items()}
         self.finite.losses(self.state.global_step + 1, batch, batch.ids, loss, sums)
@@ -49,6 +58,10 @@ class PairTrainer(Trainer):
             self._sums[name] = self._sums[name] + seen if name in self._sums else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients, which are to be summed
         return (loss, terms) if return_outputs else loss
+
+    @cached_property
+    def _host_group(self) -> Any:
+        return torch.distributed.new_group(backend="gloo")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -81,6 +94,23 @@ class PairTrainer(Trainer):
             self.optimizer = adamw(self.model, self.optimiser)
         return self.optimizer
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        with writing_checkpoint(folder, step, self.args.should_save):
+            super()._save_checkpoint(model, trial)
+            if self.table is not None:
+                self.table.write(self._table_file(folder / f"checkpoint-{step}"))
+            wait_for_all()  # each process has written its part
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """With the teacher's scores that were known then: which are computed beside one another may change their last bits."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.table is not None:
+            self.table.read(self._table_file(Path(resume_from_checkpoint)))
+
+    def _table_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"scores_{self.args.process_index}.safetensors"
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the weights, those that several names share once. Raises NotFiniteError for weights that are not finite."""
         self.finite.look()
@@ -89,15 +119,6 @@ class PairTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
-
-
-class MarkComplete(TrainerCallback):
-    """Marks checkpoints that all processes have written; one without the mark was interrupted."""
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        wait_for_all()
-        if args.should_save:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 def adamw(model: nn.Module, spec: StepSpec) -> torch.optim.Optimizer:

@@ -19,8 +19,10 @@ from pydantic import Field, model_validator
 
 from mmkd.base.distributed import claimed, is_main_process, world_size
 from mmkd.base.files import write_whole
+from mmkd.base.jsonl import read_object
 from mmkd.base.schema import Strict
 from mmkd.errors import RecipeError
+from mmkd.evaluation.results import read_results
 from mmkd.recipes.reading import read_raw, validate
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.run import distill, evaluate_all
@@ -89,7 +91,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any] | None:
         path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_object(path) if path.exists() else None
 
 
 def load_grid(path: str | Path, overrides: list[str]) -> tuple[Grid, list[Run]]:
@@ -208,7 +210,7 @@ def _teacher_scores(folder: Path, benchmarks: list[str]) -> dict[str, float]:
     for name in benchmarks:
         path = folder / "evaluation" / "teacher" / name / "results.json"
         if path.exists():
-            scores[name] = json.loads(path.read_text(encoding="utf-8"))["score"]
+            scores[name] = read_results(path)["score"]
     return scores | ({"mean": statistics.mean(scores.values())} if len(scores) == len(benchmarks) else {})
 
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mmkd
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all
-from mmkd.base.files import copy_whole, write_whole
+from mmkd.base.files import write_whole
+from mmkd.base.run_folder import take_control
 from mmkd.recipes.controls import ControlSpec, changed
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.compute import operations
@@ -111,11 +111,7 @@ def _train_control(own: Recipe, role: str, student: Tower, run: Path) -> tuple[T
     with alone_in(shared, "the SFT control of this one, too,", wait=True):
         control = train(own, "control", student, {}, shared)
     if is_main_process():
-        if not (run / role).exists():
-            copy_whole(shared / "control", run / role)
-        (run / "log").mkdir(parents=True, exist_ok=True)
-        for log in sorted((shared / "log").glob("control*.jsonl")):
-            shutil.copy(log, run / "log" / log.name.replace("control", role, 1))
+        take_control(shared, run, role)
         summarise_experts(run)
     wait_for_all()
     return control, seconds_of(shared, "control")

@@ -141,15 +141,15 @@ def _check_data(benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> 
 
 
 def _load_tower(model: str | Path, options: EvaluationOptions) -> Answerer:
-    from mmkd.towers.loading import dtype_of, to_device
+    from mmkd.towers.loading import device_of_process, dtype_of, to_device
     from mmkd.towers.reading import Reading
     from mmkd.towers.tower import Tower
 
-    dtype = dtype_of(options.dtype)
-    reading = Reading(options.processor, options.chat_template, options.template)
-    trusted = options.trust_remote_code
-    tower = Tower.load(model, dtype=dtype, quantise=options.quantise, trust_remote_code=trusted, reading=reading)
-    return to_device(tower, options.quantise)
+    tower = Tower.load(
+        model, dtype=dtype_of(options.dtype), quantise=options.quantise, trust_remote_code=options.trust_remote_code,
+        device=device_of_process(), reading=Reading(options.processor, options.chat_template, options.template),
+    )  # fmt: skip
+    return to_device(tower)
 
 
 def _ask_one(
@@ -195,7 +195,7 @@ def _line(name: str, results: Mapping[str, Any]) -> str:
     if results["n_skipped"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in results["skipped"].items())
         line += f"; {results['n_skipped']} left out: {reasons}"
-    return line
+    return "; ".join([line, *results["remarks"]])
 
 
 def _importance_line(found: Mapping[str, Any]) -> str:

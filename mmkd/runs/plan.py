@@ -18,6 +18,7 @@ from mmkd.terms.term import Term
 from mmkd.towers.tower import Encoded, Tower
 from mmkd.train.batch import Pair
 from mmkd.train.build_stage import Stage, build_stage
+from mmkd.train.optimisers import OPTIMISERS
 
 PROBE = 64  # samples prepared to learn lengths
 
@@ -62,7 +63,7 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
     probed = [stage.dataset.prepare(s) for s in samples[:: max(1, len(samples) // PROBE)][:PROBE]]
     rows = _rows(student, [pair.student for pair in probed if isinstance(pair, Pair)], stage.terms, batch)
-    optimiser = 2 * 4 * trained + 4 * trained  # AdamW's two moments and the gradient, float32
+    optimiser = round((OPTIMISERS[spec.optimiser.kind].moments + 1) * 4 * trained)  # its moments and the gradient, float32
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
     lines = [
         f"stage {stage.name}: {len(samples):,} samples, {steps:,} steps of {batch}, trains {', '.join(spec.train)} "

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from mmkd.base.distributed import world_size
-from mmkd.errors import DataError, MmkdError, TowerError
+from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts
+from mmkd.runs.room import room_errors
 from mmkd.runs.survey import Survey, look
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
@@ -20,24 +21,28 @@ from mmkd.train.distiller import term_errors
 from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec
 from mmkd.train.streaming import stage_stream
+from mmkd.train.trainable import lora_errors
 from mmkd.train.trainer import split_evenly
+
+SHOWN = 16  # findings that a message lists
 
 logger = logging.getLogger(__name__)
 
 
 def preflight(
-    recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None
+    recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None, *, writes: bool = True
 ) -> dict[str, list[Survey]]:
     """Checks every stage against the student as it is before the first one. Raises DataError with all findings.
 
     Returns by stage what was found in each of its data entries: lengths, and samples that will be left out.
 
-    processes: that train together; None for those that were started together.
+    processes: that train together; None for those that were started together.  writes: whether the output folder is asked, too.
 
     Terms against towers and teachers, tokenizers, samples of every data entry prepared by student and teachers, pictures that
-    are not there, batch sizes, experts.
+    are not there, batch sizes, experts, adapters, the output folder and the room on its disk.
     """
     found = fit_errors(recipe, student, teachers, world_size() if processes is None else processes)
+    found += room_errors(recipe, student) if writes else []
     surveys: dict[str, list[Survey]] = {}
     if not found:  # towers that do not fit would fail on every sample, too
         known: dict[str, Survey] = {}
@@ -45,7 +50,9 @@ def preflight(
     if len(found) == 1:
         raise DataError(found[0])
     if found:
-        raise DataError(f"{len(found)} things would stop this run:\n  " + "\n  ".join(found))
+        shown = [one_line(error, 1000) for error in found[:SHOWN]]
+        shown += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise DataError(f"{len(found)} things would stop this run:\n  " + "\n  ".join(shown))
     for name, entries in surveys.items():
         for problem in (problem for survey in entries for problem in survey.problems()):
             logger.warning("stage %s: %s", name, problem)
@@ -59,6 +66,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
     for name, stage in recipe.stages.items():
         wrong = _upcycle_errors(stage, student, sparse)
         sparse = sparse or stage.upcycle is not None
+        wrong += [f"lora.{error}" for error in lora_errors(student, stage.lora)] if stage.lora else []
         terms, needed = _terms_of(stage, teachers)
         wrong += [f"terms.{error}" for error in term_errors(student, needed, terms, sparse=sparse)]
         wrong += [f"optimiser: {error}" for error in split_evenly(stage.optimiser, processes)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 from mmkd.base.distributed import alone_in, is_main_process
 from mmkd.base.files import write_whole
-from mmkd.base.run_folder import claim, day_of
+from mmkd.base.jsonl import read_object
+from mmkd.base.run_folder import claim, day_of, restart
+from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.report import build_report
@@ -36,10 +39,10 @@ logger = logging.getLogger(__name__)
 BLIND = "student_blind"  # the student asked without its pictures
 
 
-def distill(recipe: Recipe, scored: Sequence[str] | None = None) -> dict[str, Any]:
+def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool = False) -> dict[str, Any]:
     """Runs a recipe to its report; started again with the same recipe it goes on where it stopped.
 
-    `scored`: roles of the models that answer the benchmarks; None: all.
+    `scored`: roles of the models that answer the benchmarks; None: all.  `anew`: what the folder holds of a run is deleted first.
     Returns the summary that it writes to OUTPUT/summary.json. Raises DataError, RecipeError, TowerError, GuardError.
     """
     started = time.monotonic()
@@ -47,6 +50,8 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None) -> dict[str, An
     check_benchmarks(recipe)
     texts = texts_of(all_samples(recipe))
     with alone_in(run, "the same output"):
+        if anew:
+            restart(run)
         content = recipe.model_dump(mode="json", exclude={"output", "title"})
         claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe))
         teachers = load_teachers(recipe)
@@ -112,6 +117,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         for role in roles:
             entry[role] = compared["models"][role]["score"]
             entry[f"{role}_ci95"] = compared["models"][role]["ci95"]
+            if said := compared["models"][role].get("remarks"):
+                entry.setdefault("remarks", {})[role] = said
         for other in ("control", "teacher"):
             if found := compared["differences"].get(f"student - {other}"):
                 entry[f"student_minus_{other}"] = {"mean": found["difference"], "ci95": found["ci95"]}
@@ -122,7 +129,7 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         entry["parameters"] = {role: by_role[role]["parameters"]["total"] for role in roles}
         entry["parameters_active"] = {role: by_role[role]["parameters"]["active"] for role in roles}
         benchmarks[name] = entry
-    previous = _read(run / "summary.json").get("seconds", 0.0)
+    previous = _seconds(run / "summary.json")
     summary = {"title": recipe.title, "seed": recipe.seed, "seconds": round(max(seconds, previous), 1), "benchmarks": benchmarks}
     if experts := _read(run / "experts.json"):
         summary["experts"] = experts
@@ -148,8 +155,18 @@ def _controls(compared: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
     return {"controls": found, "student_minus_best_control": {"mean": lead["difference"], "ci95": lead["ci95"], "name": name}}
 
 
+def _seconds(path: Path) -> float:
+    """How long a run took when it was summarised before; a summary that was damaged is written anew."""
+    try:
+        seconds = _read(path).get("seconds", 0.0)
+    except DataError as error:
+        logger.warning("%s", error)
+        return 0.0
+    return seconds if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0
+
+
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def _active(entry: dict[str, Any], role: str) -> str:
@@ -170,6 +187,7 @@ def table(summary: dict[str, Any]) -> str:
                 f"  {in_words(role):<{width}} {100 * entry[role]:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]   "
                 f"{entry['parameters'][role]:>13,} parameters{_active(entry, role)}"
             )
+            lines += [f"           {said}" for said in entry.get("remarks", {}).get(role, ())]
         if "student_blind" in entry:
             lines.append(f"  student without pictures {100 * entry['student_blind']:.1f} %")
         if any(is_control(role) for role in entry["parameters"]):

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from mmkd.answers import answer_source
+from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole, write_whole
 from mmkd.base.jsonl import JsonLines
@@ -26,14 +27,16 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.towers.finite import check_trained
 from mmkd.towers.tower import Tower
 from mmkd.train.build_stage import Stage, build_stage, check_steps
+from mmkd.train.checkpoints import last_checkpoint
 from mmkd.train.experts import summarise_experts, write_receipt
 from mmkd.train.finite import Where
 from mmkd.train.guards import freeze_unreached, run_guards
 from mmkd.train.reference import fill_reference
 from mmkd.train.sharded import make_whole, spreads_weights
 from mmkd.train.skips import in_words, skipped_file
+from mmkd.train.stop_at_step import train_or_stop
 from mmkd.train.streaming import StreamDataset, stage_stream
-from mmkd.train.trainer import DistillTrainer, last_checkpoint, split_evenly, training_arguments
+from mmkd.train.trainer import DistillTrainer, split_evenly, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +50,18 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
     """
     final, teachers = run / role, as_teachers(teachers)
     if (final / "config.json").exists():
+        check_whole(final, f"put it back, or delete it: the same command copies it again from {run / 'stages'}")
         return load_student(recipe, final)
     for number, name in enumerate(recipe.stages):
         folder = run / "stages" / role / f"{number}_{name}"
         if not (folder / "model").exists():
             stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
             started = time.monotonic()
-            trainer.train(resume_from_checkpoint=resume)
+            train_or_stop(trainer, resume, f"{role}, stage {name}")
             if is_main_process():
                 _add_seconds(folder, time.monotonic() - started)
             _finish(stage, trainer, run, folder)
+        check_whole(folder / "model", "put it back, or delete it: the same command trains this stage again")
         student = load_student(recipe, folder / "model")
     if is_main_process():
         copy_whole(folder / "model", final)
@@ -84,7 +89,7 @@ def prepare_stage(
     stage = build_stage(name, spec, recipe, student, teachers, samples)
     if stage.receipt is not None and is_main_process():
         write_receipt(stage.receipt, folder)
-    stream = stage_stream(spec, recipe.seed, recipe.data_root)
+    stream = stage_stream(spec, recipe.seed, recipe.data_root, recipe.guards.max_skipped)
     arguments = _arguments(recipe, stage, folder, streamed=stream is not None)
     if stage.of_pairs:
         (teacher,) = teachers.values()
@@ -103,6 +108,8 @@ def prepare_stage(
         logger.info("%s, stage %s: %d samples, terms %s", role, name, len(samples), ", ".join(t.name for t in stage.terms))
         guards, first = recipe.guards, name == next(iter(recipe.stages))
         run_guards(stage.distiller, stage.dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
+    else:
+        logger.info("%s, stage %s: going on from %s", role, name, resume)
     set_seed(recipe.seed)
     dataset: Any = stage.dataset
     if stream is not None:
@@ -148,10 +155,10 @@ def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> N
         logger.warning("stage %s cut the ends of %d answers at max_length %d", stage.name, cut, stage.student.max_length)
     trainer.finite.look()
     make_whole(trainer)
-    check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
-    if is_main_process():
+    if is_main_process():  # it alone has the whole weights of a sharded run
+        check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
         summarise_experts(run)
-        save_whole(folder / "model", stage.student.save)
+        save_whole(folder / "model", stage.student.save, stage.student.footprint()["weight_bytes"])
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     wait_for_all()

@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mmkd.base.checksums import sums_in
 from mmkd.base.distributed import is_main_process, rank, world_size
+from mmkd.base.files import room_for, synced
 from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
@@ -50,6 +52,7 @@ from mmkd.teachers.stored import save_body, wanted
 from mmkd.teachers.teacher import head_of
 from mmkd.terms.spec import build_terms
 from mmkd.towers.finite import not_finite
+from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
@@ -118,7 +121,7 @@ def write_cache(
         live = with_answers_apart(live, student, teachers)
         plan = plan_of(recipe.model_copy(update={"stages": live.stages}), top_k)
         check_folder(live, folder, plan)
-    preflight(live, student, teachers, processes=1)  # those that write a cache do not train together
+    preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together
     del student
     (teacher,) = (teacher.running() for teacher in teachers.values())
     if (folder / "cache.json").exists() and (day := About.load(folder).date):  # one that is gone on with
@@ -248,8 +251,11 @@ def about_of(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 def check_folder(recipe: Recipe, folder: Path, plan: Plan) -> None:
     """Raises DataError for a folder that holds a cache of something else, with every difference."""
-    differences = About.load(folder).differences(about_of(recipe, plan)) if (folder / "cache.json").exists() else []
-    if differences:
+    if not (folder / "cache.json").exists():
+        return
+    about = About.load(folder)
+    about.check_body(folder)
+    if differences := about.differences(about_of(recipe, plan)):
         raise DataError(
             f"{folder} is another cache:\n  " + "\n  ".join(differences) + "\nSet teacher.cache=ANOTHER_FOLDER, or delete it"
         )
@@ -264,7 +270,9 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
     body = folder / "teacher"
     if not body.exists():
         partial = folder / f".teacher.{uuid.uuid4().hex[:8]}"
-        save_body(teacher, partial, with_head=plan.top_k is None)
+        with room_for(partial):
+            save_body(teacher, partial, with_head=plan.top_k is None)
+            synced(partial)
         try:
             partial.rename(body)
         except OSError:  # another process was first
@@ -272,56 +280,72 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
     hashed = with_hashes(recipe.teacher.model, files)
     day = teacher.preparer.day.isoformat() if teacher.preparer.prints_day else None
     facts = about_of(recipe, plan) | {"files": hashed, "fingerprint": teacher.fingerprint(), "date": day}
-    About(**facts, logit_rule=list(rule), vocabulary=vocabulary).save(folder)
+    About(**facts, logit_rule=list(rule), vocabulary=vocabulary, body=sums_in(body)).save(folder)
 
 
 # ---- filling ---------------------------------------------------------------------------------------------------------
 
 
 class _Prepared(Dataset):
-    """(key, text key, encoding by the teacher, place) of each sample; None where it is known, else why it cannot be prepared."""
+    """Batches of (key, text key, encoding by the teacher, sample), each sample once; a message in the place of one that cannot be
+    prepared, and nothing where all of a batch is known.
 
-    def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache):
-        self.samples, self.teacher, self.known = samples, teacher, known
+    A batch is read as a whole or not at all: what stands beside a sample may change its last bits, and a cache that was killed
+    and goes on is to hold those of an undisturbed one.
+    """
+
+    def __init__(self, samples: Sequence[Sample], teacher: Tower, known: TeacherCache, batch_size: int):
+        self.batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        self.teacher, self.known = teacher, known
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[bytes, bytes, Encoded, int] | str | None:
-        sample = self.samples[index]
-        try:
-            key = content_key(sample)
-            return None if key in self.known else (key, text_key(sample), self.teacher.encode(sample), index)
-        except LEFT_OUT as error:
-            return str(error)
+    def __getitem__(self, index: int) -> tuple[int, list[tuple[bytes, bytes, Encoded, Sample]], list[str]]:
+        keys: dict[bytes, Sample] = {}
+        left_out = []
+        for sample in self.batches[index]:
+            try:
+                keys.setdefault(content_key(sample), sample)
+            except LEFT_OUT as error:
+                left_out.append(str(error))
+        items = []
+        for key, sample in keys.items() if any(key not in self.known for key in keys) else ():
+            try:
+                items.append((key, text_key(sample), self.teacher.encode(sample), sample))
+            except LEFT_OUT as error:
+                left_out.append(str(error))
+        return len(self.batches[index]), items, left_out
 
 
 def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: int, pixels_matter: bool) -> dict[str, Any]:
     # Samples of like length side by side: less padding. The longest first: what does not fit the memory fails at once.
     order = sorted(range(len(plan.samples)), key=lambda i: lengths_of(plan.samples[i : i + 1])[0], reverse=True)
     mine = [plan.samples[i] for i in order[rank() :: world_size()]]
-    prepared = _Prepared(mine, teacher, TeacherCache(folder))
-    loader = DataLoader(prepared, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    known = TeacherCache(folder)
+    loader = DataLoader(_Prepared(mine, teacher, known, batch_size), batch_size=None, num_workers=workers)
     writer = ShardWriter(folder, rank())
+    written: set[bytes] = set()
     done = unreadable = 0
     checked = not pixels_matter
     with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
-        for items in loader:
-            new = {item[0]: item for item in items if isinstance(item, tuple)}
-            unreadable += _log_left_out(items)
-            if new:
-                keys, texts, encoded, places = zip(*new.values(), strict=True)
-                checked = checked or check_pixels("teacher", teacher, [mine[place] for place in places], encoded)
-                for key, text, stored in zip(keys, texts, stored_of(plan, teacher, encoded), strict=True):
-                    writer.add(key, text, stored)
-            done += len(new)
-            bar.update(len(items))
+        for count, items, left_out in loader:
+            unreadable += _log_left_out(left_out)
+            if items:
+                keys, texts, encoded, samples = zip(*items, strict=True)
+                checked = checked or check_pixels("teacher", teacher, samples, encoded)
+                stored = zip(keys, texts, stored_of(plan, teacher, encoded), strict=True)
+                new = {key: (key, text, one) for key, text, one in stored if key not in known and key not in written}
+                for entry in new.values():
+                    writer.add(*entry)
+                written |= set(new)
+                done += len(new)
+            bar.update(count)
     writer.close()
     return {"samples": len(mine), "read": done, "unreadable": unreadable, "rows": writer.rows, "bytes": writer.bytes}
 
 
-def _log_left_out(items: Sequence[Any]) -> int:
-    wrong = [item for item in items if isinstance(item, str)]
+def _log_left_out(wrong: Sequence[str]) -> int:
     for message in wrong:
         logger.warning("left out: %s", message)
     return len(wrong)
@@ -343,8 +367,8 @@ def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[St
     tokens = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]  # [N]
     response = inputs.response[where]  # [N]
     there = inputs.to(teacher.device)
-    half = plan.precision == "bfloat16"
-    with torch.inference_mode(), torch.autocast(teacher.device.type, torch.bfloat16) if half else nullcontext():
+    half = half_of(plan.precision)
+    with torch.inference_mode(), torch.autocast(teacher.device.type, half) if half is not None else nullcontext():
         seen = teacher.see(there)
         hidden = gathered(teacher.read(there, seen), where)  # [N, D]
     if not_finite([("hidden", hidden), *(("features", f) for f in seen.features)]):

@@ -6,7 +6,8 @@
     DIR/shards/*.safetensors    the entries of some samples; a shard is there whole or not at all
 
 An entry's key is the hash of its sample's turns and of its pictures' bytes: neither its id, its place, the data set nor the
-run matter. Shards are memory-mapped; of each, only the small index tensors are read when the cache is opened.
+run matter. Shards are memory-mapped; of each, only the small index tensors are read when the cache is opened. A shard's name is
+the hash of its header and its index, which holds a hash of every entry: all is checked, each part when it is first read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -25,16 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmkd.base.files import write_whole
+from mmkd.base.checksums import sums_in
+from mmkd.base.files import room_for, sync_folder, write_whole
 from mmkd.data.samples import ImageRef, Sample
-from mmkd.errors import DataError
+from mmkd.errors import DataError, one_line
+from mmkd.teachers.shard_hashes import hash_of_tensors, name_of_shard
 
-FORMAT = 1
+FORMAT = 2  # 2: with hashes
 # Bits of a row's kind; a row may be of several.
 KINDS = {"response": 1, "prompt": 2, "visual": 4, "text": 8, "all": 16, "answer": 32}
 HIDDEN = ("hidden",)  # signals of exact mode: last hidden states [N, D]
@@ -134,6 +137,7 @@ class About:
     features: bool  # whether vision features are kept
     logit_rule: list  # (scale, soft cap) between the teacher's head and its logits
     vocabulary: int  # columns that the log-probabilities run over
+    body: dict[str, list]  # sizes and hashes of the files in teacher/
     format: int = FORMAT
     reading: dict = field(default_factory=dict)  # the teacher's keys on how it reads samples
     date: str | None = None  # what the teacher's template printed, where it prints the date
@@ -148,18 +152,34 @@ class About:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "cache.json", json.dumps(self.__dict__, indent=1) + "\n")
+        write_whole(folder / "cache.json", json.dumps({**self.__dict__, "sum": self._sum()}, indent=1) + "\n")
+
+    def _sum(self) -> str:
+        return xxhash.xxh3_128(json.dumps(self.__dict__, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def load(folder: Path) -> About:
         """Raises DataError for a folder that holds no cache of this format."""
         path = folder / "cache.json"
         try:
-            return About(**json.loads(path.read_text(encoding="utf-8")))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            named = content.pop("sum", None)
+            about = About(**content)
         except FileNotFoundError as error:
             raise DataError(f"{folder} holds no teacher cache; write it: mmkd cache RECIPE teacher.cache={folder}") from error
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} is damaged or of another version ({error}); delete {folder} and write it again") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            told = one_line(error)
+            raise DataError(f"{path} is damaged or of another version ({told}); delete {folder} and write it again") from error
+        if about.format != FORMAT or named != about._sum():
+            raise DataError(f"{path} is damaged or of another version; delete {folder} and write it again")
+        return about
+
+    def check_body(self, folder: Path) -> None:
+        """Raises DataError where the files of teacher/ are not what was written."""
+        there = sums_in(folder / "teacher")
+        wrong = sorted(name for name, about in self.body.items() if there.get(name) != about)
+        if wrong:
+            raise DataError(f"{folder / 'teacher' / wrong[0]} is not what was written; delete {folder} and write it again")
 
     def differences(self, wanted: dict[str, Any]) -> list[str]:
         """How this cache differs from what a recipe asks for: "max_length: 256 in the cache, 512 in the recipe"."""
@@ -267,12 +287,16 @@ class ShardWriter:
     def flush(self) -> None:
         """Writes what was collected. The shard gets its name when it is whole and on the disk."""
         if self._entries:
-            save_file(_packed(self._entries), self.partial)
-            with self.partial.open("rb") as file:
-                os.fsync(file.fileno())
-            self.bytes += self.partial.stat().st_size
-            self.rows += sum(len(stored.kinds) for _, _, stored in self._entries)
-            os.replace(self.partial, self.folder / f"{uuid.uuid4().hex}.safetensors")
+            with room_for(self.partial, self._size):
+                save_file(_packed(self._entries), self.partial)
+                with self.partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                with safe_open(self.partial, "numpy") as shard:
+                    index = {name: shard.get_tensor(name) for name in _INDEX}
+                self.bytes += self.partial.stat().st_size
+                self.rows += sum(len(stored.kinds) for _, _, stored in self._entries)
+                os.replace(self.partial, self.folder / f"{name_of_shard(self.partial, index.values())}.safetensors")
+                sync_folder(self.folder)
         self._entries, self._size, self._since = [], 0, time.monotonic()
 
     def close(self) -> None:
@@ -291,6 +315,7 @@ def _packed(entries: Sequence[tuple[bytes, bytes, StoredRows]]) -> dict[str, Ten
         "image_rows": torch.tensor(joined.images, dtype=torch.long),  # [I]
         "features_of": torch.tensor([len(stored.features) for _, _, stored in entries]),  # [S]
         "feature_rows": torch.tensor([len(f) for f in joined.features], dtype=torch.long),  # [F]
+        "sums": _bytes([_sums(stored, list(stored.signal)) for _, _, stored in entries]),  # [S, 16]
         "kinds": joined.kinds,
         "tokens": joined.tokens,
         "scores": joined.scores,
@@ -301,13 +326,20 @@ def _packed(entries: Sequence[tuple[bytes, bytes, StoredRows]]) -> dict[str, Ten
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _sums(stored: StoredRows, signals: Iterable[str]) -> bytes:
+    """Hashes of an entry's rows and of its features. 16 bytes"""
+    rows = [stored.kinds, stored.tokens, stored.scores, *(stored.signal[name] for name in signals)]
+    return hash_of_tensors(rows) + hash_of_tensors(stored.features)
+
+
 def _bytes(digests: Sequence[bytes]) -> Tensor:
     return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), -1).copy())
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-_INDEX = ("key", "text", "rows", "images", "image_rows", "features_of", "feature_rows")
+_INDEX = ("key", "text", "rows", "images", "image_rows", "features_of", "feature_rows", "sums")
+_REMEDY = "delete it, and `mmkd cache` adds what is missing"
 
 
 class TeacherCache:
@@ -323,6 +355,8 @@ class TeacherCache:
         self._texts, _ = _sorted([text.tobytes() for index in indices for text in index["text"]])
         self._places = _Places(indices)
         self.rows = int(self._places.rows.sum())
+        self._sums = np.concatenate([np.zeros((0, 16), np.uint8), *(index["sums"] for index in indices)])
+        self._checked = np.zeros((len(self._sums), 2), bool)  # rows and features of entries that this process has read before
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -343,14 +377,34 @@ class TeacherCache:
         if number is None:
             return None
         place = self._places.of(number)
-        shard = _open_shard(str(self.paths[place.shard]), os.getpid())
-        names = ("kinds", "tokens", "scores", *self.about.signals)
-        read = {name: shard.get_slice(name)[place.row : place.row + place.rows] for name in names}
-        stored = StoredRows(*(read.pop(name) for name in names[:3]), read, place.image_rows)
-        if features and place.feature_rows:
-            whole = shard.get_slice("features")[place.feature : place.feature + sum(place.feature_rows)]
-            stored.features = list(whole.split(place.feature_rows))
+        path = self.paths[place.shard]
+        try:
+            shard = _open_shard(str(path), os.getpid())
+            names = ("kinds", "tokens", "scores", *self.about.signals)
+            read = {name: shard.get_slice(name)[place.row : place.row + place.rows] for name in names}
+            stored = StoredRows(*(read.pop(name) for name in names[:3]), read, place.image_rows)
+            if features and place.feature_rows:
+                whole = shard.get_slice("features")[place.feature : place.feature + sum(place.feature_rows)]
+                stored.features = list(whole.split(place.feature_rows))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise DataError(f"{path} is damaged or gone ({one_line(error)}); {_REMEDY}") from error
+        self._check(number, path, stored, features)
         return _cut(stored, positions)
+
+    def _check(self, number: int, path: Path, stored: StoredRows, features: bool) -> None:
+        """Raises DataError for an entry that is not what was written; once an entry."""
+        wanted = self._sums[number].tobytes()
+        if not self._checked[number, 0]:
+            rows = [stored.kinds, stored.tokens, stored.scores, *(stored.signal[name] for name in self.about.signals)]
+            self._compare(path, wanted[:8], rows)
+            self._checked[number, 0] = True
+        if features and not self._checked[number, 1]:
+            self._compare(path, wanted[8:], stored.features)
+            self._checked[number, 1] = True
+
+    def _compare(self, path: Path, wanted: bytes, tensors: Sequence[Tensor]) -> None:
+        if hash_of_tensors(tensors) != wanted:
+            raise DataError(f"{path} is damaged: an entry is not what was written; {_REMEDY}")
 
     def missing(self, samples: Sequence[Sample]) -> list[Sample]:
         """Samples whose texts the cache does not know; pictures are looked at when they are needed."""
@@ -413,9 +467,13 @@ class _Places:
 def _read_index(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "numpy") as shard:
-            return {name: shard.get_tensor(name) for name in _INDEX}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it, and `mmkd cache` adds what is missing") from error
+            index = {name: shard.get_tensor(name) for name in _INDEX}
+        named = name_of_shard(path, index.values())
+    except (OSError, SafetensorError, ValueError, TypeError, MemoryError) as error:
+        raise DataError(f"{path} is damaged ({one_line(error)}); {_REMEDY}") from error
+    if named != path.stem:
+        raise DataError(f"{path} is damaged: its header or index is not what was written; {_REMEDY}")
+    return index
 
 
 @lru_cache(maxsize=OPEN_SHARDS)

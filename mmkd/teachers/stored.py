@@ -199,6 +199,7 @@ def wanted(spec: TeacherSpec, opening: Opening) -> dict[str, Any]:
 
 def _body(folder: Path, about: About, max_length: int, trust_remote_code: bool, live: Tower | None) -> Tower:
     """Configuration, processor and (exact mode) head of a teacher, as a tower whose other weights are absent."""
+    about.check_body(folder.parent)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)

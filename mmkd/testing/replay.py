@@ -44,6 +44,8 @@ def replay(folder: Path) -> dict[str, Any]:
     The student has the weights from before the step where they were kept, else those that its stage began with.
     """
     report = _report(folder)
+    if not report["recipe"]:
+        return _without_recipe(report, folder)
     recipe = validate(report["recipe"], str(folder / REPORT), Recipe)
     teachers = load_teachers(recipe)
     student = _student(recipe, report, folder, teachers)
@@ -63,12 +65,24 @@ def replay(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def _without_recipe(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Of `mmkd rank`, whose steps depend on a table of scores: what the batch itself holds."""
+    facts: dict[str, Any] = {key: report[key] for key in ("role", "stage", "step", "samples", "not_finite")}
+    for number in report["batches"]:
+        batch = load_batch(folder / f"batch_{number}", object)
+        parts = {name: part for name, part in vars(batch).items() if isinstance(part, dict)}
+        facts[f"batch {number}"] = {
+            f"{name}.{key}": bool(value.isfinite().all()) for name, part in parts.items() for key, value in part.items()
+        }
+    return facts | {"replayed": False, "finite": False}
+
+
 def _report(folder: Path) -> dict[str, Any]:
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         wanted = {"role": str, "stage": str, "step": int, "samples": list, "batches": list, "weights": bool, "recipe": dict}
         wrong = [key for key, kind in wanted.items() if not isinstance(report[key], kind)]
-        wrong += ["stage"] if report["stage"] not in report["recipe"]["stages"] else []
+        wrong += ["stage"] if report["recipe"] and report["stage"] not in report["recipe"]["stages"] else []
         if wrong or not all(isinstance(number, int) for number in report["batches"]):
             raise ValueError(f"odd values of {', '.join(wrong) or 'batches'}")
         return {"counts": None, "progress": 0.0} | report

@@ -142,7 +142,7 @@ def build_encoder(spec: VisionSpec) -> nn.Module:
         return _encoder_from_config(dict(spec.config or {}), spec)
     kind, _, name = spec.source.partition(":")
     if kind in ("hf-hub", "local-dir"):
-        model = load_whole(AutoModel, name, "vision encoder", part=True)
+        model = load_whole(AutoModel, name, "vision encoder", part=True, shown=spec.source)
         return getattr(model, "vision_model", model)
     if kind in ("timm", "open_clip"):
         architecture, _, tag = name.partition("/") if kind == "open_clip" else (name, "", "")

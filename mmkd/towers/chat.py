@@ -15,6 +15,7 @@ from typing import Any
 from mmkd.errors import SampleError, TowerError
 from mmkd.towers.samples import Turn
 from mmkd.towers.thinking import PAIRS, ends_within, holds_thinking
+from mmkd.towers.time_limit import limited
 from mmkd.towers.tokens import END, START
 
 _ASKED, _ANSWERED, _NEXT = "wq1x", "wa1x", "wq2x"  # texts of the probes; no template writes them itself
@@ -76,6 +77,8 @@ class Chat:
             messages.append({"role": turn.role, "content": self._content(turn.role, parts)})
         try:
             return self._apply(messages, prompt)
+        except TowerError:  # it loops, whatever it is given
+            raise
         except Exception as error:  # whatever a template's own code raises
             roles = ", ".join(turn.role for turn in turns)
             raise SampleError(
@@ -89,9 +92,10 @@ class Chat:
         return "".join((self._image or "") if part is None else part for part in parts)
 
     def _apply(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        return self.processor.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-        )
+        with limited():
+            return self.processor.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
 
     # ---- probing -----------------------------------------------------------------------------------------------------
 

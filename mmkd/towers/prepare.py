@@ -30,6 +30,7 @@ from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
 from mmkd.towers.samples import Sample, Turn
 from mmkd.towers.templates import dated, prints_date, template_of
 from mmkd.towers.thinking import holds_thinking, opening_of, without_thinking
+from mmkd.towers.tokenless import for_decoder
 from mmkd.towers.tokens import Controls, Guard, MarkedTokenizer, TextTokenizer, control_strings
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 # What a processor gives beside pixels; and marks of tokens, whose names end so.
 _NO_PIXELS = frozenset({"input_ids", "attention_mask", "labels"})
 _TOKEN_MARKS = "token_type_ids"
+NO_TOKEN = -1  # an id that no token has
 # What of a processor decides how many tokens a picture becomes.
 _TOKEN_COUNTS = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_length")
 
@@ -103,7 +105,7 @@ class Preparer:
                 f"{type(processor).__name__} has no chat template; give the tower one by its key `chat_template` (a file or the "
                 "template itself), or assemble it with a template of mmkd.towers.templates.CHAT_TEMPLATES"
             )
-        self.image_token_id = _image_token_id(model, processor)
+        self.image_token_id = _image_token_id(model, processor, needed=not self.family.tokenless)
 
     @property
     def _met(self) -> _Met:
@@ -276,6 +278,7 @@ class Preparer:
         self, met: _Met, sample: Sample, pictures: list, guard: Guard, *, marked: bool = False, cut: int = 0
     ) -> tuple[list[int], dict[str, Tensor], list[int | None]]:
         """Token ids of a prompt, placeholders expanded by the processor, its pixels, and where marked answers begin and end."""
+        self._check_count(sample)
         text = met.chat.render(sample.prompt_turns, guard.hide, prompt=True, marked=marked, name=sample.id)
         text = text[: len(text) - cut]
         bos = self.tokenizer.bos_token
@@ -287,6 +290,13 @@ class Preparer:
         if self.family.nested:
             pixels = {k: v.transpose(0, 1) for k, v in pixels.items()}
         return ids, pixels, reader.borders if reader.ids == ids else []
+
+    def _check_count(self, sample: Sample) -> None:
+        """Raises SampleError for more or fewer pictures than the family reads."""
+        count, takes = len(sample.images), self.family.pictures
+        if (takes == "one" and count != 1) or (takes == "some" and not count):
+            how = "exactly one picture" if takes == "one" else "at least one picture"
+            raise SampleError(f"sample {sample.id!r} has {count} pictures, and {self._kind!r} reads {how} with a text")
 
     def _processed(self, text: str, pictures: list, special: bool, reader: MarkedTokenizer | None) -> Any:
         processor = self.processor
@@ -360,7 +370,15 @@ class Preparer:
             ids, wanted = ids[: self.max_length], wanted - kept
         else:
             wanted = 0
-        return Encoded(sample.id, torch.tensor(ids), torch.tensor(targets), pixels, len(sample.images), truncated=wanted)
+        encoded = Encoded(sample.id, torch.tensor(ids), torch.tensor(targets), pixels, len(sample.images), truncated=wanted)
+        return for_decoder(encoded, self._decoder_start) if self.family.encoder_decoder else encoded
+
+    @property
+    def _decoder_start(self) -> int:
+        """The token that the decoder of an encoder-decoder model begins with."""
+        configs = (self._model.generation_config, self._model.config, self._model.config.get_text_config(decoder=True))
+        starts = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id") for config in configs]
+        return next((start for start in starts if start is not None), self.pad_id)
 
     # ---- visual positions ------------------------------------------------------------------------------------------------
 
@@ -409,8 +427,9 @@ class Preparer:
             attention_mask=mask,
             targets=stack([e.targets for e in encoded], IGNORE),
             visual=(input_ids == self.image_token_id) & mask.bool(),
-            pixels=self._joined([e.pixels for e in encoded]),
+            pixels={} if self.family.tokenless else self._joined([e.pixels for e in encoded]),
             images=[e.images for e in encoded],
+            each=[e.pixels for e in encoded] if self.family.tokenless else [],
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -456,9 +475,11 @@ def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
     return [F.pad(t, [n for gap in reversed(gaps) for n in (0, gap)]) for t, gaps in zip(tensors, missing, strict=True)]
 
 
-def _image_token_id(model: nn.Module, processor: Any) -> int:
+def _image_token_id(model: nn.Module, processor: Any, needed: bool) -> int:
     for owner in (model.config, processor):
         token = getattr(owner, "image_token_id", None)
         if token is not None:
             return token
+    if not needed:
+        return NO_TOKEN
     raise TowerError(f"{type(model).__name__} names no image token; it is not an image-text model that a tower can wrap")

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.base.schema import Strict, is_default, one_of
-from mmkd.errors import did_you_mean
+from mmkd.base.schema import Strict, is_default, is_number, one_of
+from mmkd.errors import did_you_mean, shown
 from mmkd.registry import options_of, registry
 from mmkd.towers.reading import Reading
 
+Side = Annotated[int, Field(gt=0, le=2**14)]  # pixels
 PARTS = ("vision", "projector", "language")
+Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
 class VisionConfig(Strict):
     source: str | None = None
     config: dict[str, Any] | None = None
-    image_size: int | tuple[int, int] | None = None
-    feature_layer: int | None = None
+    image_size: Side | tuple[Side, Side] | None = None
+    feature_layer: int | None = Field(None, ge=-1000, le=1000)
     mean: list[float] | None = Field(None, min_length=3, max_length=3)
-    std: list[float] | None = Field(None, min_length=3, max_length=3)
+    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]] | None = Field(None, min_length=3, max_length=3)
 
     @model_validator(mode="after")
     def one_origin(self) -> VisionConfig:
@@ -42,7 +44,7 @@ class TokenizerConfig(Strict):
     """Tokenizer of a language model with random weights: the teacher's, one from a folder, or one trained on the data."""
 
     source: str | None = None  # "teacher", a folder or a hub id
-    vocab_size: int | None = Field(None, gt=0)  # train a byte-level BPE of this size on the stages' texts
+    vocab_size: int | None = Field(None, gt=0, le=2**24)  # train a byte-level BPE of this size on the stages' texts
 
     @model_validator(mode="after")
     def one_origin(self) -> TokenizerConfig:
@@ -64,6 +66,9 @@ class AssembleSpec(Strict):
         if self.projector not in known:
             raise ValueError(f"there is no projector {self.projector!r}; {did_you_mean(self.projector, known)}")
         options = options_of(known.get(self.projector))
+        small = [name for name, value in self.projector_options.items() if is_number(value) and not 0 < value <= 2**16]
+        if small:
+            raise ValueError(f"projector_options.{small[0]} is {shown(self.projector_options[small[0]])}; it must be above 0")
         wrong = [name for name in self.projector_options if name not in options]
         if wrong:
             has = ", ".join(options) or "none"
@@ -101,6 +106,8 @@ class StudentSpec(ReadingSpec):
     assemble: AssembleSpec | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
+    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
+    attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
 
     @model_validator(mode="after")
     def one_origin(self) -> StudentSpec:

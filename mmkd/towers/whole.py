@@ -21,14 +21,16 @@ POOLER = "pooler."  # of encoders; models with another head were saved without i
 
 
 def load_whole(
-    auto: Any, source: str | Path, what: str, *, part: bool = False, pooled: bool = False, **options: Any
+    auto: Any, source: str | Path, what: str, *, part: bool = False, pooled: bool = False, shown: str = "", **options: Any
 ) -> nn.Module:
     """The model that `auto.from_pretrained` makes of a folder or hub id, from safetensors alone.
 
     what: the model's name in messages, "vision encoder".  part: whether the folder may hold more than this model, such as another
     head or the text half of a CLIP.  pooled: whether a part's pooled output is used; where it is not, a missing pooler is none.
+    shown: the source as the recipe has it.
     Tied weights and those that the model's class leaves out by itself count as there. Raises TowerError with the tensors' names.
     """
+    shown = repr(shown or str(source))
     try:
         check_index(source)
         with _quiet():
@@ -38,10 +40,10 @@ def load_whole(
     except MmkdError:
         raise
     except Exception as error:  # each model, configuration and file format fails in its own way
-        raise TowerError(f"no {what} can be loaded from {str(source)!r}: {_reason(error)}") from error
+        raise TowerError(f"no {what} can be loaded from {shown}: {_reason(error)}") from error
     if wrong := _incomplete(model, report, part, pooled):
-        raise TowerError(f"{str(source)!r} is not the whole of a {what} ({type(model).__name__}): {'; '.join(wrong)}")
-    check_weights(model, f"the {what} {str(source)!r}")
+        raise TowerError(f"{shown} is not the whole of a {what} ({type(model).__name__}): {'; '.join(wrong)}")
+    check_weights(model, f"the {what} {shown}")
     return model
 
 
@@ -83,7 +85,7 @@ def check_index(source: str | Path) -> None:
             files = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise TowerError(f"{path} is no index of weights: {one_line(error)}") from error
-        outside = sorted(name for name in files if PurePath(name).name != name)
+        outside = sorted(name for name in files if PurePath(name).name != name or name == "..")
         if outside:
             raise TowerError(f"{path} names files outside its folder: {named(outside)}; weights are only read from {folder}")
         missing = sorted(name for name in files if not (folder / name).is_file())

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mmkd.base.files import write_whole
+from mmkd.base.jsonl import log_rows, read_object
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt, upcycle
 from mmkd.train.spec import StageSpec
@@ -37,7 +39,7 @@ def write_receipt(receipt: Receipt, folder: Path) -> None:
     for line in receipt.lines():
         logger.info("%s", line)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECEIPT).write_text(json.dumps(receipt.as_dict(), indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / RECEIPT, json.dumps(receipt.as_dict(), indent=1) + "\n")
 
 
 # ---- use of experts --------------------------------------------------------------------------------------------------
@@ -84,15 +86,14 @@ def summarise_experts(run: Path) -> dict[str, Any]:
         for stage, rows in stages.items():
             found.setdefault(path.stem, {})[stage] = _summary(rows) | _receipt_of(run, path.stem, stage)
     if found:
-        (run / "experts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(run / "experts.json", json.dumps(found, indent=1) + "\n")
     return found
 
 
 def _stages(log: Path) -> dict[str, list[dict[str, Any]]]:
     stages: dict[str, list[dict[str, Any]]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if LOGGED in row:
+    for row in log_rows(log):
+        if isinstance(row.get(LOGGED), dict):
             stages.setdefault(row["stage"], []).append(row[LOGGED])
     return stages
 
@@ -108,7 +109,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _receipt_of(run: Path, role: str, stage: str) -> dict[str, Any]:
     paths = list((run / "stages" / role).glob(f"*_{stage}/{RECEIPT}"))
-    return {"receipt": json.loads(paths[0].read_text(encoding="utf-8"))} if paths else {}
+    return {"receipt": read_object(paths[0])} if paths else {}
 
 
 def experts_table(found: dict[str, Any]) -> str:

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.errors import DataError, NotFiniteError
+from mmkd.errors import DataError, NotFiniteError, one_line
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher, same_processor
 from mmkd.towers.loading import device_of_process
@@ -54,7 +55,7 @@ class LogProbCache:
         """Appends the rows whose keys are new."""
         new = [row for row in rows if row["key"] not in self.values]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in new))
+            file.write("".join(json.dumps({**row, "sum": row_sum(row)}) + "\n" for row in new))
             file.flush()
             os.fsync(file.fileno())
         self.values |= {row["key"]: row["log_prob"] for row in new}
@@ -72,9 +73,18 @@ def _rows(path: Path) -> list[dict]:
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     try:
         rows = [json.loads(line) for line in whole.splitlines()]
+        wrong = next((number for number, row in enumerate(rows, 1) if row["sum"] != row_sum(row)), None)
+        if wrong is not None:
+            raise ValueError(f"line {wrong} is not what was written")
         return [{"key": str(row["key"]), "log_prob": float(row["log_prob"])} for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); delete it, it is computed again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        told = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"{path} is damaged ({told}); delete it, it is computed again") from error
+
+
+def row_sum(row: dict) -> str:
+    """Hash of a row's key and value."""
+    return xxhash.xxh3_64(f"{row['key']} {row['log_prob']!r}".encode()).hexdigest()
 
 
 def fill_reference(

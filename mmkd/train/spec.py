@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -13,28 +13,44 @@ from mmkd.errors import did_you_mean
 from mmkd.registry import registry
 from mmkd.terms.spec import TermSpec
 from mmkd.towers.spec import PARTS
+from mmkd.train.optimisers import OPTIMISERS
 
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what the generators of Python, NumPy and torch take
+LARGEST_RATE = 1e6  # the optimiser's own products leave float32 beyond it
+
+
 class AdamWSpec(Strict):
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    learning_rate: float = Field(1e-3, gt=0, le=LARGEST_RATE)
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST_RATE)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the stage's steps
     max_grad_norm: float = Field(1.0, ge=0)
 
 
 class OptimiserSpec(AdamWSpec):
-    learning_rates: dict[Literal[PARTS], float] = Field({})  # type: ignore[valid-type]  # per part, over learning_rate
-    batch_size: int = Field(32, gt=0)  # samples a step, over all processes and micro-batches
+    # A name of mmkd.train.optimisers.OPTIMISERS; `betas` are AdamW's and Lion's, `momentum` is SGD's.
+    kind: str = Field("adamw", exclude_if=is_default("adamw"))
+    momentum: float = Field(0.9, ge=0, lt=1, exclude_if=is_default(0.9))
+    learning_rates: dict[Literal[PARTS], Annotated[float, Field(ge=0, le=LARGEST_RATE)]] = Field({})  # type: ignore[valid-type]  # per part, over learning_rate
+    batch_size: int = Field(32, gt=0, le=2**20)  # samples a step, over all processes and micro-batches
     micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
+
+    @field_validator("kind")
+    @classmethod
+    def known(cls, value: str) -> str:
+        if value not in OPTIMISERS:
+            raise ValueError(f"there is no optimiser {value!r}; {did_you_mean(value, OPTIMISERS)}")
+        return value
 
 
 class LoraSpec(Strict):
-    rank: int = Field(16, gt=0)
-    alpha: float = Field(32, gt=0)
+    rank: int = Field(16, gt=0, le=2**14)
+    alpha: float = Field(32, gt=0, le=1e6)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,7 +61,7 @@ class LoraSpec(Strict):
 class UpcycleSpec(Strict):
     """Makes the student sparse before its stage: experts copied from its feed-forward layers (LLaVA-MoD's values)."""
 
-    experts: int = Field(4, ge=2)
+    experts: int = Field(4, ge=2, le=1024)
     top_k: int = Field(2, ge=1)
     layers: Literal["every-other", "all"] | list[int] = "every-other"
 
@@ -59,11 +75,11 @@ class UpcycleSpec(Strict):
 class LoopSpec(Strict):
     """How long training lasts, in which precision, and how often it is kept and logged."""
 
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    save_every: int = Field(200, gt=0)
-    log_every: int = Field(20, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    steps: int | None = Field(None, gt=0, le=10**9)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    save_every: int = Field(200, gt=0, le=10**9)
+    log_every: int = Field(20, gt=0, le=10**9)
 
     @model_validator(mode="after")
     def one_length(self) -> LoopSpec:
@@ -138,7 +154,7 @@ class GuardSpec(Strict):
 
     pixels_matter: bool = True
     teacher_is_better: bool = True
-    samples: int = Field(32, gt=1)
+    samples: int = Field(32, gt=1, le=2**16)
     # Share of a training set, rounded up, that may be left out: rows that cannot be used, pictures that cannot be read, samples
     # that are too long or that a processor or template refuses. `max_skipped_images` is its name in older recipes.
     max_skipped: float = Field(0.01, ge=0, le=1, validation_alias=AliasChoices("max_skipped", "max_skipped_images"))
@@ -147,9 +163,10 @@ class GuardSpec(Strict):
 class TrainSpec(Strict):
     """What holds for every stage of a recipe."""
 
-    seed: int = 0
-    max_length: int = Field(2048, gt=1)
+    seed: Seed = 0
+    max_length: int = Field(2048, gt=1, le=2**24)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
     compile: bool = Field(False, exclude_if=is_default(False))  # the row engine's loss maths, by torch.compile
-    workers: int = Field(0, ge=0)  # processes that read and resize pictures, beside each training process
+    tf32: bool = Field(False, exclude_if=is_default(False))  # float32 products in TensorFloat-32, on GPUs from Ampere on
+    workers: int = Field(0, ge=0, le=256)  # processes that read and resize pictures, beside each training process
     guards: GuardSpec = GuardSpec()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mmkd.errors import TowerError
-from mmkd.towers.recompute import recompute_layers
+from mmkd.errors import TowerError, one_line, shown
 from mmkd.towers.tower import Tower
+from mmkd.train.checkpointing import checkpoint_layers
 from mmkd.train.spec import LoraSpec, StageSpec
 
 _MLP = ".mlp."  # in the parameter names of a language model's feed-forward layers, experts and routers
@@ -25,9 +25,7 @@ def set_trainable(student: Tower, stage: StageSpec) -> None:
     if not any(p.requires_grad for p in student.model.parameters()):
         raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
     if stage.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if not any(p.requires_grad for p in student.language.parameters()):
-            recompute_layers(student)  # frozen, it stays in evaluation mode, where transformers checkpoints nothing
+        checkpoint_layers(student)
 
 
 def add_lora(student: Tower, spec: LoraSpec) -> None:
@@ -37,17 +35,35 @@ def add_lora(student: Tower, spec: LoraSpec) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = {n.rpartition(".")[2] for n, m in student.language.named_modules() if isinstance(m, torch.nn.Linear)}
-    targets = spec.targets if isinstance(spec.targets, list) else sorted(linear)
+    if wrong := lora_errors(student, spec):
+        raise TowerError(f"lora.{wrong[0]}")
+    linear = sorted({path.rpartition(".")[2] for path in _linear(student)})
+    targets = spec.targets if isinstance(spec.targets, list) else linear
     config = LoraConfig(
         r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, use_dora=spec.dora
     )
     try:
         inject_adapter_in_model(config, student.language)
     except ValueError as error:
-        raise TowerError(
-            f"lora.targets {targets} match no layer of the language model; it has {', '.join(sorted(linear))}"
-        ) from error
+        told = f"{one_line(error)}; the language model has {', '.join(linear)}"
+        raise TowerError(f"lora.targets {shown(targets)}: {told}") from error
+
+
+def _linear(student: Tower) -> list[str]:
+    """Paths of the language model's matrices."""
+    return [name for name, module in student.language.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def lora_errors(student: Tower, spec: LoraSpec) -> list[str]:
+    """What makes these adapters impossible on a student: targets that no layer matches."""
+    linear = _linear(student)
+    targets = spec.targets if isinstance(spec.targets, list) else linear
+    # As peft matches them: a layer's whole path, or its end.
+    unmatched = [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in linear)]
+    if targets and len(unmatched) < len(targets):
+        return []
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+    return [f"targets {shown(spec.targets)} match no layer of the language model; it has {names}"]
 
 
 def remove_lora(student: Tower) -> None:

@@ -23,22 +23,28 @@ from transformers.trainer_utils import seed_worker
 
 from mmkd.answers import AnswerSource
 from mmkd.answers.data import DataAnswers
+from mmkd.base import stopping
+from mmkd.base.files import write_whole
+from mmkd.base.jsonl import log_rows
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
 from mmkd.towers.finite import check_trained
+from mmkd.towers.loading import half_of
 from mmkd.towers.modes import evaluating
 from mmkd.train.batch import Batch
+from mmkd.train.checkpoints import writing_checkpoint
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
 from mmkd.train.finite import FiniteWatch, Where
+from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
+from mmkd.train.stop_at_step import StopWhenAsked
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "distiller.safetensors"
-COMPLETE = "complete"  # written last: a checkpoint without it was interrupted
 
 
 class DistillTrainer(Trainer):
@@ -71,19 +77,20 @@ class DistillTrainer(Trainer):
         self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
         self._experts = ExpertUse()
         where = where or Where(Path(arguments.output_dir), "student", arguments.run_name)
-        self.finite = FiniteWatch(where, self._whole)
+        self.finite, self.stop = FiniteWatch(where, self._whole), StopWhenAsked()
         super().__init__(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[TermLog(log, arguments.run_name), TermStates(self)],
+            callbacks=[TermLog(log, arguments.run_name), TermStates(self), self.stop],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self._ahead = Ahead(distiller.prefetch, arguments.device, arguments.bf16) if ahead else None
-        if distiller.lockstep and arguments.bf16:  # as accelerate does for DDP; the engines' own casts leave the teacher out
-            distiller.forward = torch.autocast(arguments.device.type, torch.bfloat16)(distiller.forward)
+        half = half_of(stage.precision)
+        self._ahead = Ahead(distiller.prefetch, arguments.device, half) if ahead else None
+        if distiller.lockstep and half is not None:  # as accelerate does for DDP; the engines' own casts leave the teacher out
+            distiller.forward = torch.autocast(arguments.device.type, half)(distiller.forward)
 
     def create_accelerator_and_postprocess(self) -> None:
         shard_on_cpu()
@@ -128,7 +135,9 @@ class DistillTrainer(Trainer):
             return torch.zeros(len(COUNTS))
         counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
         if self.args.world_size > 1:
-            torch.distributed.all_reduce(counts, group=self._host_group)
+            told = torch.cat([counts, torch.tensor([float(stopping.asked())])])  # a process that is asked to end tells all
+            torch.distributed.all_reduce(told, group=self._host_group)
+            counts, self.stop.agreed = told[:-1], bool(told[-1])
         return counts.long()  # wrappers round floating-point arguments to the precision of training
 
     @torch.no_grad()
@@ -186,7 +195,8 @@ class DistillTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.finite.gradient(norm)
+        # Under float16 an infinite gradient is how the loss scale finds its size; such a step is left out.
+        self.finite.gradient(None if self.args.fp16 else norm)
         return norm
 
     def _whole(self) -> nn.Module | None:
@@ -245,8 +255,7 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             spec = self.stage.optimiser
-            groups = parameter_groups(self.model, spec)
-            self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
+            self.optimizer = optimiser_of(self.model, spec)
         return self.optimizer
 
     # ---- checkpoints ----
@@ -268,22 +277,20 @@ class DistillTrainer(Trainer):
         self.finite.look()
         if (whole := self._whole()) is not None:
             check_trained(whole.state_dict().items(), f"step {self.state.global_step}")
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process has written its part
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / COMPLETE).touch()
+        with writing_checkpoint(Path(self.args.output_dir), self.state.global_step, self.args.should_save, self._needed(whole)):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process has written its part
+
+    def _needed(self, whole: nn.Module | None) -> int | None:
+        """Bytes of a checkpoint, about: the weights, and AdamW's two averages of those that are trained."""
+        if whole is None:
+            return None
+        return sum((1 + 2 * p.requires_grad) * p.numel() * p.element_size() for p in whole.parameters())
 
 
 def progress_at(step: int, steps: int) -> float:
     """0..1 of a stage at its `step`, counted from 0: the first is 0, the last is 1, and so is a stage's only one."""
     return step / (steps - 1) if steps > 1 else 1.0
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint under `folder`."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
 def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str, Any]]:
@@ -299,6 +306,12 @@ def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str
             if members:
                 groups.append({"params": members, "lr": rate, "weight_decay": decay})
     return groups
+
+
+def optimiser_of(distiller: Distiller, spec: OptimiserSpec) -> torch.optim.Optimizer:
+    """A stage's optimiser over what the distiller trains."""
+    given = {"learning_rate": spec.learning_rate, "betas": spec.betas, "momentum": spec.momentum}
+    return build_optimiser(spec.kind, parameter_groups(distiller, spec), **given)
 
 
 def training_arguments(
@@ -320,9 +333,9 @@ def training_arguments(
         warmup_steps=spec.warmup,
         max_grad_norm=spec.max_grad_norm,
         bf16=stage.precision == "bfloat16",
+        fp16=stage.precision == "float16",
         logging_steps=stage.log_every,
         save_steps=stage.save_every,
-        save_total_limit=2,
         seed=seed,
         data_seed=seed,
         dataloader_drop_last=True,
@@ -357,25 +370,14 @@ class TermLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in _rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        kept = [r for r in log_rows(self.path) if not (r["stage"] == self.stage and r["step"] > state.global_step)]
+        write_whole(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             row = {"stage": self.stage, "step": state.global_step, **{k: v if k == LOGGED else float(v) for k, v in logs.items()}}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The log's rows; the last line of a killed run may be cut short."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("dropped an incomplete line of %s", path)
 
 
 def split_evenly(spec: OptimiserSpec, world_size: int) -> Sequence[str]:

@@ -51,7 +51,9 @@ def parse() -> argparse.Namespace:
 
 def race(options: argparse.Namespace, folder: Path, top_k: int) -> dict:
     nobody = {"model": "", "files": {}, "fingerprint": "", "dtype": "", "quantise": None, "max_length": 0, "precision": ""}
-    About(**nobody, top_k=top_k or None, rows=["response"], features=False, logit_rule=[1.0, None], vocabulary=0).save(folder)
+    About(**nobody, top_k=top_k or None, rows=["response"], features=False, logit_rule=[1.0, None], vocabulary=0, body={}).save(
+        folder
+    )
     stored = entry(options, top_k)
     writer = ShardWriter(folder)
     started = time.perf_counter()

@@ -7,7 +7,9 @@ import json
 import pytest
 import yaml
 
-from mmkd.base.run_folder import claim, differences
+from mmkd.base.files import save_whole
+from mmkd.base.jsonl import log_rows
+from mmkd.base.run_folder import claim, differences, restart, take_control
 from mmkd.errors import DataError
 
 RECIPE = {"seed": 1, "stages": {"sft": {"steps": 3, "terms": ["a", "b"]}}}
@@ -62,3 +64,66 @@ def test_differences():
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "c": 2}) == []
     assert sorted(differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 2, "d": 3}})) == ["a.b", "a.d", "c"]
     assert differences({"a": {"b": 1}}, {"a": 1}) == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00binary", b"", b"[1, 2]", b"a: &a [*a]", b"x: " + b"[" * 3000])
+def test_a_damaged_record_is_one_line_with_the_way_out(tmp_path, content):
+    claim(tmp_path, RECIPE, title="a title", seed=1)
+    begin(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(DataError, match="--restart") as caught:
+        claim(tmp_path, RECIPE, title="a title", seed=1)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "\x00", "{"])
+def test_a_damaged_run_json_is_one_line(tmp_path, content):
+    claim(tmp_path, RECIPE, title="a title", seed=1, data={})
+    begin(tmp_path)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(DataError, match=r"run\.json"):
+        claim(tmp_path, RECIPE, title="a title", seed=1, data={})
+
+
+def test_restart_deletes_a_run_and_nothing_else(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "photos"
+    claim(run, RECIPE, title="a title", seed=1)
+    begin(run)
+    (run / "student").mkdir()
+    restart(run)
+    assert list(run.iterdir()) == []
+    claim(run, {"seed": 2}, title="a title", seed=2)
+    other.mkdir()
+    (other / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match="holds no run but holiday.jpg; nothing of it is deleted"):
+        restart(other)
+    restart(tmp_path / "nowhere")
+
+
+def test_a_control_and_its_log_never_mix(tmp_path):
+    def make(text):
+        def save(folder):
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_text(text)
+
+        return save
+
+    for name in ("one", "two"):
+        save_whole(tmp_path / name / "control", make(name))
+        (tmp_path / name / "log").mkdir()
+        (tmp_path / name / "log" / "control.jsonl").write_text(name)
+        take_control(tmp_path / name, tmp_path / "run", "control")
+        take_control(tmp_path / name, tmp_path / "run", "control")  # again, as a resumed run does
+        assert (tmp_path / "run" / "control" / "model.safetensors").read_text() == name
+        assert (tmp_path / "run" / "log" / "control.jsonl").read_text() == name
+
+
+def test_odd_rows_of_a_log_are_left_out_by_line(tmp_path, caplog):
+    odd = ["[1]", "nothing", '{"stage": 1, "step": 2}', '{"stage": "a", "step": NaN}', '{"stage": "a"}', "\x00"]
+    rows = ['{"stage": "a", "step": 1}', *odd, '{"stage": "a", "step": 2}', '{"stage": "a", "st']
+    (tmp_path / "log.jsonl").write_text("\n".join(rows))
+    assert [row["step"] for row in log_rows(tmp_path / "log.jsonl")] == [1, 2]
+    assert all(f"line {number} is left out" in caplog.text for number in (2, 3, 4, 5, 6, 7, 9))
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\xff")
+    with pytest.raises(DataError, match="no log of a training"):
+        list(log_rows(tmp_path / "log.jsonl"))

@@ -21,7 +21,7 @@ from mmkd.errors import RecipeError, RegistryError
 from mmkd.recipes.reading import load_recipe
 from mmkd.retrieval.recipe import load_ranking_recipe
 from mmkd.retrieval.text_tokenizer import train_text_tokenizer
-from mmkd.retrieval.trainer import MarkComplete, PairTrainer
+from mmkd.retrieval.trainer import PairTrainer
 
 CAPTIONS = [f"{color} {shape}" for color in ("red", "green", "blue", "dark") for shape in ("circle", "square", "star", "cross")]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -126,12 +126,13 @@ def test_interrupted_and_started_again_ends_with_the_same_weights(undisturbed, f
     """After a checkpoint, and while one is written: without its mark it is not used."""
     output = folder / f"resumed_{marked}" / "out"
     command = ["rank", str(folder / "ranking.yaml"), f"output={output}", "control=false"]
-    mark, resumed = MarkComplete.on_save, []
+    save, resumed = PairTrainer._save_checkpoint, []
 
-    def mark_and_stop(self, args, state, control, **more):
-        if marked or state.global_step < 4:
-            mark(self, args, state, control, **more)
-        if state.global_step == 4:
+    def save_and_stop(self, model, trial):
+        save(self, model, trial)
+        if self.state.global_step == 4:
+            if not marked:
+                (Path(self.args.output_dir) / "checkpoint-4" / "complete").unlink()
             raise KeyboardInterrupt
 
     def train(self, resume_from_checkpoint=None):
@@ -140,7 +141,7 @@ def test_interrupted_and_started_again_ends_with_the_same_weights(undisturbed, f
 
     monkeypatch.setattr(PairTrainer, "train", train)
     with monkeypatch.context() as patch:
-        patch.setattr(MarkComplete, "on_save", mark_and_stop)
+        patch.setattr(PairTrainer, "_save_checkpoint", save_and_stop)
         assert main(command) == 130
     assert not (output / "student").exists()
     assert main(command) == 0

@@ -403,6 +403,82 @@ def test_workers_prepare_what_the_training_process_would(folder, tmp_path):
         assert torch.equal(tensor, helped.model.state_dict()[name]), name
 
 
+def test_a_cache_that_lost_its_last_shards_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch):
+    """As after a kill: some of a batch is on the disk, the rest is not. What stands beside a sample changes its last bits."""
+    from functools import partial
+
+    monkeypatch.setattr("mmkd.runs.write_cache.ShardWriter", partial(ShardWriter, shard_bytes=2000))
+    for name in ("undisturbed", "killed"):
+        write_cache(recipe(folder), tmp_path / name, batch_size=7)
+    paths = sorted((tmp_path / "killed" / "shards").glob("*.safetensors"))
+    assert len(paths) > 10
+    for path in paths[::3]:
+        path.unlink()
+    write_cache(recipe(folder), tmp_path / "killed", batch_size=7)
+    expected, found = (TeacherCache(tmp_path / name) for name in ("undisturbed", "killed"))
+    samples = stage_samples(recipe(folder), recipe(folder).stages["only"])
+    assert len(found) == len(expected) == len({content_key(sample) for sample in samples})
+    for sample in samples:
+        one, other = (c.entry(content_key(sample), ["response", "prompt", "visual"], True) for c in (expected, found))
+        assert torch.equal(one.signal["hidden"], other.signal["hidden"]) and torch.equal(one.scores, other.scores)
+        assert all(torch.equal(a, b) for a, b in zip(one.features, other.features, strict=True))
+
+
+def flipped(path, place, bit):
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_anywhere_in_a_shard_is_found(about, seed):
+    writer = ShardWriter(about)
+    for number in range(4):
+        writer.add(key_of(number), text_key_of(number), said(number))
+    writer.close()
+    path = next((about / "shards").glob("*.safetensors"))
+    draw = random.Random(seed)
+    flipped(path, draw.randrange(path.stat().st_size) if seed else 20, draw.randrange(8))
+    with pytest.raises(DataError, match=f"{path.name} is damaged.*delete it"):
+        cache = TeacherCache(about)
+        for number in range(4):
+            cache.entry(key_of(number), ["response", "prompt", "visual"], features=True)
+
+
+def test_shuffled_rows_and_zeroed_pages_are_found(about):
+    writer = ShardWriter(about)
+    for number in range(4):
+        writer.add(key_of(number), text_key_of(number), said(number))
+    writer.close()
+    path = next((about / "shards").glob("*.safetensors"))
+    whole = path.read_bytes()
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    save_file({**tensors, "hidden": tensors["hidden"].flip(0)}, path)
+    zeroed = whole[:-4096] + bytes(min(4096, len(whole)))
+    for content in (path.read_bytes(), zeroed):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="is damaged"):
+            TeacherCache(about).entry(key_of(1), ["response"], features=True)
+    path.rename(path.with_name(f"{'0' * 32}.safetensors"))
+    with pytest.raises(DataError, match="is damaged"):
+        TeacherCache(about)
+
+
+def test_a_changed_number_or_head_is_found(folder, cache, tmp_path):
+    import shutil
+
+    shutil.copytree(cache, tmp_path / "numbers")
+    text = (tmp_path / "numbers" / "cache.json").read_text()
+    (tmp_path / "numbers" / "cache.json").write_text(text.replace('"max_length": 2048', '"max_length": 2047'))
+    with pytest.raises(DataError, match=r"cache\.json is damaged"):
+        TeacherCache(tmp_path / "numbers")
+    shutil.copytree(cache, tmp_path / "head")
+    head = next((tmp_path / "head" / "teacher").glob("*.safetensors"))
+    flipped(head, head.stat().st_size - 9, 3)
+    with pytest.raises(DataError, match=f"{head.name} is not what was written"):
+        write_cache(recipe(folder), tmp_path / "head")
 def test_two_data_sets_of_one_teacher_do_not_take_each_others_rows(folder, cache):
     """The check before training and each stage make data sets of their own, with other samples at the same places."""
     spec = recipe(folder, teacher__cache=str(cache))

@@ -5,38 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import language_config, make_term, tiny_samples, tiny_tower
-from transformers import TrainingArguments
+from tiny import language_config, tiny_tower, tiny_trainer
 
 from mmkd.errors import NotFiniteError
-from mmkd.terms.term import Schedule
 from mmkd.train.batch_file import load_batch
-from mmkd.train.collate import PairDataset
-from mmkd.train.distiller import Distiller
 from mmkd.train.finite import GRADIENT, LOSS, FiniteWatch, Where
-from mmkd.train.spec import StageSpec
-from mmkd.train.trainer import DistillTrainer
-
-ONE = Schedule(1.0, 1.0)
-TERMS = ("cross_entropy", "forward_kl")
-
-
-def trainer_of(folder, towers, **optimiser):
-    student, teacher = towers
-    terms = [make_term(kind, kind, ONE) for kind in TERMS]
-    dataset = PairDataset(tiny_samples(folder / "pictures", 8), student, teacher, terms)
-    stage = StageSpec(
-        data=[{"format": "jsonl"}], terms={kind: 1 for kind in TERMS}, steps=4, save_every=2, log_every=4,
-        optimiser={"batch_size": 4, **optimiser},
-    )
-    arguments = TrainingArguments(
-        output_dir=str(folder / "stages"), run_name="sft", per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        max_steps=4, save_steps=2, logging_steps=4, remove_unused_columns=False, report_to=[],
-        use_cpu=True, logging_nan_inf_filter=False,
-        learning_rate=stage.optimiser.learning_rate, disable_tqdm=True,
-    )  # fmt: skip
-    distiller = Distiller(student, teacher, terms)
-    return DistillTrainer(distiller, dataset, stage, arguments, folder / "log.jsonl", where=Where(folder, "student", "sft"))
 
 
 @pytest.fixture
@@ -50,7 +23,7 @@ def test_a_teacher_that_overflows_stops_the_first_step_and_names_term_and_sample
         teacher.head.weight.mul_(1e38)  # finite, but logits are not
     before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     with pytest.raises(NotFiniteError, match=r"stage sft, step 1: not finite: forward_kl; samples s\d") as caught:
-        trainer_of(tmp_path, towers).train()
+        tiny_trainer(tmp_path, towers).train()
     assert caught.value.code == 3 and "mmkd check" in str(caught.value)
     assert not list(tmp_path.glob("stages/checkpoint-*"))
     folder = tmp_path / "not_finite" / "student_sft_step1"
@@ -63,7 +36,7 @@ def test_a_teacher_that_overflows_stops_the_first_step_and_names_term_and_sample
 
 
 def test_a_kept_batch_is_the_batch(tmp_path, towers):
-    trainer = trainer_of(tmp_path, towers)
+    trainer = tiny_trainer(tmp_path, towers)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])["batch"]
     from mmkd.train.batch_file import save_batch
 
@@ -78,14 +51,15 @@ def test_a_kept_batch_is_the_batch(tmp_path, towers):
 
 
 def test_weights_that_became_infinite_are_not_saved(tmp_path, towers):
-    trainer = trainer_of(tmp_path, towers, learning_rate=1e30, max_grad_norm=0)
+    trainer = tiny_trainer(tmp_path, towers, max_grad_norm=0)
+    trainer.stage.optimiser.learning_rate = 1e30  # more than a recipe may have
     with pytest.raises(NotFiniteError):
         trainer.train()
     assert not list(tmp_path.glob("stages/checkpoint-*/complete"))
 
 
 def test_finite_training_keeps_nothing(tmp_path, towers):
-    trainer_of(tmp_path, towers).train()
+    tiny_trainer(tmp_path, towers).train()
     assert not (tmp_path / "not_finite").exists() and list(tmp_path.glob("stages/checkpoint-4/complete"))
 
 

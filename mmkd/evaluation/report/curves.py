@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mmkd.base.jsonl import log_rows
 
 MAX_POINTS = 240  # of one curve
 SMOOTHING = 0.05  # share of the points under the moving mean
@@ -41,15 +42,8 @@ def _read_log(path: Path) -> tuple[dict[str, list[tuple[float, float]]], list[tu
     stages: list[tuple[float, str]] = []
     offset = last = 0.0
     broken = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            step, stage = float(entry["step"]), str(entry.get("stage", ""))
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s, line %d is left out of the curves: %r", path, number, error)
-            continue
+    for entry in log_rows(path):
+        step, stage = float(entry["step"]), entry["stage"]
         if not stages or stages[-1][1] != stage:
             offset = last if stages and step + offset < last else offset
             stages.append((last if stages else step, stage))

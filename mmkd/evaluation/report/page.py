@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmkd.base.files import write_whole
 from mmkd.errors import DataError
 from mmkd.evaluation.report.curves import SMOOTHING, charts
 from mmkd.evaluation.report.files import ModelFiles, read_evaluations, read_facts, roles_of
@@ -97,5 +98,5 @@ def _write_page(
         facts=[(heading, pairs) for heading, pairs in facts if pairs],
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+    write_whole(target, page, errors="xmlcharrefreplace")
     return target, {benchmark["name"]: benchmark["comparison"] for benchmark in benchmarks}

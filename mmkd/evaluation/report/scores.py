@@ -31,6 +31,7 @@ def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
         "difference": difference,
         "best_control": best,
         "verdict": verdict(difference, best) if difference else None,
+        "remarks": [f"{role}: {said}" for role, cell in comparison["models"].items() for said in cell.get("remarks", ())],
         "pairs": _shown_pairs(comparison["differences"], list(models)),
         "categories": _category_bars(models),
         "facts": _benchmark_facts(models),
@@ -144,6 +145,7 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
         own = model["results"]
         parts = [f"{own['n']} scored", f"{own.get('n_skipped', 0)} skipped"]
         parts += [f"{count} × {reason}" for reason, count in own.get("skipped", {}).items()]
+        parts += own.get("remarks", [])
         parts += [f"{percent(own['unparsed_share'])} unparsed"] if "unparsed_share" in own else []
         parts += [f"lenient parse {percent(own['score_lenient'])}"] if "score_lenient" in own else []
         parts += [f"{percent(own['neither_share'])} neither yes nor no"] if own.get("neither_share") else []
