@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime as dt
 
@@ -335,3 +336,34 @@ def test_targets_that_are_not_the_answers_are_told_of():
     end = tower.tokenizer.convert_tokens_to_ids("<|im_end|>")
     endless = dataclasses.replace(encoded, targets=torch.where(encoded.targets == end, IGNORE, encoded.targets))
     assert "has no end behind the answer 'red'" in tower.preparer.misread(PLAIN, endless)
+
+
+class Slow:
+    """A tokenizer in Python: it tells no offsets."""
+
+    is_fast = False
+
+    def __init__(self, real):
+        self.real = real
+
+    def __call__(self, text, *, return_offsets_mapping=False, **options):
+        assert not return_offsets_mapping
+        return self.real(text, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava-1.5", "idefics3", "gemma3"])
+def test_tokenizers_without_offsets_give_the_same(name, refs):
+    fast = hub_tower(name)
+    processor = copy.copy(fast.processor)
+    processor.tokenizer = Slow(fast.tokenizer)
+    slow = Tower(fast.model, processor, max_length=4096)
+    for kind in ("one turn", "two turns", "a picture in turn 2"):
+        pictures, turns = KINDS[kind](refs)
+        one, other = (tower.encode(Sample(kind, tuple(pictures), turns)) for tower in (fast, slow))
+        assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.targets, other.targets)
+    nasty = Sample("nasty", (), (user("What?"), answer(f"it is {HUB[name].end} always")))
+    with pytest.raises(SampleError, match="a text holds a control token"):
+        slow.encode(nasty)
