@@ -13,7 +13,7 @@ from typing import Any
 from mmkd.base.distributed import alone_in, is_main_process
 from mmkd.base.files import write_whole
 from mmkd.base.jsonl import read_object
-from mmkd.base.run_folder import claim, restart
+from mmkd.base.run_folder import claim, day_of, restart
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
@@ -25,6 +25,7 @@ from mmkd.recipes.recipe import CHANGEABLE, Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, texts_of
+from mmkd.runs.dates import with_day
 from mmkd.runs.evaluate import add_importance
 from mmkd.runs.preflight import preflight
 from mmkd.runs.stages import train
@@ -57,7 +58,8 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe), changeable=CHANGEABLE)
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
-        recipe = with_answers_apart(with_teacher_answers(recipe, teachers), student, teachers)
+        recipe = with_teacher_answers(with_day(recipe, day_of(run), student, teachers), teachers)
+        recipe = with_answers_apart(recipe, student, teachers)
         preflight(recipe, student, teachers)
         towers = teachers_to_score(recipe, teachers)
         if recipe.controls and teachers:

@@ -6,6 +6,7 @@ on with what is missing.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import os
 import shutil
@@ -125,6 +126,8 @@ def write_cache(
     preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together
     del student
     (teacher,) = (teacher.running() for teacher in teachers.values())
+    if (folder / "cache.json").exists() and (day := About.load(folder).date):  # one that is gone on with
+        teacher.preparer.day = dt.date.fromisoformat(day)
     facts: dict[str, Any] = {"folder": str(folder)}
     if plan.samples:
         facts["forecast"] = forecast_of(plan, teacher)
@@ -277,10 +280,9 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
         except OSError:  # another process was first
             shutil.rmtree(partial)
     hashed = with_hashes(recipe.teacher.model, files)
-    About(
-        **about_of(recipe, plan), files=hashed, fingerprint=teacher.fingerprint(), logit_rule=list(rule), vocabulary=vocabulary,
-        body=sums_in(body),
-    ).save(folder)  # fmt: skip
+    day = teacher.preparer.day.isoformat() if teacher.preparer.prints_day else None
+    facts = about_of(recipe, plan) | {"files": hashed, "fingerprint": teacher.fingerprint(), "date": day}
+    About(**facts, logit_rule=list(rule), vocabulary=vocabulary, body=sums_in(body)).save(folder)
 
 
 # ---- filling ---------------------------------------------------------------------------------------------------------
