@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import shlex
@@ -30,7 +31,7 @@ def claim(
     folder: Path, recipe: Mapping[str, Any], *, title: str, seed: int, data: Mapping[str, Any] | None = None,
     changeable: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Writes the resolved recipe into a run's folder, and title, seed, command and the hashes of its data beside it.
+    """Writes the resolved recipe into a run's folder, and title, seed, command, day and the hashes of its data beside it.
 
     data: by stage, what tells that its files are still the same.  changeable: patterns of keys that a run may go on with other
     values of; what was changed is logged and recorded. A folder in which nothing was trained yet may be taken by another recipe.
@@ -60,7 +61,7 @@ def claim(
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.safe_dump(dict(recipe), sort_keys=False))
     facts = {"title": title, "seed": seed, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    facts |= {"data": data} if data is not None else {}
+    facts |= {"date": dt.date.today().isoformat()} | ({"data": data} if data is not None else {})
     write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
 
 
@@ -101,6 +102,16 @@ def _recorded(path: Path) -> dict[str, Any]:
         return read_mapping(path, "run's recipe")
     except DataError as error:
         raise DataError(f"{error}; {path.parent} is damaged: start anew in it with --restart, or take another folder") from error
+
+
+def day_of(folder: Path) -> dt.date:
+    """The day on which a run was begun, as it is recorded; today where it is not."""
+    path = folder / FACTS
+    recorded = read_object(path).get("date") if path.exists() else None
+    try:
+        return dt.date.fromisoformat(recorded) if recorded else dt.date.today()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} has the date {recorded!r}, which is none; write the day on which the run was begun") from error
 
 
 def _has_begun(folder: Path) -> bool:

@@ -35,10 +35,11 @@ def stage_samples(recipe: Recipe, stage: StageSpec) -> Sequence[Sample]:
 
 def stage_parts(recipe: Recipe, stage: StageSpec) -> list[Sequence[Sample]]:
     """The samples of each data entry of a stage. Raises DataError."""
-    return [_entry_samples(recipe, spec, bool(stage.one_answer)) for spec in stage.data]
+    return [entry_samples(recipe, spec, bool(stage.one_answer)) for spec in stage.data]
 
 
-def _entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool) -> Sequence[Sample]:
+def entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool = False) -> Sequence[Sample]:
+    """The samples of a data entry. one_answer: a sample for each of its answers. Raises DataError."""
     state = json.dumps(fingerprint(spec, recipe.data_root))
     return _read_once(spec.model_dump_json(), recipe.seed, recipe.data_root, recipe.guards.max_skipped, one_answer, state)
 
@@ -83,6 +84,11 @@ def data_state(recipe: Recipe, stage: StageSpec) -> list:
     """A stage's data by content: data that were changed make a new control, whatever lies beside them does not."""
     files = [fingerprint(spec, recipe.data_root) for spec in stage.data]
     return [*files, samples_fingerprint(stage_samples(recipe, stage))]
+
+
+def entry_state(recipe: Recipe, spec: DataSpec) -> list:
+    """A data entry by content."""
+    return [fingerprint(spec, recipe.data_root), samples_fingerprint(entry_samples(recipe, spec))]
 
 
 def files_of(recipe: Recipe) -> dict[str, dict[str, dict[str, str]]]:

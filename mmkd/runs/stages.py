@@ -84,6 +84,8 @@ def prepare_stage(
 ) -> tuple[Stage, DistillTrainer, str | None]:
     """A stage ready to be trained, its trainer, and the checkpoint to go on from. Raises DataError, TowerError, GuardError."""
     spec = recipe.stages[name]
+    if unanswered := [entry for entry in spec.data if entry.target == "teacher" and entry.answers is None]:
+        raise DataError(f"stage {name}: {len(unanswered)} data entries have not been answered by the teacher; train it in a run")
     set_seed(recipe.seed)
     samples = stage_samples(recipe, spec)
     stage = build_stage(name, spec, recipe, student, teachers, samples)
