@@ -73,8 +73,9 @@ def test_the_dry_run_shows_how_long_samples_are_in_each_tower(recipe_of):
     assert f"{COUNT} samples, all prepared" in text
 
 
-def test_a_sample_that_is_too_long_is_named_and_left_out(recipe_of, tmp_path, caplog):
-    recipe = recipe_of({5: {"question": "what? " * 40}}, "guards.max_skipped_images=0.05")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_is_too_long_is_named_and_left_out(recipe_of, tmp_path, caplog, workers):
+    recipe = recipe_of({5: {"question": "what? " * 40}}, "guards.max_skipped_images=0.05", f"workers={workers}")
     text = plan(recipe)
     assert "1 over max_length 120" in text and "row5" in text
     assert "in the student: sample 'row5' has" in text
