@@ -156,7 +156,7 @@ def attack(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commands", nargs="*", default=["distill", "preference", "cache", "evaluate", "rank"])
+    parser.add_argument("--commands", nargs="*", default=["cache", "evaluate", "rank", "preference", "distill"])
     parser.add_argument("--kills", type=int, default=3, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write what was found here")
