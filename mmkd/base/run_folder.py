@@ -70,19 +70,20 @@ def restart(folder: Path) -> None:
         PartialState().wait_for_everyone()  # nobody reads what is being deleted
 
 
-def take_control(shared: Path, run: Path) -> None:
-    """Copies a control and its log into a run. Another one that is there goes with its log: the two never mix."""
-    own = run / "control"
+def take_control(shared: Path, run: Path, role: str) -> None:
+    """Copies a control and its log into a run, under its role. Another one that is there goes with its log: the two never mix."""
+    own, logs = run / role, run / "log"
     if own.exists() and not same_sums(shared / "control", own):
         remove(own)
     if not own.exists():
         copy_whole(shared / "control", own)
-    (run / "log").mkdir(parents=True, exist_ok=True)
-    logs = sorted((shared / "log").glob("control*.jsonl"))  # also of the samples that were left out
-    for log in logs:
-        write_whole(run / "log" / log.name, log.read_text(encoding="utf-8"))
-    for old in {path.name for path in (run / "log").glob("control*.jsonl")} - {log.name for log in logs}:
-        remove(run / "log" / old)
+    logs.mkdir(parents=True, exist_ok=True)
+    for ending in (".jsonl", "_skipped.jsonl"):  # the second tells which samples were left out
+        log = shared / "log" / f"control{ending}"
+        if log.exists():
+            write_whole(logs / f"{role}{ending}", log.read_text(encoding="utf-8"))
+        elif (logs / f"{role}{ending}").exists():
+            remove(logs / f"{role}{ending}")
 
 
 def _recorded(path: Path) -> dict[str, Any]:

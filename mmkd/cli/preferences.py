@@ -23,11 +23,13 @@ def run(arguments: argparse.Namespace) -> int:
         from mmkd.base.files import write_whole
         from mmkd.data.formats import read_split
         from mmkd.evaluation.preferences import preference_accuracy
+        from mmkd.towers.loading import device_of_process, dtype_of
         from mmkd.towers.tower import Tower
 
     files = {"annotations": str(Path(arguments.pairs).absolute()), "images": "."}
     samples = read_split("preference", Path(arguments.data_root), "pairs", files=files)
-    towers = [Tower.load(model, dtype="float32").freeze() for model in (arguments.model, arguments.reference)]
+    options = {"dtype": dtype_of("float32"), "device": device_of_process()}
+    towers = [Tower.load(model, **options).freeze() for model in (arguments.model, arguments.reference)]
     found = preference_accuracy(*towers, samples, Path(arguments.cache))
     if arguments.output:
         write_whole(Path(arguments.output), json.dumps(found, indent=1) + "\n")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,28 @@ def one_line(error: Exception) -> str:
 class Row:
     """An annotation with its place; its fields are checked when they are asked for.
 
-    `names` says under which key the file has a field, where that is not the field's own name.
+    `names` says under which key the file has a field, where that is not the field's own name. `number` is its place among the
+    rows of its file. Keys that are asked for are added to `used`.
     """
 
-    def __init__(self, value: Any, where: str, names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, value: Any, where: str, names: Mapping[str, str] | None = None, number: int = 0, used: set[str] | None = None
+    ) -> None:
         if not isinstance(value, dict):
             raise DataError(f"{where}: {kind(value)} where an object is expected")
-        self.value, self.where, self.names = value, where, names or {}
+        self.value, self.where, self.names, self.number, self.used = value, where, names or {}, number, used
+
+    def _key(self, key: str) -> str:
+        key = self.names.get(key, key)
+        if self.used is not None:
+            self.used.add(key)
+        return key
 
     def has(self, key: str) -> bool:
-        return self.value.get(self.names.get(key, key)) is not None
+        return self.value.get(self._key(key)) is not None
 
     def get(self, key: str) -> Any:
-        key = self.names.get(key, key)
+        key = self._key(key)
         if key not in self.value:
             there = ", ".join(map(shown, list(self.value)[:12])) or "none"
             raise DataError(f"{self.where}: key {key!r} is missing; keys there: {there}")
@@ -107,13 +116,13 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
 
 
 def parse(text: str, where: str) -> Any:
     """The value of a JSON text; `where` it stands is named in the DataError for what is none."""
     try:
-        return _DECODER.decode(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         end = " (the end: is the file complete?)" if error.pos >= len(text.rstrip()) else ""
         place = f"line {error.lineno} column {error.colno}"
@@ -153,19 +162,3 @@ def as_list(path: Path, value: Any, what: str = "") -> list[Any]:
     if not isinstance(value, list):
         raise DataError(f"{path} holds {kind(value)}{what}, a list is expected")
     return value
-
-
-def rows(path: Path, names: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """The rows of a JSON list or of JSON lines, whatever the file is called; `names` as in `Row`."""
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty; is the download complete?")
-    if text.lstrip().startswith("["):
-        for number, value in enumerate(as_list(path, parse(text, str(path)))):
-            yield Row(value, f"{path} entry {number}", names)
-        return
-    # Not splitlines(): it also splits at characters that JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path} line {number}"
-            yield Row(parse(line, where), where, names)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, field_validator
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.base.schema import Strict
-from mmkd.data.formats import format_of, read_split
+from mmkd.data.formats import Format, format_of, read_split
+from mmkd.data.lazy import Lazy
 from mmkd.data.prompts import PromptStyle, render
 from mmkd.data.samples import Question, Sample
 from mmkd.data.source import Source
 from mmkd.data.stream import Stream
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 2000  # questions of a large file that are put into words to see whether that works
 
 
 class DataCard(Strict):
@@ -31,6 +41,7 @@ class DataCard(Strict):
     ocr: bool = False
     files: dict[str, str] | None = None
     target: Literal["first", "majority", "sampled"] = "first"
+    text_only: bool = False
     licence: str = ""
     source: str = ""
     notes: str = ""
@@ -47,7 +58,7 @@ def resolve(spec: Any) -> dict[str, Any]:
     about = {"name", "title", "imports", "licence", "source", "notes"}
     card = load_card("data", spec.card, DataCard).model_dump(exclude=about) if spec.card else {}
     given = {k: v for k, v in spec.model_dump(exclude={"card"}).items() if v is not None}
-    fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", **card, **given}
+    fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", "text_only": False, **card, **given}
     missing = [name for name in ("format", "root") if name not in fields]
     if missing:
         raise DataError(f"a data entry lacks {' and '.join(missing)}; give them or name a `card`")
@@ -74,12 +85,19 @@ def layout_of(spec: Any) -> str:
     return format_of(fields["format"]).layout(fields["split"], fields["files"])
 
 
-def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sample]:
-    """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError."""
-    stream = stream_of(spec, seed, data_root)
-    if stream is not None:
-        return stream.head()
+def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0) -> Sequence[Sample]:
+    """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError.
+
+    allowed: the share of rows, rounded up, that may be left out since they cannot be used; what was left out is logged.
+    """
+    stream = stream_of(spec, seed, data_root, allowed)
     fields = resolve(spec)
+    name = f"{spec.card or fields['format']} {fields['root']}"
+    if stream is not None:
+        samples = stream.head()
+        _check_stream(samples, stream.tally, fields, name)
+        return samples
+    tally = Tally()
     items = read_split(
         fields["format"],
         folder_of(fields, data_root),
@@ -89,13 +107,46 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None) -> list[Sam
         limit=fields.get("limit"),
         image_limit=fields.get("image_limit"),
         seed=seed,
+        allowed=allowed,
+        needs_pictures=not fields["text_only"],
+        tally=tally,
     )
-    samples = [_sample(item, fields) for item in items]
+    samples = _rendered(items, fields, tally, allowed)
+    for line in tally.lines():
+        logger.info("data %s: %s", name, line)
     return _weighted(samples, fields["weight"], seed)
 
 
-def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | None:
-    """The stream of a data entry, None for one whose samples are all read. Raises DataError for what a stream cannot do."""
+def _rendered(items: Sequence[Question | Sample], fields: dict[str, Any], tally: Tally, allowed: float) -> Sequence[Sample]:
+    """The items as samples; those that cannot be trained on, such as questions without an answer, are left out and counted."""
+    make = partial(_sample, fields=fields)
+    looked_at = items[:: max(1, len(items) // LOOKED_AT)] if isinstance(items, Lazy) else items
+    samples = []
+    for item in looked_at:
+        try:
+            samples.append(make(item))
+        except DataError as error:
+            tally.drop(f"question {item.id!r}", error)
+    tally.check(allowed)
+    return items.then(make) if isinstance(items, Lazy) else samples
+
+
+def _check_stream(samples: Sequence[Sample], tally: Tally, fields: dict[str, Any], name: str) -> None:
+    """Says what its first samples show of a stream. Raises DataError where none has a picture."""
+    format = format_of(fields["format"])
+    tally.made(samples)
+    tally.own = format.own_data
+    if not fields["text_only"]:
+        tally.refuse_no_pictures(f"the first samples of {name}", format.pictures_by)
+    for line in tally.lines():
+        logger.info("data %s: %s", name, line)
+
+
+def stream_of(spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0) -> Stream | None:
+    """The stream of a data entry, None for one whose samples are all read. Raises DataError for what a stream cannot do.
+
+    allowed: the share of rows that may be left out since they cannot be used.
+    """
     fields = resolve(spec)
     format = format_of(fields["format"])
     if format.gives != "stream":
@@ -108,10 +159,26 @@ def stream_of(spec: Any, seed: int, data_root: str | None = None) -> Stream | No
     if not format.hub:
         format.paths(source)  # whether there are any, before training
 
-    def samples(number: int) -> Iterator[Sample]:
-        return (_sample(item, fields) for item in format.stream(source, seed, number))
+    return Stream(partial(_stream_samples, format, source, fields, seed, allowed), seed, tally=source.tally)
 
-    return Stream(samples, seed)
+
+def _stream_samples(
+    format: Format, source: Source, fields: dict[str, Any], seed: int, allowed: float, number: int
+) -> Iterator[Sample]:
+    """One pass over a stream. Raises DataError where more rows than are allowed cannot be used."""
+    tally = source.tally
+    counted = tally.count
+    for item in itertools.chain(format.stream(source, seed, number), [None]):  # None: the rows behind the last item
+        try:
+            sample = None if item is None else _sample(item, fields)
+        except DataError as error:
+            sample = None
+            tally.drop(f"question {item.id!r}", error)
+        if tally.count > counted:
+            counted = tally.count
+            tally.check_stream(allowed)
+        if sample is not None:
+            yield sample
 
 
 def source_of(fields: dict[str, Any], data_root: str | None) -> Source:
@@ -127,11 +194,14 @@ def _sample(item: Question | Sample, fields: dict[str, Any]) -> Sample:
     return render(item, fields["prompt"], with_answer=True, ocr=fields["ocr"])
 
 
-def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
+def _weighted(samples: Sequence[Sample], weight: float, seed: int) -> Sequence[Sample]:
     """`weight` copies of the set; the fraction is drawn."""
     whole, part = int(weight), weight - int(weight)
-    drawn = random.Random(f"weight {seed}").sample(samples, round(part * len(samples)))
-    return samples * whole + drawn
+    drawn = random.Random(f"weight {seed}").sample(range(len(samples)), round(part * len(samples)))
+    if isinstance(samples, Lazy):
+        places = np.concatenate([np.tile(np.arange(len(samples)), whole), np.array(drawn, dtype=np.int64)])
+        return samples if weight == 1 else samples.taken(places)
+    return [*samples] * whole + [samples[place] for place in drawn]
 
 
 README_HEAD = """\

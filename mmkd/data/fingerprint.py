@@ -13,16 +13,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmkd.data.content import content_hash
 from mmkd.data.entries import resolve, source_of
 from mmkd.data.formats import format_of
+from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import ImageRef, Sample, archive_members
-from mmkd.errors import DataError
 
 # Up to so many bytes in all are hashed; what is larger goes by names, sizes and times of change.
 BY_CONTENT = 2 * 2**30
-_BLOCK = 2**20
-
-_known: dict[tuple[str, int, int], str] = {}  # (path, size, time of change) -> hash, for this process
+STAND_FOR_ALL = 5000  # samples of a large set
 
 
 def fingerprint(spec: Any, data_root: str | None = None) -> dict[str, Any]:
@@ -32,6 +31,7 @@ def fingerprint(spec: Any, data_root: str | None = None) -> dict[str, Any]:
     Raises DataError where a file is missing.
     """
     fields = resolve(spec)
+    fields.pop("text_only")  # says what is expected, not what is read
     source = source_of(fields, data_root)
     paths = format_of(fields["format"]).paths(source)
     if not paths:
@@ -41,8 +41,14 @@ def fingerprint(spec: Any, data_root: str | None = None) -> dict[str, Any]:
 
 
 def samples_fingerprint(samples: Sequence[Sample]) -> str:
-    """Hash of samples: their words, which also depend on how a format is read, and their pictures."""
+    """Hash of samples: their words, which also depend on how a format is read, and their pictures.
+
+    Of a large set some samples, spread over it, stand for all: its words are in files that are hashed anyway.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    if is_lazy(samples):
+        digest.update(f"{len(samples)}".encode())
+        samples = samples[:: max(1, len(samples) // STAND_FOR_ALL)]
     for sample in samples:
         texts = {key: value for key, value in sample.meta.items() if isinstance(value, str)}
         row = [sample.id, [(turn.role, turn.text, turn.images, *turn.places) for turn in sample.turns], texts]
@@ -83,21 +89,7 @@ def _states(files: dict[str, Path]) -> dict[str, Any]:
         if stat is None:
             states[name] = None
         elif by_content:
-            states[name] = _hash(files[name], stat)
+            states[name] = content_hash(files[name], stat)
         else:
             states[name] = [files[name].name, stat.st_size, stat.st_mtime_ns]
     return states
-
-
-def _hash(path: Path, stat: os.stat_result) -> str:
-    key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
-    if key not in _known:
-        digest = hashlib.blake2b(digest_size=16)
-        try:
-            with path.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-        _known[key] = digest.hexdigest()
-    return _known[key]

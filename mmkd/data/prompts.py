@@ -14,6 +14,7 @@ from __future__ import annotations
 from string import ascii_uppercase
 from typing import Literal, get_args
 
+from mmkd.data.reading import check_markers, placed
 from mmkd.data.samples import IMAGE_MARKER, Question, Sample, Turn
 from mmkd.errors import DataError
 
@@ -42,7 +43,8 @@ def render(
         raise DataError(f"OCR tokens go with the prompt style 'short', not {style!r}")
     if not question.question.strip():
         raise DataError(f"question {question.id!r} has no text")
-    turns = [Turn("user", _prompt(question, style, ocr, instruction), images=len(question.images))]
+    text, places = _with_places(question, _prompt(question, style, ocr, instruction))
+    turns = [Turn("user", text, len(question.images), places)]
     if with_answer:
         turns.append(Turn("assistant", _answer(question, style)))
     return Sample(question.id, question.images, tuple(turns), {"question": question})
@@ -67,12 +69,19 @@ def _prompt(question: Question, style: str, ocr: bool, instruction: str | None) 
         text = question.question
     else:
         text = "\n".join(_lines(question, style, ocr, instruction))
-    if IMAGE_MARKER in text:
-        raise DataError(
-            f"question {question.id!r} holds the marker {IMAGE_MARKER} in its text; delete it, "
-            "images stand at the head of the prompt by themselves"
-        )
     return text
+
+
+def _with_places(question: Question, text: str) -> tuple[str, tuple[int, ...]]:
+    """The prompt without markers of pictures, and where these stood (see `mmkd.towers.samples.Turn`).
+
+    Raises DataError unless there are none, or as many as the question has pictures.
+    """
+    if IMAGE_MARKER not in text:
+        return text, ()
+    check_markers(f"question {question.id!r}", text, (), len(question.images))
+    text, _, places = placed(text)
+    return text, places
 
 
 def _lines(question: Question, style: str, ocr: bool, instruction: str | None) -> list[str]:
@@ -102,4 +111,5 @@ def _answer(question: Question, style: str) -> str:
         return letter_of(index)
     if not question.answer.strip():
         raise DataError(f"question {question.id!r} has no answer; it cannot be trained on")
+    check_markers(f"question {question.id!r}", "", (question.answer,), 0)
     return question.answer

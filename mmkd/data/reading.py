@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
 from mmkd.data.annotations import Row
-from mmkd.data.samples import IMAGE_MARKER, ImageRef, Question
+from mmkd.data.lazy import is_lazy
+from mmkd.data.samples import IMAGE_MARKER, ImageRef, Question, Sample
 from mmkd.data.source import Source
 from mmkd.errors import DataError
 
@@ -70,12 +72,14 @@ def answer_texts(row: Row, key: str = "answers") -> tuple[str, ...]:
     return tuple(Row(value, f"{row.where} {key} {number}").text("answer") for number, value in enumerate(entries))
 
 
-def asked_and_answered(name: str, row: Any, images: tuple[ImageRef, ...], where: str) -> Question:
+def asked_and_answered(name: str, row: Row, images: tuple[ImageRef, ...]) -> Question:
     """A question of a row of {"question", "answer"}. Raises DataError where these are no text."""
-    texts = {key: row.get(key) if isinstance(row, dict) else None for key in ("question", "answer")}
+    where = row.where
+    texts = {key: row.get(key) if row.has(key) else None for key in ("question", "answer")}
     wrong = [key for key, value in texts.items() if not isinstance(value, str)]
     if wrong:
         raise DataError(f"{where}: {' and '.join(wrong)} must be text, as in {json.dumps({'question': '?', 'answer': '!'})}")
+    check_markers(where, texts["question"], (texts["answer"],), len(images))
     return Question(id=name, question=texts["question"], images=images, answer=texts["answer"])
 
 
@@ -83,16 +87,16 @@ def asked_and_answered(name: str, row: Any, images: tuple[ImageRef, ...], where:
 
 
 def image_names(row: Row) -> list[str]:
-    """`image` (a name or a list of names) or `images` (a list); none where both are absent or null. Raises DataError."""
+    """`image` (a name or a list of names) or `images` (a list); none where both are absent, null or "". Raises DataError."""
     if row.has("image") and row.has("images"):
         raise DataError(f"{row.where}: both 'image' and 'images'; one of them names the pictures")
     key = "images" if row.has("images") else "image"
     if not row.has(key):
         return []
     names = row.texts(key) if isinstance(row.get(key), list) else [row.text(key)]
-    if "" in names:
-        raise DataError(f"{row.where}: key {key!r} holds an empty name; leave the key out where there is no picture")
-    return names
+    if "" in names and len(names) > 1:
+        raise DataError(f"{row.where}: key {key!r} holds an empty name among others; leave it out")
+    return [name for name in names if name]
 
 
 def named_images(source: Source, row: Row) -> tuple[ImageRef, ...]:
@@ -100,26 +104,63 @@ def named_images(source: Source, row: Row) -> tuple[ImageRef, ...]:
     return tuple(source.image(name, where=row.where) for name in image_names(row))
 
 
+def check_markers(where: str, question: str, answers: Sequence[str], images: int) -> None:
+    """Raises DataError for markers <image> in answers, and in a question that has not as many pictures as markers."""
+    if any(IMAGE_MARKER in answer for answer in answers):
+        raise DataError(f"{where}: an answer holds the marker {IMAGE_MARKER}; only questions show pictures, delete it")
+    marked = question.count(IMAGE_MARKER)
+    if marked and marked != images:
+        raise DataError(
+            f"{where} holds the marker {IMAGE_MARKER} in its text, {marked} times, and has {images} pictures; delete it: without "
+            "markers pictures stand at the head of the prompt by themselves, with one for each they keep their places"
+        )
+
+
+def refuse_video(row: Row) -> None:
+    """Raises DataError for a row with a video, of which a model would see nothing."""
+    found = next((key for key in ("video", "videos") if row.has(key) and row.get(key)), None)
+    if found is not None:
+        raise DataError(f"{row.where}: key {found!r} names a video; video is not supported")
+
+
 # ---- conversations -----------------------------------------------------------------------------------------------------
 
 
-def named_rows(rows: Iterable[Row], source: Source) -> Iterator[tuple[Row, str, tuple[ImageRef, ...]]]:
-    """Each row with its id, to which later rows of an id get "#2", "#3" ... appended, and its pictures."""
+def numbered(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Later samples of an id get "#2", "#3" ... appended; those of a large file, which nobody has all read, keep theirs."""
+    if is_lazy(samples):
+        return samples
     seen: Counter[str] = Counter()
-    for number, row in enumerate(rows):
-        name = row.identifier("id", default=f"{source.split}-{number}")
-        seen[name] += 1
-        unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        yield row, unique, named_images(source, row)
+    found = []
+    for sample in samples:
+        seen[sample.id] += 1
+        found.append(sample if seen[sample.id] == 1 else replace(sample, id=f"{sample.id}#{seen[sample.id]}"))
+    return found
 
 
-def without_markers(text: str, where: str) -> str:
-    """A turn's text without the markers <image> at its start and end. Raises DataError for one within the text."""
+def marks_picture(text: str) -> bool:
+    """Whether a text begins or ends with the marker of a picture; within a text the word may be a word."""
+    return text.strip().startswith(IMAGE_MARKER) or text.strip().endswith(IMAGE_MARKER)
+
+
+def placed(text: str) -> tuple[str, int, tuple[int, ...]]:
+    """A turn's text without the markers <image>, how many there are, and where they stand in what is left (see `Turn`).
+
+    Pictures whose markers all stand at the start or the end of the text come at the head: no places.
+    """
+    count = text.count(IMAGE_MARKER)
     text = text.strip()
+    head = tail = 0
     while text.startswith(IMAGE_MARKER):
-        text = text[len(IMAGE_MARKER) :].lstrip()
+        text, head = text[len(IMAGE_MARKER) :].lstrip(), head + 1
     while text.endswith(IMAGE_MARKER):
-        text = text[: -len(IMAGE_MARKER)].rstrip()
-    if IMAGE_MARKER in text:
-        raise DataError(f"{where}: {IMAGE_MARKER} in the middle of the text; put it at the start or the end")
-    return text
+        text, tail = text[: -len(IMAGE_MARKER)].rstrip(), tail + 1
+    first, *others = text.split(IMAGE_MARKER)
+    if not others:
+        return text, count, ()
+    places = [0] * head
+    whole = first
+    for piece in others:
+        places.append(len(whole))
+        whole += piece
+    return whole, count, (*places, *[len(whole)] * tail)

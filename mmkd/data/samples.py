@@ -32,6 +32,8 @@ __all__ = [
 IMAGE_MARKER = "<image>"
 
 
+MAX_BYTES = 2**29  # of one picture's file: 64 megapixels of eight bytes
+
 # Files whose cells hold pictures; an ImageRef with such a root names row and column.
 TABLES = (".tsv", ".parquet")
 
@@ -55,6 +57,26 @@ def _members(archive: Path, changed: int) -> dict[str, tuple[int, int]]:
             return {member.filename: (member.file_size, member.CRC) for member in opened.infolist()}
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{archive} is no readable zip archive: {error}; is the download complete?") from error
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member's bytes. Raises ValueError for one that would unpack to more than a picture has."""
+    _check_size(archive.getinfo(name).file_size)
+    return archive.read(name)  # ends at the size that the archive's directory says
+
+
+def _regular(path: Path) -> Path:
+    """Raises ValueError for what is no regular file: devices and pipes may have no end. OSError where there is none."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    _check_size(found.st_size)
+    return path
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size:,} bytes, over {MAX_BYTES:,}; no picture that is read here needs as many")
 
 
 @lru_cache(maxsize=256)
@@ -155,10 +177,10 @@ class ImageRef:
         """The encoded picture. Raises ImageError when it is not there or its archive is damaged."""
         try:
             if self.root.suffix == ".zip":
-                return _open_zip(str(self.root), os.getpid()).read(self.name)
+                return _unpacked(_open_zip(str(self.root), os.getpid()), self.name)
             if self.root.suffix in TABLES:
                 return picture_of_cell(self.root, self.name)
-            return (self.root / self.name).read_bytes()
+            return _regular(self.root / self.name).read_bytes()
         except (
             OSError,
             EOFError,

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
+
 from mmkd.data.annotations import shown
+from mmkd.data.lazy import Lazy
 from mmkd.data.samples import Question, Sample
 from mmkd.errors import DataError
 
@@ -43,7 +46,7 @@ def with_target(question: Question, target: str, seed: int) -> Question:
     return replace(question, answer=answer, answer_index=index)
 
 
-def subset(items: list[Item], limit: int | None, image_limit: int | None = None, seed: int = 0) -> list[Item]:
+def subset(items: Sequence[Item], limit: int | None, image_limit: int | None = None, seed: int = 0) -> Sequence[Item]:
     """A random part in the order of the file.
 
     image_limit: keep a random subset of so many pictures with all their questions, and the questions without a picture.
@@ -57,12 +60,16 @@ def subset(items: list[Item], limit: int | None, image_limit: int | None = None,
         keys = list(dict.fromkeys(ref.key for item in items for ref in item.images))
         random.Random(f"images {seed}").shuffle(keys)
         kept = set(keys[:image_limit])
-        items = [item for item in items if all(ref.key in kept for ref in item.images)]
+        items = _taken(items, [i for i, item in enumerate(items) if all(ref.key in kept for ref in item.images)])
     if limit is not None:
         order = list(range(len(items)))
         random.Random(f"questions {seed}").shuffle(order)
-        items = [items[i] for i in sorted(order[:limit])]
+        items = _taken(items, sorted(order[:limit]))
     return items
+
+
+def _taken(items: Sequence[Item], places: list[int]) -> Sequence[Item]:
+    return items.taken(np.array(places, dtype=np.int64)) if isinstance(items, Lazy) else [items[i] for i in places]
 
 
 def refuse_duplicates(questions: Sequence[Question], where: str) -> None:

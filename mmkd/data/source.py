@@ -8,16 +8,20 @@ archive that stands in front of the pattern's first field of a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmkd.data.annotations import Row, as_list, load, load_object, one_line, rows, shown
+from mmkd.data.annotations import Row, as_list, load, load_object, one_line, shown
+from mmkd.data.large import large_items
+from mmkd.data.row_files import Unread, is_large, unread_rows
 from mmkd.data.samples import ImageRef
 from mmkd.data.selection import choose_target
 from mmkd.data.tables import parquet_rows, tsv_rows
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError, did_you_mean
 
 T = TypeVar("T")
@@ -68,6 +72,7 @@ class Source:
             raise DataError(f"split {split!r} is no name of a split")
         self.root, self.split = root, split
         self._target, self._seed = target, seed
+        self.tally = Tally()
         self._patterns = {key: _listed(value) for key, value in {**files, **images}.items()}
         self._values = dict(values)
         self.places: dict[str, _Place] = {}
@@ -139,13 +144,44 @@ class Source:
     def rows(self, key: str = "annotations", inner: str = "", names: Mapping[str, str] | None = None) -> list[Row]:
         """The rows of a file: of its list, of its JSON lines, or of the list `inner` of its object.
 
-        `names`: as in `Row`. Raises DataError for whatever is wrong with the file.
+        `names`: as in `Row`. Raises DataError for whatever is wrong with the file or a row.
         """
-        path = self.path(key)
+        return [row() for row in self.unread(key, inner, names)]
+
+    def unread(self, key: str = "annotations", inner: str = "", names: Mapping[str, str] | None = None) -> Sequence[Unread]:
+        """The same rows, each still to be read, so that `made` can count those that are none."""
+        path, used = self.path(key), self.tally.used
         if not inner:
-            return list(rows(path, names))
+            return unread_rows(path, names, used)
         entries = as_list(path, Row(load(path), str(path)).get(inner), f" as {inner!r}")
-        return [Row(value, f"{path} entry {number}", names) for number, value in enumerate(entries)]
+        return [partial(Row, value, f"{path} entry {n}", names, n, used) for n, value in enumerate(entries)]
+
+    def made(self, rows: Iterable[Row | Unread], make: Callable[[Row], T]) -> list[T]:
+        """What `make` makes of each row. Rows for which it raises DataError are left out and counted in `tally`.
+
+        Who reads the split says how many may be left out: none in an evaluation, a small share in training.
+        """
+        items = []
+        for entry in rows:
+            self.tally.rows += 1
+            try:
+                row = entry if isinstance(entry, Row) else entry()
+                row.used = self.tally.used
+                self.tally.keys.update(row.value.keys())
+                items.append(make(row))
+            except DataError as error:
+                self.tally.drop(_where(entry), error)
+        return items
+
+    def made_of_file(
+        self, make: Callable[[Row], T], key: str = "annotations", names: Mapping[str, str] | None = None
+    ) -> Sequence[T]:
+        """What `make` makes of the rows of a JSON list or of JSON lines, as `made`. Of a large file items are made when they are
+        asked for, so `make` must not remember other rows, and must be something that processes can send to one another."""
+        path = self.path(key)
+        if is_large(path):
+            return large_items(path, dict(names or {}), make, self.tally, [self.split, self._values, self._patterns])
+        return self.made(self.unread(key, names=names), make)
 
     def objects(self, key: str = "annotations") -> dict[str, Row]:
         """The rows of a file that is an object of objects, by their names. Raises DataError as `rows` does."""
@@ -221,6 +257,14 @@ class Source:
         Of a question's references it is chosen after reading; a format asks only where others are to be chosen from.
         """
         return choose_target(self._target, self._seed, name, first, answers)
+
+
+def _where(entry: Row | Unread) -> str:
+    """Where a row stands that may not have been read."""
+    if isinstance(entry, Row):
+        return entry.where
+    given = getattr(entry, "args", ())
+    return next((text for text in given[1:2] if isinstance(text, str)), "")
 
 
 def table(path: Path) -> tuple[dict[str, Any], ...]:

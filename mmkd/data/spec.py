@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mmkd.base.schema import Strict
+from mmkd.base.schema import Strict, is_default
 from mmkd.data.prompts import PromptStyle
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
@@ -23,6 +23,7 @@ class DataSpec(Strict):
     ocr: bool | None = None
     files: dict[str, str] | None = None
     target: Literal["first", "majority", "sampled"] | None = None
+    text_only: bool = Field(False, exclude_if=is_default(False))  # whether it is right that no sample has a picture
     limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
     image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions
     weight: float = Field(1.0, gt=0, le=1000)  # how many times the set stands in one epoch (fractions by drawing)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mmkd.data.samples import Sample
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError
 
 BUFFER = 1024  # samples that are shuffled among one another
@@ -25,6 +26,7 @@ class Stream:
     passes: Callable[[int], Iterator[Sample]]
     seed: int
     buffer: int = BUFFER
+    tally: Tally = field(default_factory=Tally)  # of the rows that were read
 
     def __iter__(self) -> Iterator[Sample]:
         for number in itertools.count():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import ConfigDict, Field, field_validator
@@ -12,9 +15,12 @@ from mmkd.base.schema import Strict
 from mmkd.data.formats import format_of, read_questions, refuse_other_than_questions
 from mmkd.data.prompts import PromptStyle, by_letter, letter_of, render
 from mmkd.data.samples import Question, Sample
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError, did_you_mean
 from mmkd.evaluation.metric import metric_of, parser_of
 from mmkd.evaluation.submission import SUBMISSIONS
+
+logger = logging.getLogger(__name__)
 
 KIND = "evaluation"
 SUITES = "suites/"  # cards below are suites, see mmkd.evaluation.suites
@@ -53,6 +59,7 @@ class Benchmark(Strict):
     remark: str = Field("", description="a line between question and instruction")
     instruction: str | None = Field(None, description="in place of the style's last line")
     ocr: bool = Field(False, description="add the data set's OCR tokens to the prompt")
+    text_only: bool = Field(False, description="whether it is right that no question has a picture")
     parser: str = "identity"
     metric: str
     also: tuple[str, ...] = Field((), description="further metrics, reported beside the headline")
@@ -102,13 +109,19 @@ class Benchmark(Strict):
             f"folder with --data-root. The card's notes: {self.notes.strip() or 'none'}"
         )
 
-    def read(self, data_root: Path | str | None = None, limit: int | None = None) -> list[Question]:
+    def read(self, data_root: Path | str | None = None, limit: int | None = None) -> Sequence[Question]:
         """The questions in the data set's order; `limit` keeps a random subset, the same one every time.
 
         Raises DataError on anything wrong with the data (see `mmkd.data.formats`).
         """
         folder = self.data_folder(data_root)
-        return read_questions(self.format, folder, self.split, files=self.files, limit=limit)
+        tally = Tally()
+        questions = read_questions(
+            self.format, folder, self.split, files=self.files, limit=limit, needs_pictures=not self.text_only, tally=tally
+        )
+        for line in tally.lines():
+            _tell(self.name, line)
+        return questions
 
     def layout(self) -> str:
         """The files and pictures that the format looks for in the data's folder, in words."""
@@ -137,6 +150,11 @@ class Benchmark(Strict):
         asked = replace(question, question=f"{question.question}\n{self.remark}") if self.remark else question
         sample = render(asked, self.prompt_style, with_answer=False, ocr=self.ocr, instruction=self.instruction)
         return replace(sample, meta=sample.meta | {"question": question})
+
+
+@lru_cache(maxsize=256)  # one evaluation reads its questions more than once
+def _tell(name: str, line: str) -> None:
+    logger.info("%s: %s", name, line)
 
 
 def load_benchmark(name_or_path: str | Path) -> Benchmark:

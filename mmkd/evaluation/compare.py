@@ -84,6 +84,7 @@ def comparison_table(benchmark: str, comparison: Mapping[str, Any]) -> str:
             lines[-1] += f"  answers as the teacher {100 * comparison['fidelity'][name]:.1f} %"
         if name in comparison["beats_teacher"]:
             lines[-1] += f", right where it is not {len(comparison['beats_teacher'][name])}"
+        lines += [f"  {'':<{width}}  {said}" for said in cell.get("remarks", ())]
     for name, pair in comparison["differences"].items():
         low, high = pair["ci95"]
         lines.append(

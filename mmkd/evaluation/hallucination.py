@@ -26,9 +26,9 @@ from typing import Any
 from mmkd.data.samples import Question
 from mmkd.data.scenes import singular_of, things
 from mmkd.errors import DataError
+from mmkd.evaluation.intervals import interval, paired_difference
 from mmkd.evaluation.normalise import normalise_evalai
 from mmkd.evaluation.results import group_of, read_predictions, same_questions
-from mmkd.evaluation.statistics import interval, paired_difference
 
 NAME = "hallucinated"  # in a row's and a result's `also`
 PREDICTIONS = "predictions.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmkd.data.samples import Sample
-from mmkd.evaluation.statistics import interval
+from mmkd.evaluation.intervals import interval
 from mmkd.towers.tower import Tower
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.reference import fill_reference

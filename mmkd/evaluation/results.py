@@ -59,6 +59,7 @@ class Results(_Part):
     n_skipped: int = Field(0, ge=0)
     skipped: dict[str, int] = {}
     unparsed_share: Share = 0.0
+    remarks: list[str] = []
     thinking_share: Share = 0.0
     unclosed_thinking_share: Share = 0.0
     score_lenient: Share | None = None

@@ -12,10 +12,11 @@ from typing import Any
 from mmkd.errors import DataError
 from mmkd.evaluation.benchmarks import Benchmark
 from mmkd.evaluation.hallucination import NAME as HALLUCINATED
+from mmkd.evaluation.intervals import interval
 from mmkd.evaluation.items import Item
 from mmkd.evaluation.metric import further_numbers, metric_of, parser_of
+from mmkd.evaluation.remarks import remarks
 from mmkd.evaluation.results import group_of
-from mmkd.evaluation.statistics import interval
 from mmkd.towers.thinking import CLOSED, UNCLOSED, without_thinking
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Scorer:
             "title": benchmark.title,
             "metric": benchmark.metric,
             **_headline(scored, self._skipped(rows)),
+            "remarks": self._remarks(scored),
             "unparsed_share": sum(row["parsed"] is None for row in scored) / len(scored),
             "thinking_share": sum(row.get("thinking") == CLOSED for row in scored) / len(scored),
             "unclosed_thinking_share": self._unclosed(scored) / len(scored),
@@ -118,6 +120,13 @@ class Scorer:
             lenient = _score_of(scored, "score_lenient")
             results |= {"score_lenient": lenient["score"], "ci95_lenient": lenient["ci95"]}
         return results | further_numbers(benchmark.format, self.parser, self.metric, scored)
+
+    def _remarks(self, scored: Sequence[dict]) -> list[str]:
+        """What is wrong with the answers as a whole."""
+        found = remarks(scored)
+        if found:
+            log.warning("%s: %s", self.benchmark.name, "; ".join(found))
+        return found
 
     def _unclosed(self, scored: Sequence[dict]) -> int:
         """How many answers end within their thinking."""

@@ -1,92 +1,17 @@
-"""How sure a score is, and whether one model is better than another: intervals and paired differences."""
+"""Whether one model is better than another: models on the same questions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmkd.errors import DataError
+from mmkd.evaluation.intervals import interval, paired_difference
+from mmkd.evaluation.remarks import remarks
 from mmkd.evaluation.results import group_of, read_predictions, same_questions
-
-LEVEL = 0.95
-_CHUNK_BYTES = 32 * 2**20  # of one array of drawn clusters; about three such arrays live at once
-
-Interval = tuple[float, float, float]
-
-
-def _cluster_sums(scores: np.ndarray, groups: Sequence[Hashable] | None) -> np.ndarray:
-    """Sum and count of the scores of every cluster. [C, 2]"""
-    if groups is None:
-        return np.stack([scores, np.ones_like(scores)], axis=1)
-    if len(groups) != len(scores):
-        raise DataError(f"{len(scores)} scores but {len(groups)} groups; give one group a score")
-    places: dict[Hashable, int] = {}
-    index = np.array([places.setdefault(group, len(places)) for group in groups])
-    return np.stack([np.bincount(index, weights=scores), np.bincount(index)], axis=1)
-
-
-def _resampled_means(clusters: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of `n_boot` draws of C clusters with replacement. clusters [C, 2] -> [n_boot]"""
-    count = len(clusters)
-    kinds, multiplicity = np.unique(clusters, axis=0, return_counts=True)
-    # Clusters of equal sum and count are interchangeable: drawing how often each kind comes is the same
-    # draw, and with the few kinds that right/wrong scores make it is far less work.
-    if len(kinds) * 8 <= count:
-        totals = rng.multinomial(count, multiplicity / count, size=n_boot) @ kinds  # [n_boot, 2]
-        return totals[:, 0] / totals[:, 1]
-    step = max(1, _CHUNK_BYTES // (8 * count))
-    means = np.empty(n_boot)
-    for start in range(0, n_boot, step):
-        drawn = rng.integers(0, count, size=(min(step, n_boot - start), count))  # [chunk, C]
-        sums = clusters[:, 0][drawn].sum(axis=1)
-        means[start : start + len(drawn)] = sums / clusters[:, 1][drawn].sum(axis=1)
-    return means
-
-
-def interval(
-    scores: Sequence[float], groups: Sequence[Hashable] | None = None, n_boot: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean of the scores with its 95 % interval: (mean, low, high), by the percentile bootstrap.
-
-    With `groups`, whole groups are drawn (a cluster bootstrap): questions on one picture are not
-    independent, since a model that misreads the picture misses several of them.  Drawing questions one by
-    one would make the interval too narrow.  Give the picture as the group, a question without a picture its
-    own.
-
-    The interval says how the score would vary with other questions of the same kind, not with another
-    training seed. With few groups (below about 30), or with all scores equal (a width of zero), it is too
-    optimistic. Raises DataError when there is nothing to score, on a score that is not finite, on groups of
-    another length.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise DataError(f"an interval needs a list of scores, got shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise DataError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite numbers")
-    means = _resampled_means(_cluster_sums(values, groups), n_boot, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(values.mean()), float(low), float(high)
-
-
-def paired_difference(
-    a: Sequence[float],
-    b: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    n_boot: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of a - b over the same questions, with its interval; much narrower than two intervals side by
-    side.
-
-    See `interval`.  Raises DataError when the two are not equally long.
-    """
-    if len(a) != len(b):
-        raise DataError(f"a paired difference needs the same questions: {len(a)} scores against {len(b)}")
-    return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), groups, n_boot, seed)
+from mmkd.evaluation.roles import best_control, in_words
 
 
 def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str | None]) -> float:
@@ -103,19 +28,20 @@ def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str |
 # ---- models on the same questions -----------------------------------------------------------------------------------
 
 
-def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, seed: int = 0) -> dict:
+def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
     """Models on the same questions: {model name: path of its predictions.jsonl} -> one comparison.
 
     Questions that any model skipped are left out for all, and counted.  Returns
         n, n_skipped                       questions compared and left out
-        models      {name: {"score", "ci95"}}
+        models      {name: {"score", "ci95"}}, and "remarks" where answers are degenerate (see `mmkd.evaluation.remarks`)
         differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   student first, then
                                            in the order given; the last two count questions that one has fully right and the
                                            other has not
         fidelity    {name: agreement}      with the teacher, where there is one
         beats_teacher {name: ids}          that a model has fully right and the teacher has not, where there is one
         student_beats_teacher              the student's, if both are there
-        verdict                            in words: is the student better than its control?
+        best_control                       the control with the highest score, None where there is none
+        verdict                            in words: is the student better than its best control?
     Scores are 0..1.  Raises DataError when ids differ or nothing is left.
     """
     if not predictions:
@@ -131,11 +57,14 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
     answers = {name: [run[i].get("prediction") for i in kept] for name, run in runs.items()}
     models = {}
     for name, values in scores.items():
-        mean, low, high = interval(values, groups, n_boot, seed)
+        mean, low, high = interval(values, groups)
         models[name] = {"score": mean, "ci95": [low, high]}
+        if said := remarks([runs[name][i] for i in kept]):
+            models[name]["remarks"] = said
+    best = best_control({name: cell["score"] for name, cell in models.items()})
     differences = {}
     for a, b in _pairs(list(runs)):
-        mean, low, high = paired_difference(scores[a], scores[b], groups, n_boot, seed)
+        mean, low, high = paired_difference(scores[a], scores[b], groups)
         differences[f"{a} - {b}"] = {
             "difference": mean,
             "ci95": [low, high],
@@ -149,7 +78,8 @@ def compare_runs(predictions: Mapping[str, Path | str], n_boot: int = 10_000, se
         "models": models,
         "differences": differences,
         **_with_teacher(scores, differences, kept),
-        "verdict": verdict(differences.get("student - control")),
+        "best_control": best,
+        "verdict": verdict(differences.get(f"student - {best}"), best or "control"),
     }
 
 
@@ -209,15 +139,15 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
 
 
-def verdict(difference: Mapping | None) -> str:
+def verdict(difference: Mapping | None, control: str = "control") -> str:
     """The paired difference of student and control in words; `difference` as in `compare_runs`, or None."""
     if difference is None:
         return "no control was evaluated: the effect of the teacher is not known"
     low, high = (100 * bound for bound in difference["ci95"])
     points = 100 * difference["difference"]
-    span = f"[{low:+.1f}, {high:+.1f}]"
+    span, other = f"[{low:+.1f}, {high:+.1f}]", in_words(control)
     if low > 0:
-        return f"student leads its control by {points:.1f} points {span}"
+        return f"student leads its {other} by {points:.1f} points {span}"
     if high < 0:
-        return f"student is behind its control by {-points:.1f} points {span}"
-    return f"student and control show no difference: {points:+.1f} points {span}"
+        return f"student is behind its {other} by {-points:.1f} points {span}"
+    return f"student and {other} show no difference: {points:+.1f} points {span}"

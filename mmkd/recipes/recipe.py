@@ -7,11 +7,13 @@ The keys of a part are defined beside the code that reads them (`data/spec.py`, 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.base.schema import Strict, is_default
 from mmkd.errors import did_you_mean, shown
+from mmkd.recipes.controls import DEFAULT, ControlSpec, changed, named
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.terms.term import Term
 from mmkd.towers.spec import StudentSpec
@@ -47,16 +49,42 @@ class Recipe(RunSpec, TrainSpec):
     teachers: dict[str, TeacherSpec] = Field({}, exclude_if=is_default({}))  # several by name; a term says `teacher: NAME`
     student: StudentSpec
     stages: dict[str, StageSpec] = Field(min_length=1)
-    control: bool = True
+    controls: dict[str, ControlSpec] = {name: ControlSpec(kind=name) for name in DEFAULT}  # noqa: RUF012
     evaluation: EvaluationSpec = EvaluationSpec()
 
-    @field_validator("stages")
+    @field_validator("stages", "controls")
     @classmethod
-    def stages_are_folders(cls, given: dict[str, StageSpec]) -> dict[str, StageSpec]:
+    def names_are_folders(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name in given:
             if not re.fullmatch(r"[\w.-]{1,100}", name) or set(name) == {"."}:
                 raise ValueError(f"{shown(name)} names a folder: use letters, digits, _, - and ., at most 100")
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def one_control_key(cls, given: Any) -> Any:
+        """`control: true` and `control: false` are short for the default controls and for none."""
+        if not isinstance(given, dict) or "control" not in given:
+            return given
+        if "controls" in given:
+            raise ValueError("give either `control` (true or false) or `controls`")
+        if not isinstance(given["control"], bool):
+            raise ValueError(f"control is {given['control']!r}; write true or false, or say which in `controls`")
+        return {("controls" if key == "control" else key): value for key, value in given.items()}
+
+    @field_validator("controls", mode="before")
+    @classmethod
+    def by_name(cls, given: Any) -> Any:
+        return named(given)
+
+    @model_validator(mode="after")
+    def controls_fit(self) -> Recipe:
+        for name, control in self.controls.items():
+            for stage, keys in control.stages.items():
+                if stage not in self.stages:
+                    raise ValueError(f"controls.{name}.stages: there is no stage {stage!r}; {did_you_mean(stage, self.stages)}")
+                changed(self.stages[stage], keys)
+        return self
 
     @property
     def teacher_specs(self) -> dict[str, TeacherSpec]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkd.errors import DataError
-from mmkd.evaluation.statistics import interval, paired_difference
+from mmkd.evaluation.intervals import interval, paired_difference
 
 CUTOFFS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image", "both")
@@ -69,7 +69,7 @@ def retrieval_ranks(image_to_text: Tensor, text_to_image: Tensor, relevant: Tens
 
 
 def query_groups(relevant: Tensor) -> dict[str, list[Hashable]]:
-    """The picture that each query belongs to, by direction: what the bootstrap draws. relevant `[I, T]`.
+    """The picture that each query belongs to, by direction: what intervals take as one draw. relevant `[I, T]`.
 
     A caption of several pictures goes with the first of them.
     """
@@ -78,11 +78,11 @@ def query_groups(relevant: Tensor) -> dict[str, list[Hashable]]:
     return {"image_to_text": pictures, "text_to_image": of_texts, "both": pictures + of_texts}
 
 
-def compare_retrieval(ranks: Mapping[str, Mapping[str, Sequence[int]]], relevant: Tensor, n_boot: int = 10_000) -> dict[str, Any]:
+def compare_retrieval(ranks: Mapping[str, Mapping[str, Sequence[int]]], relevant: Tensor) -> dict[str, Any]:
     """Models on one test set: {role: ranks as from `retrieval_ranks`} -> recall with intervals and paired differences.
 
     Returns {"recall": {"recall@10_both": {"n", role, role_ci95, "student_minus_control": {"mean", "ci95"}, ...}},
-    "median_rank": {direction: {role: rank}}}. Intervals are 95 % bootstrap intervals over pictures with all queries that
+    "median_rank": {direction: {role: rank}}}. Intervals are 95 % intervals over pictures with all queries that
     belong to them; differences are paired.
     """
     groups = query_groups(relevant)
@@ -90,18 +90,18 @@ def compare_retrieval(ranks: Mapping[str, Mapping[str, Sequence[int]]], relevant
     for direction in DIRECTIONS:
         for k in CUTOFFS:
             hits = {role: hits_at(found[direction], k) for role, found in ranks.items()}
-            recalls[f"recall@{k}_{direction}"] = _compared(hits, groups[direction], n_boot)
+            recalls[f"recall@{k}_{direction}"] = _compared(hits, groups[direction])
     medians = {d: {role: median_rank(found[d]) for role, found in ranks.items()} for d in DIRECTIONS}
     return {"recall": recalls, "median_rank": medians}
 
 
-def _compared(hits: Mapping[str, list[float]], groups: list[Hashable], n_boot: int) -> dict[str, Any]:
+def _compared(hits: Mapping[str, list[float]], groups: list[Hashable]) -> dict[str, Any]:
     entry: dict[str, Any] = {"n": len(groups)}
     for role, values in hits.items():
-        mean, low, high = interval(values, groups, n_boot)
+        mean, low, high = interval(values, groups)
         entry |= {role: mean, f"{role}_ci95": [low, high]}
     for other in ("before", "control", "teacher"):
         if "student" in hits and other in hits:
-            mean, low, high = paired_difference(hits["student"], hits[other], groups, n_boot)
+            mean, low, high = paired_difference(hits["student"], hits[other], groups)
             entry[f"student_minus_{other}"] = {"mean": mean, "ci95": [low, high]}
     return entry

@@ -45,7 +45,8 @@ def load_cross_teacher(spec: CrossTeacherSpec) -> CrossEncoder:
     if spec.kind == "itm":
         teacher: CrossEncoder = load_matching(spec.model, dtype_of(spec.dtype))
     else:
-        tower = Tower.load(spec.model, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code)
+        options = {"trust_remote_code": spec.trust_remote_code, "device": device_of_process()}
+        tower = Tower.load(spec.model, dtype=dtype_of(spec.dtype), **options)
         teacher = PromptedTower(tower, **spec.prompt())
     teacher.model.to(device_of_process())
     return teacher.freeze()

@@ -180,7 +180,7 @@ def train_control(recipe: RankingRecipe, before: DualEncoder, pairs: PairSet, ru
     with alone_in(shared, "the control of this one, too,", wait=True):
         control = train_dual(recipe, "control", pairs, shared, None)
     if is_main_process():
-        take_control(shared, run)
+        take_control(shared, run, "control")
     return control
 
 

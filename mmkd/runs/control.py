@@ -1,36 +1,61 @@
-"""The SFT control: the same student put through the same stages, data, order, steps and seed, without the teacher."""
+"""What a student is held against: controls, the same student put through the stages without the teacher."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mmkd
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all
+from mmkd.base.files import write_whole
 from mmkd.base.run_folder import take_control
+from mmkd.recipes.controls import ControlSpec, changed
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.compute import operations
 from mmkd.runs.data import data_state
-from mmkd.runs.stages import train
+from mmkd.runs.stages import seconds_of, train
+from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import TermSpec
 from mmkd.towers.tower import Tower
 from mmkd.train.experts import summarise_experts
 from mmkd.train.spec import StageSpec
 
+logger = logging.getLogger(__name__)
+
 CONTROL_TERMS = {"cross_entropy": TermSpec(kind="cross_entropy")}
+FACTS = "controls.json"  # of a run: what each control was
 
 
-def control_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the SFT control: everything the same without the teacher.
+def role_of(name: str) -> str:
+    """Under which role a control's model, log and answers stand: the one of equal steps is "control"."""
+    return "control" if name == "equal_steps" else f"control_{name}"
+
+
+def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: Mapping[str, float] | None = None) -> Recipe:
+    """The recipe of a control: everything the same without the teacher.
 
     Its terms are the stage's `control_terms`, else those of the student that need no teacher, with cross-entropy in
-    place of the others.
+    place of the others. longer: by stage, how many times the student's steps (or epochs).
     """
-    stages = {
-        name: stage.model_copy(update={"terms": stage.control_terms or _without_teacher(stage), "control_terms": None})
-        for name, stage in recipe.stages.items()
-    }
+    stages = {}
+    for name, stage in recipe.stages.items():
+        own = stage.model_copy(update={"terms": stage.control_terms or _without_teacher(stage), "control_terms": None})
+        keys = control.stages.get(name, {}) if control is not None else {}
+        if longer is not None and not {"steps", "epochs"} & keys.keys():
+            own = own.model_copy(update=_times(own, longer[name]))
+        stages[name] = changed(own, keys)
     return recipe.model_copy(update={"stages": stages, "teacher": None, "teachers": {}})
+
+
+def _times(stage: StageSpec, factor: float) -> dict[str, Any]:
+    if stage.steps is not None:
+        return {"steps": math.ceil(stage.steps * factor)}
+    return {"epochs": (stage.epochs or 1.0) * factor}
 
 
 def _without_teacher(stage: StageSpec) -> dict[str, TermSpec]:
@@ -40,21 +65,53 @@ def _without_teacher(stage: StageSpec) -> dict[str, TermSpec]:
 
 
 def control_key(recipe: Recipe, student: Tower) -> str:
-    """What defines a control: its untrained weights and processor, its stages with their data, seed and this version."""
-    control = control_recipe(recipe)
-    stages = control.model_dump(mode="json", include={"stages", "seed", "max_length"})
-    data = [data_state(recipe, stage) for stage in control.stages.values()]
+    """What defines a control, given its own recipe: untrained weights and processor, stages with their data, seed, version."""
+    stages = recipe.model_dump(mode="json", include={"stages", "seed", "max_length"})
+    data = [data_state(recipe, stage) for stage in recipe.stages.values()]
     facts = json.dumps([mmkd.__version__, student.fingerprint(), stages, data], sort_keys=True)
     return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
-def train_control(recipe: Recipe, student: Tower, run: Path) -> Tower:
-    """The SFT control, trained once for all runs beside this one that would train the very same."""
-    shared = run.parent / "controls" / control_key(recipe, student)
+def train_controls(recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, Teacher], run: Path) -> dict[str, Tower]:
+    """All controls of a recipe by role. fresh: the student before its first stage."""
+    towers, facts = {}, {}
+    counted: dict[str, dict[str, int]] = {}
+    for name, control in recipe.controls.items():
+        longer = None
+        if control.kind == "equal_compute":
+            counted = counted or _counted(recipe, fresh, teachers)
+            longer = {stage: max(1.0, counted["student"][stage] / counted["control"][stage]) for stage in recipe.stages}
+        own, role = control_recipe(recipe, control, longer), role_of(name)
+        logger.info("control %s: %s", name, ", ".join(f"{stage} {_length(spec)}" for stage, spec in own.stages.items()))
+        towers[role], seconds = _train_control(own, role, fresh(), run)
+        facts[role] = {"name": name, "kind": control.kind, "seconds": round(seconds, 1)}
+        facts[role]["steps"] = {stage: _length(spec) for stage, spec in own.stages.items()}
+        if longer is not None:
+            facts[role]["operations"] = {"of": "one step on the same samples, student and control", **counted}
+    if facts and is_main_process():
+        write_whole(run / FACTS, json.dumps(facts, indent=1) + "\n")
+    return towers
+
+
+def _counted(recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, Teacher]) -> dict[str, dict[str, int]]:
+    """Operations of a step by stage, of the student and of its control."""
+    return {
+        "student": operations(recipe, fresh(), teachers),
+        "control": operations(control_recipe(recipe), fresh(), {}),
+    }
+
+
+def _length(stage: StageSpec) -> str:
+    return f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs or 1:g} epochs"
+
+
+def _train_control(own: Recipe, role: str, student: Tower, run: Path) -> tuple[Tower, float]:
+    """A control and the seconds of its training; trained once for all runs beside this one that would train the very same."""
+    shared = run.parent / "controls" / control_key(own, student)
     with alone_in(shared, "the SFT control of this one, too,", wait=True):
-        control = train(control_recipe(recipe), "control", student, {}, shared)
+        control = train(own, "control", student, {}, shared)
     if is_main_process():
-        take_control(shared, run)
+        take_control(shared, run, role)
         summarise_experts(run)
     wait_for_all()
-    return control
+    return control, seconds_of(shared, "control")

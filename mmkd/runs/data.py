@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
+from mmkd.data.lazy import is_lazy, joined
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample
 from mmkd.data.spec import DataSpec
@@ -15,31 +17,36 @@ from mmkd.recipes.recipe import Recipe
 from mmkd.terms.spec import build_terms
 from mmkd.train.spec import StageSpec
 
+FEW = 1000  # samples of a large set that are looked at where all of a small one are
 
-def stage_samples(recipe: Recipe, stage: StageSpec) -> list[Sample]:
+
+def stage_samples(recipe: Recipe, stage: StageSpec) -> Sequence[Sample]:
     """All training samples of a stage, in the order of its data entries. Raises DataError."""
-    samples = [sample for part in stage_parts(recipe, stage) for sample in part]
+    samples = joined(stage_parts(recipe, stage))
     if not samples:
         raise DataError("a stage has no samples")
     if any(t.needs_pairs for t in build_terms(stage.terms)):
-        for sample in samples:
+        for sample in samples[:FEW] if is_lazy(samples) else samples:
             rejected_of(sample)
     return samples
 
 
-def stage_parts(recipe: Recipe, stage: StageSpec) -> tuple[tuple[Sample, ...], ...]:
+def stage_parts(recipe: Recipe, stage: StageSpec) -> list[Sequence[Sample]]:
     """The samples of each data entry of a stage. Raises DataError."""
-    entries = tuple(spec.model_dump_json() for spec in stage.data)
-    state = json.dumps([fingerprint(spec, recipe.data_root) for spec in stage.data])
-    return _read_once(entries, recipe.seed, recipe.data_root, state)
+    return [_entry_samples(recipe, spec, bool(stage.one_answer)) for spec in stage.data]
 
 
-@lru_cache(maxsize=1)  # the control, the student and a check before them read the same data one after another
+def _entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool) -> Sequence[Sample]:
+    state = json.dumps(fingerprint(spec, recipe.data_root))
+    return _read_once(spec.model_dump_json(), recipe.seed, recipe.data_root, recipe.guards.max_skipped, one_answer, state)
+
+
+@lru_cache(maxsize=8)  # stages, the control, the student and checks before them read the same data one after another
 def _read_once(
-    entries: tuple[str, ...], seed: int, data_root: str | None, state: str
-) -> tuple[tuple[Sample, ...], ...]:
-    specs = [DataSpec.model_validate_json(entry) for entry in entries]
-    return tuple(tuple(read_samples(spec, seed, data_root)) for spec in specs)
+    entry: str, seed: int, data_root: str | None, allowed: float, one_answer: bool, state: str
+) -> Sequence[Sample]:
+    samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed)
+    return tuple(one for sample in samples for one in sample.by_answer()) if one_answer else samples
 
 
 def data_state(recipe: Recipe, stage: StageSpec) -> list:
@@ -56,20 +63,29 @@ def files_of(recipe: Recipe) -> dict[str, dict[str, dict[str, str]]]:
     }
 
 
-def all_samples(recipe: Recipe) -> dict[str, list[Sample]]:
+def all_samples(recipe: Recipe) -> dict[str, Sequence[Sample]]:
     """The samples of every stage. Raises DataError for what is wrong with them."""
     samples = {name: stage_samples(recipe, stage) for name, stage in recipe.stages.items()}
     check_answers(samples)
     return samples
 
 
-def check_answers(stages: dict[str, list[Sample]]) -> None:
+def check_answers(stages: dict[str, Sequence[Sample]]) -> None:
     for name, samples in stages.items():
-        empty = [s.id for s in samples if not s.answer.strip()]
+        empty = [s.id for s in (samples[:FEW] if is_lazy(samples) else samples) if not s.answer.strip()]
         if empty:
             raise DataError(f"stage {name}: {len(empty)} samples have an empty answer, first: {', '.join(empty[:5])}")
 
 
-def texts_of(samples: dict[str, list[Sample]]) -> list[str]:
-    """What a student's own tokenizer is trained on."""
-    return [turn.text for stage in samples.values() for sample in stage for turn in sample.turns]
+class Texts:
+    """What a student's own tokenizer is trained on: the texts of all stages' samples, read when they are asked for."""
+
+    def __init__(self, samples: Mapping[str, Sequence[Sample]]):
+        self._samples = samples
+
+    def __iter__(self) -> Iterator[str]:
+        return (turn.text for stage in self._samples.values() for sample in stage for turn in sample.turns)
+
+
+def texts_of(samples: Mapping[str, Sequence[Sample]]) -> Texts:
+    return Texts(samples)

@@ -18,6 +18,7 @@ from mmkd.data.samples import Sample
 from mmkd.engine.positions import rows_at
 from mmkd.errors import DataError, RecipeError
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, texts_of
 from mmkd.runs.plan import bytes_text, disk_line, loss_memory, term_text
 from mmkd.runs.preflight import preflight
@@ -25,12 +26,14 @@ from mmkd.runs.towers import build_student, load_teachers
 from mmkd.runs.write_cache import forecast_of, plan_of
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
+from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Tower
 from mmkd.train.batch import Batch, Pair
 from mmkd.train.build_stage import Stage, build_stage
 from mmkd.train.distiller import Distiller
+from mmkd.train.optimisers import OPTIMISERS
 from mmkd.train.spec import StageSpec
-from mmkd.train.trainer import parameter_groups
+from mmkd.train.trainer import optimiser_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +91,8 @@ def estimate(recipe: Recipe, memory: float | None = None) -> str:
     samples = all_samples(recipe)
     teachers = load_teachers(recipe)
     student = build_student(recipe, teachers, texts_of(samples))
+    recipe = with_answers_apart(recipe, student, teachers)
+    samples = all_samples(recipe)
     preflight(recipe, student, teachers)
     limit = available_memory() if memory is None else int(memory * GIB)
     lines = [f"{recipe.title}: on {_device_name(student)}, {bytes_text(limit)}"]
@@ -119,7 +124,7 @@ def stage_estimate(
         "teacher weights": sum(_weights(teacher.tower or teacher.body) for teacher in teachers.values()),
         "student weights": _weights(student),
         "gradients": gradients,
-        "optimiser": 2 * gradients,  # AdamW's two moments, in the weights' dtype
+        "optimiser": round(OPTIMISERS[spec.optimiser.kind].moments * gradients),  # in the weights' dtype
         "activations": activations,
         "losses": ours,
     }
@@ -163,9 +168,8 @@ def _longest(samples: Sequence[Sample], count: int) -> list[Sample]:
 def _measure(distiller: Distiller, batch: Batch, stage: StageSpec) -> tuple[float, int]:
     """(seconds of a micro-step, bytes kept for backward). The learning rate is 0: no weight changes."""
     distiller.train()
-    optimiser = torch.optim.AdamW(parameter_groups(distiller, stage.optimiser.model_copy(update={"weight_decay": 0.0})), lr=0.0)
-    for group in optimiser.param_groups:
-        group["lr"] = 0.0
+    still = {"weight_decay": 0.0, "learning_rate": 0.0, "learning_rates": {}}
+    optimiser = optimiser_of(distiller, stage.optimiser.model_copy(update=still))
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -179,8 +183,8 @@ def _measure(distiller: Distiller, batch: Batch, stage: StageSpec) -> tuple[floa
         _synchronise(batch)
         started = time.perf_counter()
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor) if number == 0 else nullcontext()
-        half = stage.precision == "bfloat16"
-        with hooks, torch.autocast(distiller.tower.device.type, torch.bfloat16) if half else nullcontext():
+        half = half_of(stage.precision)
+        with hooks, torch.autocast(distiller.tower.device.type, half) if half is not None else nullcontext():
             loss, _ = distiller(batch)
         if not loss.requires_grad:
             raise DataError("the terms reach no trained parameter; train the part that they act on")

@@ -137,12 +137,14 @@ def _check_data(benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> 
 
 
 def _load_tower(model: str | Path, options: EvaluationOptions) -> Answerer:
-    from mmkd.towers.loading import dtype_of, to_device
+    from mmkd.towers.loading import device_of_process, dtype_of, to_device
     from mmkd.towers.tower import Tower
 
     dtype = dtype_of(options.dtype)
-    tower = Tower.load(model, dtype=dtype, quantise=options.quantise, trust_remote_code=options.trust_remote_code)
-    return to_device(tower, options.quantise)
+    tower = Tower.load(
+        model, dtype=dtype, quantise=options.quantise, trust_remote_code=options.trust_remote_code, device=device_of_process()
+    )
+    return to_device(tower)
 
 
 def _ask_one(
@@ -188,7 +190,7 @@ def _line(name: str, results: Mapping[str, Any]) -> str:
     if results["n_skipped"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in results["skipped"].items())
         line += f"; {results['n_skipped']} left out: {reasons}"
-    return line
+    return "; ".join([line, *results["remarks"]])
 
 
 def _importance_line(found: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import rows_at
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, texts_of
 from mmkd.runs.preflight import preflight
 from mmkd.runs.run import check_benchmarks
@@ -17,6 +18,7 @@ from mmkd.terms.term import Term
 from mmkd.towers.tower import Encoded, Tower
 from mmkd.train.batch import Pair
 from mmkd.train.build_stage import Stage, build_stage
+from mmkd.train.optimisers import OPTIMISERS
 
 PROBE = 64  # samples prepared to learn lengths
 
@@ -27,6 +29,8 @@ def plan(recipe: Recipe) -> str:
     samples = all_samples(recipe)
     teachers = load_teachers(recipe)
     student = build_student(recipe, teachers, texts_of(samples))
+    recipe = with_answers_apart(recipe, student, teachers)
+    samples = all_samples(recipe)
     surveys = preflight(recipe, student, teachers)
     lines = [recipe.title, f"output: {recipe.output}", ""]
     for name, teacher in teachers.items():
@@ -59,7 +63,7 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
     probed = [stage.dataset.prepare(s) for s in samples[:: max(1, len(samples) // PROBE)][:PROBE]]
     rows = _rows(student, [pair.student for pair in probed if isinstance(pair, Pair)], stage.terms, batch)
-    optimiser = 2 * 4 * trained + 4 * trained  # AdamW's two moments and the gradient, float32
+    optimiser = round((OPTIMISERS[spec.optimiser.kind].moments + 1) * 4 * trained)  # its moments and the gradient, float32
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
     lines = [
         f"stage {stage.name}: {len(samples):,} samples, {steps:,} steps of {batch}, trains {', '.join(spec.train)} "
@@ -110,8 +114,9 @@ def disk_line(recipe: Recipe, student: Tower) -> str:
     weights = sum(p.numel() * 4 for p in student.model.parameters())
     models = len(recipe.stages) + 1
     total = models * weights + 2 * 3 * weights  # one model a stage and the last; two checkpoints with two moments each
-    control = " (twice, with the SFT control)" if recipe.control and recipe.teacher_specs else ""
-    return f"disk: at most {bytes_text(total)}{control} in {Path(recipe.output)}"
+    controls = len(recipe.controls) if recipe.teacher_specs else 0
+    again = f" ({1 + controls} times, with the controls)" if controls else ""
+    return f"disk: at most {bytes_text(total)}{again} in {Path(recipe.output)}"
 
 
 def bytes_text(count: float) -> str:

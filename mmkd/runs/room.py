@@ -18,8 +18,8 @@ ADAMW = 2  # averages of a trained parameter in the optimiser's state
 def needed_bytes(recipe: Recipe, student: Tower) -> int:
     """The most that a run has on its disk at a time, about: students of all stages and roles, checkpoints with the optimiser."""
     weights = sum(p.numel() * p.element_size() for p in student.model.parameters())
-    control = recipe.control and bool(recipe.teacher_specs)
-    models = (1 + control) * (len(recipe.stages) + 1) + control  # each stage's and a copy of the last; the control's once more
+    controls = len(recipe.controls) if recipe.teacher_specs else 0
+    models = (1 + controls) * (len(recipe.stages) + 1) + controls  # each stage's and a copy of the last; controls' once more
     checkpoints = (KEPT + 1) * (1 + ADAMW)
     return weights * (models + checkpoints)
 

@@ -1,4 +1,4 @@
-"""A whole run: recipe -> teacher, control, student -> evaluation of all three -> summary and report."""
+"""A whole run: recipe -> teacher, controls, student -> evaluation of all -> summary and report."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from mmkd.base.run_folder import claim, restart
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
-from mmkd.evaluation.report import ROLES, build_report, ordered
-from mmkd.evaluation.statistics import compare_runs, verdict
+from mmkd.evaluation.report import build_report
+from mmkd.evaluation.roles import in_words, is_control, ordered
+from mmkd.evaluation.statistics import compare_runs
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.control import train_control
+from mmkd.runs.answers_apart import with_answers_apart
+from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, texts_of
 from mmkd.runs.evaluate import add_importance
 from mmkd.runs.preflight import preflight
@@ -36,10 +38,10 @@ logger = logging.getLogger(__name__)
 BLIND = "student_blind"  # the student asked without its pictures
 
 
-def distill(recipe: Recipe, scored: Sequence[str] = ROLES, *, anew: bool = False) -> dict[str, Any]:
+def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool = False) -> dict[str, Any]:
     """Runs a recipe to its report; started again with the same recipe it goes on where it stopped.
 
-    `scored`: which of the models answer the benchmarks.  `anew`: what the folder holds of a run is deleted first.
+    `scored`: roles of the models that answer the benchmarks; None: all.  `anew`: what the folder holds of a run is deleted first.
     Returns the summary that it writes to OUTPUT/summary.json. Raises DataError, RecipeError, TowerError, GuardError.
     """
     started = time.monotonic()
@@ -53,15 +55,15 @@ def distill(recipe: Recipe, scored: Sequence[str] = ROLES, *, anew: bool = False
         claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe))
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
+        recipe = with_answers_apart(recipe, student, teachers)
         preflight(recipe, student, teachers)
         towers = teachers_to_score(recipe, teachers)
-        if recipe.control and teachers:
-            towers["control"] = train_control(recipe, student, run)
-            student = build_student(recipe, teachers, texts)  # the control's training changed the first one
+        if recipe.controls and teachers:
+            towers |= train_controls(recipe, lambda: build_student(recipe, teachers, texts), teachers, run)
         towers["student"] = train(recipe, "student", student, teachers, run)
         if not is_main_process():
             return {}
-        asked = {role: tower for role, tower in towers.items() if role in scored or (role in teachers and "teacher" in scored)}
+        asked = {role: tower for role, tower in towers.items() if scored is None or role in scored}
         results = evaluate_all(recipe, run, asked)
         summary = summarise(recipe, run, results, time.monotonic() - started)
         if results:
@@ -105,6 +107,7 @@ def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[st
 def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Scores, intervals and paired differences of a run; writes OUTPUT/summary.json."""
     benchmarks: dict[str, Any] = {}
+    facts = _read(run / FACTS)
     for name, by_role in results.items():
         roles = [role for role in ordered(by_role) if role != BLIND]
         paths = {role: run / "evaluation" / role / name / "predictions.jsonl" for role in roles}
@@ -113,10 +116,12 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         for role in roles:
             entry[role] = compared["models"][role]["score"]
             entry[f"{role}_ci95"] = compared["models"][role]["ci95"]
+            if said := compared["models"][role].get("remarks"):
+                entry.setdefault("remarks", {})[role] = said
         for other in ("control", "teacher"):
-            found = compared["differences"].get(f"student - {other}")
-            if found:
+            if found := compared["differences"].get(f"student - {other}"):
                 entry[f"student_minus_{other}"] = {"mean": found["difference"], "ci95": found["ci95"]}
+        entry |= _controls(compared, facts)
         if BLIND in by_role:
             entry[BLIND] = by_role[BLIND]["score"]
         entry["verdict"] = compared["verdict"]
@@ -132,6 +137,21 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         summary["skipped"] = skipped
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _controls(compared: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Each control's score, time and steps, and the student's lead over the one that scores highest."""
+    found = {
+        facts[role]["name"]: {
+            "score": cell["score"], "ci95": cell["ci95"], "seconds": facts[role]["seconds"], "steps": facts[role]["steps"],
+        }
+        for role, cell in compared["models"].items() if role in facts
+    }  # fmt: skip
+    lead = compared["differences"].get(f"student - {compared['best_control']}")
+    if lead is None:
+        return {"controls": found} if found else {}
+    name = facts.get(compared["best_control"], {}).get("name", compared["best_control"])
+    return {"controls": found, "student_minus_best_control": {"mean": lead["difference"], "ci95": lead["ci95"], "name": name}}
 
 
 def _seconds(path: Path) -> float:
@@ -159,19 +179,18 @@ def table(summary: dict[str, Any]) -> str:
     lines = []
     for name, entry in summary["benchmarks"].items():
         lines.append(f"{name} ({entry['n']} questions)")
+        width = max(len(in_words(role)) for role in entry["parameters"])
         for role in ordered(entry["parameters"]):
             low, high = entry[f"{role}_ci95"]
             lines.append(
-                f"  {role:<8} {100 * entry[role]:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]   "
+                f"  {in_words(role):<{width}} {100 * entry[role]:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]   "
                 f"{entry['parameters'][role]:>13,} parameters{_active(entry, role)}"
             )
+            lines += [f"           {said}" for said in entry.get("remarks", {}).get(role, ())]
         if "student_blind" in entry:
             lines.append(f"  student without pictures {100 * entry['student_blind']:.1f} %")
-        found = entry.get("student_minus_control")
-        if found:
-            low, high = found["ci95"]
-            lines.append(f"  student - control {100 * found['mean']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
-            lines.append(f"  {verdict({'difference': found['mean'], 'ci95': found['ci95']})}")
+        if any(is_control(role) for role in entry["parameters"]):
+            lines.append(f"  {entry['verdict']}")
     if "experts" in summary:
         lines.append(experts_table(summary["experts"]))
     for role, stages in summary.get("skipped", {}).items():

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.base.files import write_whole
+from mmkd.evaluation.roles import in_words, ordered
 from mmkd.runs.run import distill
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table the normal one is close enough.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
+# What a student leads by, as summaries have it, and in words.
+LEADS = {"student_minus_control": "lead over the control", "student_minus_best_control": "lead over the best control"}
+
+
 def distill_seeds(recipe: Any, seeds: list[int], run: Callable[[Any], dict[str, Any]] = distill) -> dict[str, Any]:
     """Runs the recipe once a seed, under OUTPUT/seed_N, and writes OUTPUT/seeds.json. `run` makes a recipe its summary.
 
-    Every benchmark gets the mean over seeds of each model's score and of the paired lead of student over control, with the
+    Every benchmark gets the mean over seeds of each model's score and of the paired leads of the student, with the
     95 % interval of Student's t over seeds (the spread of training, not of questions).
     """
     folder = Path(recipe.output)
@@ -33,24 +38,29 @@ def distill_seeds(recipe: Any, seeds: list[int], run: Callable[[Any], dict[str, 
 
 
 def over_seeds(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """{benchmark: {role: {mean, values}, student_minus_control: {mean, ci95, values}}}, and "all" for the mean of benchmarks."""
+    """{benchmark: {role: {mean, values}, lead: {mean, ci95, values}}}, and mean leads over all benchmarks (see `LEADS`)."""
     names = list(next(iter(summaries.values()))["benchmarks"])
     result: dict[str, Any] = {"seeds": list(summaries), "benchmarks": {}}
-    leads: list[list[float]] = []
+    leads: dict[str, list[list[float]]] = {}
     for name in names:
         entries = [summary["benchmarks"][name] for summary in summaries.values()]
         found: dict[str, Any] = {"n": entries[0]["n"]}
-        for role in ("teacher", "control", "student", "student_blind"):
-            if role in entries[0]:
-                found[role] = spread([e[role] for e in entries])
-        if "student_minus_control" in entries[0]:
-            values = [e["student_minus_control"]["mean"] for e in entries]
-            found["student_minus_control"] = spread(values)
-            leads.append(values)
+        for role in _roles(entries[0]):
+            found[role] = spread([e[role] for e in entries])
+        for lead in LEADS:
+            if all(lead in e for e in entries):
+                found[lead] = spread([e[lead]["mean"] for e in entries])
+                leads.setdefault(lead, []).append(found[lead]["values"])
         result["benchmarks"][name] = found
-    if leads:
-        result["student_minus_control"] = spread([statistics.mean(values) for values in zip(*leads, strict=True)])
+    for lead, values in leads.items():
+        result[lead] = spread([statistics.mean(of_seed) for of_seed in zip(*values, strict=True)])
     return result
+
+
+def _roles(entry: dict[str, Any]) -> list[str]:
+    """The models of a benchmark's summary."""
+    scored = ordered(key.removesuffix("_ci95") for key in entry if key.endswith("_ci95"))
+    return [*scored, *(role for role in ("student_blind",) if role in entry)]
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -67,12 +77,12 @@ def seeds_table(result: dict[str, Any]) -> str:
     lines = [f"{len(result['seeds'])} seeds: {', '.join(map(str, result['seeds']))}"]
     for name, found in result["benchmarks"].items():
         lines.append(f"{name} ({found['n']} questions)")
-        roles = [role for role in ("teacher", "control", "student", "student_blind") if role in found]
-        lines += [f"  {role:<14} {_percent(found[role])}" for role in roles]
-        if "student_minus_control" in found:
-            lines.append(f"  {'lead':<14} {_percent(found['student_minus_control'], sign='+')}")
-    if "student_minus_control" in result:
-        lines.append(f"mean lead over all benchmarks {_percent(result['student_minus_control'], sign='+')}")
+        rows = {in_words(role): _percent(found[role]) for role in found if role not in ("n", *LEADS)}
+        rows |= {words: _percent(found[lead], sign="+") for lead, words in LEADS.items() if lead in found}
+        width = max(map(len, rows))
+        lines += [f"  {words:<{width}} {text}" for words, text in rows.items()]
+    for lead, words in LEADS.items():
+        lines += [f"mean {words} on all benchmarks {_percent(result[lead], sign='+')}"] if lead in result else []
     return "\n".join(lines)
 
 

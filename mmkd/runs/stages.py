@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import TrainingArguments, set_seed
 from mmkd.answers import answer_source
 from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
-from mmkd.base.files import copy_whole, save_whole
+from mmkd.base.files import copy_whole, save_whole, write_whole
 from mmkd.base.jsonl import JsonLines
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
@@ -38,6 +40,8 @@ from mmkd.train.trainer import DistillTrainer, split_evenly, training_arguments
 
 logger = logging.getLogger(__name__)
 
+SECONDS = "seconds.json"  # of a stage's folder: how long it was trained
+
 
 def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teacher] | Teacher | None, run: Path) -> Tower:
     """Puts the student through all stages; what is done already is loaded. Returns the trained tower.
@@ -52,7 +56,10 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
         folder = run / "stages" / role / f"{number}_{name}"
         if not (folder / "model").exists():
             stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
+            started = time.monotonic()
             train_or_stop(trainer, resume, f"{role}, stage {name}")
+            if is_main_process():
+                _add_seconds(folder, time.monotonic() - started)
             _finish(stage, trainer, run, folder)
         check_whole(folder / "model", "put it back, or delete it: the same command trains this stage again")
         student = load_student(recipe, folder / "model")
@@ -60,6 +67,16 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
         copy_whole(folder / "model", final)
     wait_for_all()
     return student
+
+
+def seconds_of(run: Path, role: str) -> float:
+    """Seconds that the training of a model took, all stages together; the time between a checkpoint and a kill is not in it."""
+    return sum(json.loads(path.read_text(encoding="utf-8")) for path in (run / "stages" / role).glob(f"*/{SECONDS}"))
+
+
+def _add_seconds(folder: Path, seconds: float) -> None:
+    before = json.loads((folder / SECONDS).read_text(encoding="utf-8")) if (folder / SECONDS).exists() else 0.0
+    write_whole(folder / SECONDS, json.dumps(round(before + seconds, 1)))
 
 
 def prepare_stage(
@@ -72,7 +89,7 @@ def prepare_stage(
     stage = build_stage(name, spec, recipe, student, teachers, samples)
     if stage.receipt is not None and is_main_process():
         write_receipt(stage.receipt, folder)
-    stream = stage_stream(spec, recipe.seed, recipe.data_root)
+    stream = stage_stream(spec, recipe.seed, recipe.data_root, recipe.guards.max_skipped)
     arguments = _arguments(recipe, stage, folder, streamed=stream is not None)
     if stage.of_pairs:
         (teacher,) = teachers.values()
@@ -138,8 +155,8 @@ def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> N
         logger.warning("stage %s cut the ends of %d answers at max_length %d", stage.name, cut, stage.student.max_length)
     trainer.finite.look()
     make_whole(trainer)
-    check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
-    if is_main_process():
+    if is_main_process():  # it alone has the whole weights of a sharded run
+        check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
         summarise_experts(run)
         save_whole(folder / "model", stage.student.save, stage.student.footprint()["weight_bytes"])
         for checkpoint in folder.glob("checkpoint-*"):

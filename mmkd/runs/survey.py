@@ -74,6 +74,7 @@ class Survey:
     missing: int = 0
     first_missing: str = ""
     layout: str = ""
+    misread: str = ""  # the first sample whose targets are not its answers
     error: str = ""
 
     @property
@@ -102,6 +103,8 @@ class Survey:
                 f"{len(self.skips):,} of {self.tried:,} samples cannot be used: {in_words(self.skips)}. The first: "
                 f"{self.skips[0].message}"
             )
+        if self.misread:
+            found.append(f"{self.misread}; the tokenizer does not keep the words")
         return found
 
 
@@ -157,6 +160,7 @@ def _prepare(found: Survey, dataset: PairDataset, places: Sequence[int]) -> None
             encoded = _whole(tower, dataset.samples[number], _of(pair, role))
             if encoded is not None:
                 found.lengths[role].add(tower, encoded)
+                found.misread = found.misread or tower.preparer.misread(dataset.samples[number], encoded) or ""
 
 
 def _of(pair: Pair | Skip, role: str) -> Encoded | None:

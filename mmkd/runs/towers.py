@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from mmkd.errors import TowerError
 from mmkd.recipes.recipe import Recipe
 from mmkd.registry import import_modules, registry
+from mmkd.runs.machine import use_machine
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.opening import Opening
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import terms_of_teacher
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
-from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
+from mmkd.towers.reading import AS_SAVED
 from mmkd.towers.spec import AssembleSpec
 from mmkd.towers.tower import Tower
 
@@ -33,14 +36,18 @@ def openings(recipe: Recipe) -> dict[str, Opening]:
 
 
 def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
-    """The teachers of a recipe by name. Raises DataError, TowerError."""
+    """The teachers of a recipe by name. Raises DataError, TowerError.
+
+    The first thing that is done with a machine: what it cannot do is refused here, and the process takes its device.
+    """
+    use_machine(recipe)
     opened = openings(recipe)
     return {
         name: registry("teachers").get(spec.registered).open(spec, opened[name]) for name, spec in recipe.teacher_specs.items()
     }
 
 
-def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: list[str]) -> Tower:
+def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: Iterable[str]) -> Tower:
     """The student before its first stage. `texts` train its tokenizer where the recipe asks for one."""
     spec, teachers = recipe.student, as_teachers(teachers)
     if spec.model is not None:
@@ -60,18 +67,33 @@ def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | No
         seed=recipe.seed,
         dtype=torch.float32 if spec.dtype == "auto" else dtype_of(spec.dtype),
     )
+    if spec.reading != AS_SAVED:
+        tower = Tower(tower.model, tower.processor, max_length=recipe.max_length, reading=spec.reading)
+    if spec.attn_implementation is not None:
+        tower.model.set_attn_implementation(spec.attn_implementation)
     return to_device(tower)
 
 
 def load_student(recipe: Recipe, folder: Any) -> Tower:
     """A student from a folder or hub id, as the recipe has it. Raises TowerError."""
     spec = recipe.student
-    return to_device(
-        Tower.load(folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code, max_length=recipe.max_length)
-    )
+    return _as_student(
+        Tower.load(
+            folder, dtype=dtype_of(spec.dtype), trust_remote_code=spec.trust_remote_code,
+            attn_implementation=spec.attn_implementation, device=device_of_process(), max_length=recipe.max_length,
+            reading=spec.reading,
+        )
+    )  # fmt: skip
 
 
-def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: list[str]) -> Any:
+def _as_student(tower: Tower) -> Tower:
+    """The tower on its device. Raises TowerError for one that can only be a teacher of rows."""
+    if not tower.has_visual_tokens:
+        raise TowerError(f"the student {tower.lacks()}, so it can only be a teacher of rows; take another student")
+    return to_device(tower)
+
+
+def _tokenizer(parts: AssembleSpec, teachers: Mapping[str, Teacher], texts: Iterable[str]) -> Any:
     spec = parts.tokenizer
     if spec is None:
         return None

@@ -31,6 +31,7 @@ from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
 from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
 from mmkd.runs.towers import build_student, load_teachers, openings
@@ -50,6 +51,7 @@ from mmkd.teachers.stored import save_body, wanted
 from mmkd.teachers.teacher import head_of
 from mmkd.terms.spec import build_terms
 from mmkd.towers.finite import not_finite
+from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.guards import check_pixels
 from mmkd.train.preference import PreferenceDataset
@@ -107,11 +109,17 @@ def write_cache(
     forecast does not fit the disk; GuardError where pictures do not reach the teacher.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    plan = plan_of(recipe, top_k)
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
-    check_folder(live, folder, plan)
+    plan, samples = plan_of(recipe, top_k), all_samples(live)
+    talks = any(sample.answers > 1 for stage in samples.values() for sample in stage)
+    if not talks:  # else the towers decide which samples there are
+        check_folder(live, folder, plan)
     teachers = load_teachers(live)
-    student = build_student(live, teachers, texts_of(all_samples(live)))
+    student = build_student(live, teachers, texts_of(samples))
+    if talks:
+        live = with_answers_apart(live, student, teachers)
+        plan = plan_of(recipe.model_copy(update={"stages": live.stages}), top_k)
+        check_folder(live, folder, plan)
     preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together
     del student
     (teacher,) = (teacher.running() for teacher in teachers.values())
@@ -357,8 +365,8 @@ def stored_of(plan: Plan, teacher: Tower, encoded: Sequence[Encoded]) -> list[St
     tokens = torch.where(inputs.response, inputs.targets, inputs.next_ids)[where]  # [N]
     response = inputs.response[where]  # [N]
     there = inputs.to(teacher.device)
-    half = plan.precision == "bfloat16"
-    with torch.inference_mode(), torch.autocast(teacher.device.type, torch.bfloat16) if half else nullcontext():
+    half = half_of(plan.precision)
+    with torch.inference_mode(), torch.autocast(teacher.device.type, half) if half is not None else nullcontext():
         seen = teacher.see(there)
         hidden = gathered(teacher.read(there, seen), where)  # [N, D]
     if not_finite([("hidden", hidden), *(("features", f) for f in seen.features)]):

@@ -20,10 +20,10 @@ class Ahead:
     """Gives micro-batches on the device with the teachers' passes over them.
 
     prefetch: a batch on the device -> the same with the passes in it (`Distiller.prefetch`).
-    half: whether the passes are under bfloat16 autocast, as the step is.
+    half: the half precision of the autocast that the passes are under, as the step is; None for none.
     """
 
-    def __init__(self, prefetch: Callable[[Any], Any], device: torch.device, half: bool):
+    def __init__(self, prefetch: Callable[[Any], Any], device: torch.device, half: torch.dtype | None):
         self.prefetch, self.device, self.half = prefetch, device, half
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun: tuple[Any, Any] | None = None  # as it came from the loader, and with the pass
@@ -45,7 +45,7 @@ class Ahead:
     def _begin(self, batch: Any) -> Any:
         with self._aside():
             moved = batch.to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
+            with torch.autocast(self.device.type, self.half) if self.half is not None else nullcontext():
                 return self.prefetch(moved)
 
     @contextmanager

@@ -17,11 +17,12 @@ from mmkd.teachers.opening import Opening
 from mmkd.teachers.shared_encoder import sees_alike
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.teachers.teacher import Gives, Teacher, TeacherSignals, read_by
-from mmkd.towers.loading import dtype_of, to_device
+from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
 
 ALL = ("rows", "hidden", "visual_rows", "features", "gram", "switch")
+ROWS = ("rows", "hidden", "gram")  # of a model whose pictures are no tokens of its text
 
 
 @register("teachers", "live")
@@ -42,7 +43,10 @@ class LiveTeacher(Teacher):
 
     @property
     def gives(self) -> Gives:
-        return Gives("the live teacher", frozenset(ALL))
+        name = "the live teacher"
+        if self.body.has_visual_tokens:
+            return Gives(name, frozenset(ALL))
+        return Gives(name, frozenset(ROWS), positions=frozenset({"response", "answer"}), why=self.body.lacks())
 
     def fingerprint(self) -> str:
         return self.tower.fingerprint()
@@ -60,7 +64,7 @@ class LiveTeacher(Teacher):
 
     def shares_encoder(self, student: Tower, inputs: TowerInputs) -> bool:
         """Whether one pass of the vision encoder serves both towers on these inputs, which must be the same for both."""
-        if not inputs.pixels:
+        if not inputs.pixels or not self.tower.has_visual_tokens:
             return False
         if self._sees_alike is None:
             self._sees_alike = sees_alike(student, self.tower, inputs)
@@ -144,8 +148,9 @@ def load_tower(spec: TeacherSpec, max_length: int) -> Tower:
     """The teacher's model on this process's device, frozen. Raises TowerError."""
     tower = Tower.load(
         spec.model, dtype=dtype_of(spec.dtype), quantise=spec.quantise, trust_remote_code=spec.trust_remote_code,
-        max_length=max_length,
-    )
+        attn_implementation=spec.attn_implementation, device=device_of_process(), max_length=max_length,
+        reading=spec.reading,
+    )  # fmt: skip
     if spec.gradient_checkpointing:
         recompute_layers(tower)
-    return to_device(tower, spec.quantise).freeze()
+    return to_device(tower).freeze()

@@ -6,18 +6,21 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mmkd.base.schema import Strict, is_default
+from mmkd.base.schema import is_default
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
+from mmkd.towers.spec import Attention, ReadingSpec
 
 
-class TeacherSpec(Strict):
+class TeacherSpec(ReadingSpec):
     model: str
     # A name of the registry (`mmkd list teachers`); None: "stored" where a cache is given, else "live".
     kind: str | None = Field(None, exclude_if=is_default(None))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantise: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
+    attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
     gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
     cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded

@@ -30,6 +30,7 @@ class Gives:
     name: for messages, "the exact cache runs/cache".  mode: "exact" or "top-8".
     signals: names without "teacher.", and "switch" where the student's features can go through it.
     positions: kinds of rows; None for all.  top_k: how many logits of a row are known; None for all.
+    why: why it gives no more, where that is the model's own nature.
     """
 
     name: str
@@ -37,10 +38,18 @@ class Gives:
     positions: frozenset[str] | None = None
     top_k: int | None = None
     mode: str = "exact"
+    why: str = ""
 
     def lacks(self, needs: Iterable[str], positions: frozenset[str]) -> str | None:
         """Why a term with these needs cannot be served; None if it can."""
-        if self.positions is not None and not positions <= self.positions:
+        wanted = {need.partition(".")[2] for need in needs if need.startswith("teacher.")} | {
+            "switch" for need in needs if need.startswith("switch.")
+        }
+        short = self.positions is not None and not positions <= self.positions
+        if self.why and (short or not wanted <= self.signals):
+            rows = f"{_names(positions - (self.positions or frozenset()))} rows" if short else _names(wanted - self.signals)
+            return f"needs {rows.replace('_', ' ')} of the teacher, but {self.why}; take the term out, or another teacher"
+        if short:
             return f"needs {_names(positions)} rows, {self.name} has {_names(self.positions)}; write it anew"
         for need in needs:
             side, _, signal = need.partition(".")
@@ -172,7 +181,7 @@ class Teacher(ABC):
 def head_of(tower: Tower) -> Head:
     """The tower's head as the row engine takes it, with what its family puts on the logits."""
     scale, softcap = tower.logit_rule
-    return Head(weight=tower.head.weight, bias=tower.head.bias, scale=scale, softcap=softcap)
+    return Head(weight=tower.head.weight, bias=tower.head_bias, scale=scale, softcap=softcap)
 
 
 def read_by(tower: Tower, inputs: TowerInputs, seen: Seen) -> Tensor:

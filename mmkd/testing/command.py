@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         raise DataError("give a model to check, or --families")
     with quick_imports():
-        from mmkd.testing import check_tower
+        from mmkd.testing import check_rows, check_tower
         from mmkd.testing.replay import is_kept, replay_all
         from mmkd.towers.tower import Tower
 
@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         steps = replay_all(Path(arguments.model))
         print(json.dumps(steps, indent=1))
         return 0 if all(facts["finite"] for facts in steps.values()) else NotFiniteError.code
-    facts = check_tower(Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code))
+    tower = Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code)
+    facts = check_tower(tower) if tower.has_visual_tokens else {"only a teacher of rows": tower.lacks(), **check_rows(tower)}
     print(json.dumps(facts, indent=1))
     return 0
 

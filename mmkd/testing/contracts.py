@@ -1,6 +1,7 @@
 """What a tower and an encoder must do.
 
     check_tower(Tower.load(folder))              everything that distillation relies on, on real samples or on random ones
+    check_rows(Tower.load(folder))               what a teacher of rows needs: KL, JSD, DBiLD and the like at the answers' rows
     check_encoder(MyEncoder(), (224, 224))       what an encoder of your own must do, before it is put into a student
 
 Each check returns what it measured, or raises TowerError with the values and the way out.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkd.data.samples import ImageRef, Sample, Turn
-from mmkd.errors import TowerError
+from mmkd.errors import SampleError, TowerError
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.encoders import WrappedEncoder, tokens_of
 from mmkd.towers.logits import scaled
@@ -44,6 +45,8 @@ def check_tower(tower: Tower, samples: Sequence[Sample] | None = None) -> dict[s
     samples: with an answer; pictures that differ, at best also a sample without and one with two pictures. Random ones
     when None. The model is saved and loaded once (in a temporary folder) and left as it was.
     """
+    if not tower.has_visual_tokens:
+        raise TowerError(f"{tower.lacks()}; it can only be a teacher of rows (`check_rows`)")
     with TemporaryDirectory() as folder, _kept_as_it_is(tower):
         samples = list(samples) if samples is not None else example_samples(Path(folder) / "pictures")
         inputs = tower.prepare(samples).to(tower.device)
@@ -54,7 +57,7 @@ def check_tower(tower: Tower, samples: Sequence[Sample] | None = None) -> dict[s
         }
         facts |= _check_targets(tower, samples)
         facts |= _check_visual_positions(tower, inputs)
-        facts |= _check_pixels(tower, samples, inputs)
+        facts |= _check_swapped(tower, samples)
         facts |= _check_prompts(tower, samples)
         facts |= _check_injection(tower, inputs)
         facts |= _check_padding(tower, samples, inputs)
@@ -64,6 +67,55 @@ def check_tower(tower: Tower, samples: Sequence[Sample] | None = None) -> dict[s
         facts |= _check_batches(tower, samples, answers)
         facts |= _check_saving(tower, samples, inputs, answers, Path(folder) / "model")
     return facts
+
+
+def check_rows(tower: Tower, samples: Sequence[Sample] | None = None) -> dict[str, Any]:
+    """Checks that a model works as a teacher of rows: its logits at the answers' rows; returns what was measured.
+
+    samples: as for `check_tower`, of which those that its family does not read (several pictures, or none) are left out.
+    """
+    with TemporaryDirectory() as folder, _kept_as_it_is(tower):
+        samples = list(samples) if samples is not None else example_samples(Path(folder) / "pictures")
+        samples, left_out = _readable(tower, samples)
+        facts: dict[str, Any] = {"samples": len(samples), "samples that it does not read": left_out}
+        facts |= _check_targets(tower, samples)
+        facts |= _check_swapped(tower, samples)
+        facts |= _check_rows(tower, samples)
+        answers = tower.answer(samples, max_new_tokens=NEW_TOKENS)
+        facts |= _check_batches(tower, samples, answers)
+    return facts
+
+
+def _readable(tower: Tower, samples: Sequence[Sample]) -> tuple[list[Sample], int]:
+    """Those that the tower prepares; raises TowerError where that is none with a picture."""
+    kept, why = [], ""
+    for sample in samples:
+        try:
+            tower.encode(sample)
+            kept.append(sample)
+        except SampleError as error:
+            why = why or str(error)
+    if not any(sample.images for sample in kept):
+        raise TowerError(f"no sample with a picture can be prepared: {why}")
+    return kept, len(samples) - len(kept)
+
+
+@torch.no_grad()
+def _check_rows(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Logits of the answers' rows, in a batch, are those of the model's own forward pass over each sample alone."""
+    inputs = tower.prepare(samples).to(tower.device)
+    ours = _logits(tower, tower.read(inputs, tower.see(inputs))[inputs.response])
+    own = []
+    for sample in samples:
+        alone = tower.prepare([sample]).to(tower.device)
+        logits = tower.model(**tower.arguments(alone)).logits[:, -alone.input_ids.shape[1] :]
+        own.append(logits[alone.response])
+    wanted = torch.cat(own).float()
+    real = wanted > torch.finfo(own[0].dtype).min / 8  # not those of tokens that the model forbids
+    difference = _same("rows", tower, torch.where(real, ours.float(), 0), torch.where(real, wanted, 0), "the model's own logits")
+    if not bool((ours[~real] < wanted[real].min()).all()):
+        raise TowerError("rows: tokens that the model forbids have logits like others")
+    return {"largest difference from the model's logits": difference}
 
 
 def example_samples(folder: Path) -> list[Sample]:
@@ -103,15 +155,10 @@ def _check_targets(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
             f"{sorted(tower.stop_ids)}. Use another chat template"
         )
     for sample in samples:
-        targets = tower.encode(sample).targets
-        ids = targets[targets >= 0].tolist()
-        said = tower.tokenizer.decode(ids, skip_special_tokens=True)
-        wanted = "".join(turn.text for turn in sample.turns if turn.role == "assistant")
-        if said.split() != wanted.split() and "".join(said.split()) != "".join(wanted.split()):
-            raise TowerError(
-                f"targets: sample {sample.id!r} is to answer {wanted!r}, its targets say {said!r}; the chat template or the "
-                "tokenizer changes answers. Use another chat template"
-            )
+        encoded = tower.encode(sample)
+        if wrong := tower.preparer.misread(sample, encoded):
+            raise TowerError(f"targets: {wrong}; the tokenizer changes answers. Use another one, or another chat template")
+        ids = encoded.targets[encoded.targets >= 0].tolist()
         if not tower.stop_ids.intersection(ids):
             raise TowerError(
                 f"targets: sample {sample.id!r} has no end among its targets {ids}; ends are {sorted(tower.stop_ids)}. Set "
@@ -133,11 +180,11 @@ def _check_visual_positions(tower: Tower, inputs: TowerInputs) -> dict[str, Any]
 
 
 @torch.no_grad()
-def _check_pixels(tower: Tower, samples: Sequence[Sample], inputs: TowerInputs) -> dict[str, Any]:
+def _check_swapped(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples that are shown each other's pictures compute something else."""
     pictured = [s for s in samples if len(s.images) == 1]
     if len(pictured) < 2:
-        return {"loss": _loss(tower, inputs)[0]}
+        return {"loss": _loss(tower, tower.prepare(samples).to(tower.device))[0]}
     swapped = [replace(s, images=pictured[i - 1].images) for i, s in enumerate(pictured)]
     (plain, rows), (permuted, other_rows) = (_loss(tower, tower.prepare(s).to(tower.device)) for s in (pictured, swapped))
     if math.isnan(plain) or torch.equal(rows, other_rows):  # rows, not losses: random weights may see but faintly

@@ -26,8 +26,9 @@ Results = dict[str, dict[str, Any]]
 def check_families(
     names: Sequence[str] = (), *, seconds: float = SECONDS, workers: int | None = None, progress: bool = True
 ) -> Results:
-    """Checks the families `names`, or all; returns `{family: {"ok": bool, "reason": str, "project": bool}}`.
+    """Checks the families `names`, or all; returns `{family: {"ok": bool, "rows": bool, "reason": str, "project": bool}}`.
 
+    ok: passes the contract of a full tower.  rows: that of a teacher of rows.
     reason: why a family does not pass; of one that passes, why it has no `project`, or "".  seconds: limit of each.
     workers: families at a time, as many as processor cores when None. Raises TowerError for a name that is no family.
     """
@@ -53,7 +54,13 @@ def families_table(results: Results) -> str:
     """What passes, what does not and why, as aligned lines with a count at the end."""
     width = max(map(len, results), default=0)
     lines = [f"{family:<{width}}  {_verdict(result)}" for family, result in results.items()]
-    return "\n".join([*lines, f"{sum(r['ok'] for r in results.values())} of {len(results)} families pass"])
+    return "\n".join([*lines, summary(results)])
+
+
+def summary(results: Results) -> str:
+    """How many pass."""
+    full, rows = (sum(result[key] for result in results.values()) for key in ("ok", "rows"))
+    return f"{full} of {len(results)} families pass as towers, {rows} as teachers of rows"
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -64,11 +71,11 @@ def write_results(results: Results, path: Path) -> None:
 
 def markdown_table(results: Results) -> str:
     """The table of models/README.md."""
-    rows = ["| family | tower contract | `project` |", "|---|---|---|"]
+    rows = ["| family | tower | teacher of rows | `project` |", "|---|---|---|---|"]
     for family, result in sorted(results.items()):
         passes = "passes" if result["ok"] else "no: " + _cell(result["reason"])
         projects = ("yes" if result["project"] else "no: " + _cell(result["reason"])) if result["ok"] else ""
-        rows.append(f"| `{family}` | {passes} | {projects} |")
+        rows.append(f"| `{family}` | {passes} | {'passes' if result['rows'] else 'no'} | {projects} |")
     return "\n".join(rows)
 
 
@@ -78,7 +85,7 @@ def _cell(text: str) -> str:
 
 def _verdict(result: dict[str, Any]) -> str:
     if not result["ok"]:
-        return "no: " + result["reason"]
+        return ("teacher of rows: " if result["rows"] else "no: ") + result["reason"]
     return "passes" if result["project"] else "passes, without project: " + result["reason"]
 
 
@@ -124,8 +131,8 @@ def _killed(process: Any, seconds: float) -> dict[str, Any]:
     return _refused(f"not done within {seconds:.0f} s")
 
 
-def _refused(reason: str) -> dict[str, Any]:
-    return {"ok": False, "reason": " ".join(reason.split())[:LONGEST_REASON], "project": False}
+def _refused(reason: str, rows: bool = False) -> dict[str, Any]:
+    return {"ok": False, "rows": rows, "reason": " ".join(reason.split())[:LONGEST_REASON], "project": False}
 
 
 def _check_one(family: str, pipe: Connection) -> None:
@@ -139,18 +146,25 @@ def _check_one(family: str, pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from mmkd.testing.contracts import NO_SWITCH, check_tower
+    from mmkd.testing.contracts import NO_SWITCH, check_rows, check_tower
     from mmkd.testing.tiny_families import tiny_family, why_no_tower
 
     if reason := why_no_tower(family):
         pipe.send(_refused(reason))
         return
+    rows = False
     try:
-        facts = check_tower(tiny_family(family))
+        tower = tiny_family(family)
+        check_rows(tower)
+        rows = True
+        if not tower.has_visual_tokens:
+            pipe.send(_refused(tower.lacks().partition(": ")[2], rows))
+            return
+        facts = check_tower(tower)
     except Exception as error:  # whatever a family's code raises is its reason; nowhere else is catching so broad right
         kind = "" if isinstance(error, TowerError) else f"{type(error).__name__}: "
-        pipe.send(_refused(f"{kind}{error}"))
+        pipe.send(_refused(f"{kind}{error}", rows))
         return
     switch = facts.get("visual switch", "yes")
     reason = "" if switch == "yes" else " ".join(switch.removeprefix(NO_SWITCH).split())[:LONGEST_REASON]
-    pipe.send({"ok": True, "reason": reason, "project": switch == "yes"})
+    pipe.send({"ok": True, "rows": rows, "reason": reason, "project": switch == "yes"})

@@ -70,9 +70,9 @@ def readme() -> str:
     from mmkd.testing.family_check import markdown_table
 
     results = families()
-    passing = sum(result["ok"] for result in results.values())
+    full, rows = (sum(result[key] for result in results.values()) for key in ("ok", "rows"))
     tables = "\n".join(f"## {kind.capitalize()}\n\n{_table(kind)}\n" for kind in KINDS)
-    head = README_FAMILIES.format(passing=passing, all=len(results))
+    head = README_FAMILIES.format(full=full, rows=rows, all=len(results))
     return README_HEAD + tables + head + markdown_table(results) + README_FOOT
 
 
@@ -119,8 +119,10 @@ them, `mmkd list models --search llava` those that match. Cards of your own go i
 README_FAMILIES = """
 # Families of transformers
 
-Which image-text families of transformers keep the tower contract: {passing} of {all}. Each was built with a tiny random
-configuration and its own processor classes. `project` says whether the visual switch and `feature_match` work with it.
+Of {all} image-text families of transformers {full} keep the contract of a tower, and {rows} that of a teacher of rows: their
+pictures need be no tokens of their text, and the terms that compare answers (KL, JSD, DBiLD and the like at `positions:
+response`) work with them, cached or not. Each was built with a tiny random configuration and its own processor classes.
+`project` says whether the visual switch and `feature_match` work with it.
 
 """
 README_FOOT = """

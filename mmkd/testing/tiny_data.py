@@ -14,8 +14,10 @@ class Tiny:
 
     begin: what its chat template begins with.  image: what it writes for a picture.
     tokens: special tokens by the names that configuration and processor know them by.  more_tokens: those without a name.
+    unnamed: of `tokens`, those that the tokenizer does not know by their names.  mapped: tokens that stand for pictures, which
+    the configuration's `vocabulary_map` names beside `tokens`.
     start: changes to the default configuration before it is shrunk.  config: after it.
-    processor, image_processor, video_processor: arguments of these classes.
+    processor, image_processor, video_processor: arguments of these classes.  images_kwargs: of the processor's every call.
     parts: other members of a processor, name -> (class, arguments).
     """
 
@@ -23,11 +25,14 @@ class Tiny:
     image: str = "<image>"
     tokens: dict[str, str] = field(default_factory=lambda: {"image_token": "<image>"})
     more_tokens: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
     start: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
     image_processor: dict[str, Any] = field(default_factory=dict)
     video_processor: dict[str, Any] = field(default_factory=dict)
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
     processor_class: str | None = None
     image_processor_class: str | None = None
     video_processor_class: str | None = None
@@ -53,6 +58,13 @@ _OMNI = {
     "image_processor_class": "Qwen2VLImageProcessor",
     "video_processor_class": "Qwen2VLVideoProcessor",
     "parts": {"feature_extractor": ("WhisperFeatureExtractor", {})},
+}
+_VQ = {"channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "latent_channels": 16, "embed_dim": 16}  # 8 pixels a token
+_QFORMER = {
+    "tokens": {"image_token": "<image>"},
+    "unnamed": ("image_token",),
+    "config": {"num_query_tokens": 4, "qformer_config": {"encoder_hidden_size": ENCODER_WIDTH, "cross_attention_frequency": 1}},
+    "processor": {"num_query_tokens": 4},
 }
 _VIDEO = {"image_token": "<image>", "video_token": "<video>"}
 _QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -125,21 +137,84 @@ def _gemma(**changes: Any) -> Tiny:
     return Tiny(**({"image": "<start_of_image>", "tokens": _GEMMA_TOKENS} | changes))
 
 
-# Families that are no towers although their classes have the arguments, and why.
-NO_TOWER = {
-    "blip-2": "its get_image_features gives the encoder's features, and a Q-Former stands between them and the text",
-    "instructblip": "its Q-Former reads the question with the picture, so a picture has no visual tokens of its own",
-    "instructblipvideo": "it reads videos, not pictures",
-    "chameleon": "pictures become discrete tokens by an argmax, through which no gradient reaches the encoder",
-    "emu3": "pictures become discrete tokens by an argmax, through which no gradient reaches the encoder",
-    "fuyu": "patches go into the language model by one matrix; there is no vision encoder",
-    "llama4": "it projects within its forward pass: what it takes are features of its encoder, not visual tokens",
-    "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
-    "granite4_vision": "pictures go into single layers of the language model only, none is a token of the prompt",
-    "shieldgemma2": "its processor asks for a verdict by policies of its own in place of the prompt",
-}
-
 TINY: dict[str, Tiny] = {
+    "blip": Tiny(image=""),
+    "git": Tiny(image=""),
+    "blip-2": Tiny(image="", **_QFORMER),
+    "instructblip": Tiny(image="", **_QFORMER),
+    "chameleon": Tiny(
+        tokens={"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"},
+        mapped=tuple("IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(number)) + "Z" for number in range(64)),
+        processor={"image_seq_length": 16},
+        config={"vq_config": {"resolution": PICTURE, **_VQ}},
+    ),
+    "emu3": Tiny(
+        tokens={
+            "image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>",
+            "image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>", "bos_token": "<bos>",
+        },
+        mapped=("<|extra_200|>", *(f"<|visual token {number:06}|>" for number in range(64))),
+        config={"vq_config": {"codebook_size": 64, "hidden_size": WIDTH, **_VQ}},
+    ),
+    "florence2": Tiny(
+        image="",
+        tokens={"image_token": "<image>", "bos_token": "<bos>"},
+        config={
+            "vision_config": {
+                "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True],
+                "embed_dim": [8, 16], "num_heads": [1, 2], "num_groups": [1, 2], "depths": [1, 1], "window_size": 2,
+                "projection_dim": WIDTH,
+            },
+            "text_config": {"vocab_size": 400},
+        },
+        image_processor={"image_seq_length": 17},
+    ),
+    "fuyu": Tiny(image="", more_tokens=("|SPEAKER|", "|NEWLINE|", "<0x04>", "<0x00>", "<s>")),
+    "granite4_vision": Tiny(
+        config={
+            "image_grid_pinpoints": PINPOINTS, "deepstack_layer_map": [[-1, 0], [0, 1]], "spatial_target_layers": [0, 0, 1, 1],
+            "vision_config": {"hidden_size": 64}, "downsample_rate": "1/2",
+        },
+        processor={"downsample_rate": "1/2"},
+    ),
+    "idefics": Tiny(more_tokens=("<fake_token_around_image>", "<end_of_utterance>")),
+    "kosmos-2": Tiny(
+        image="", processor_class="Kosmos2Processor", processor={"num_patch_index_tokens": 4},
+        config={"text_config": {"vocab_size": 400}, "latent_query_num": 64},
+    ),
+    "kosmos-2.5": Tiny(
+        image="", processor_class="Kosmos2_5Processor", processor={"num_image_tokens": 16},
+        images_kwargs={"max_patches": 64},
+        config={"latent_query_num": 16, "vision_config": {"patch_embed_hidden_size": 3 * PATCH**2}},
+        tokens={"image_token": "<s>", "boi_token": "<image>", "eoi_token": "</image>", "bos_token": "<bos>"},
+    ),
+    "llama4": Tiny(
+        image="<|image|>", tokens={"image_token": "<|patch|>"}, unnamed=("image_token",),
+        more_tokens=("<|image|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+        config={
+            "vision_config": {
+                "intermediate_size": 4 * ENCODER_WIDTH, "projector_input_dim": WIDTH, "projector_output_dim": WIDTH,
+                "vision_output_dim": WIDTH,
+            }
+        },
+    ),
+    "mllama": Tiny(
+        image="<|image|>",
+        tokens={"image_token": "<|image|>", "bos_token": "<bos>"},
+        config={
+            "vision_config": {
+                "intermediate_layers_indices": [0], "vision_output_dim": 2 * ENCODER_WIDTH, "num_global_layers": 1,
+                "max_num_tiles": 4,
+            },
+            "text_config": {"cross_attention_layers": [1]},
+        },
+    ),
+    "t5gemma2": _gemma(processor={"image_seq_length": 4}, config={"encoder": {"mm_tokens_per_image": 4}}),
+    "inkling_mm_model": Tiny(parts={"feature_extractor": ("InklingFeatureExtractor", {})}),
+    "smolvlm": Tiny(
+        more_tokens=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+        processor={"image_seq_len": 4},
+    ),
     "qwen2_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}, config={"vision_config": {"hidden_size": WIDTH}}),
     "qwen2_5_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}),
     "qwen3_vl": _qwen(start={"text_config": {"rope_parameters": _MROPE}}),

@@ -24,9 +24,10 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from mmkd.errors import TowerError
-from mmkd.testing.tiny_data import NO_TOWER, TINY, Tiny
+from mmkd.testing.tiny_data import TINY, Tiny
 from mmkd.testing.tiny_rules import DERIVED, IMAGE_PROCESSORS, PROCESSORS, RULES, TEXT_PARTS
 from mmkd.towers.assemble import train_tokenizer
+from mmkd.towers.families import REFUSED
 from mmkd.towers.tower import Tower
 
 TEMPLATE = (
@@ -45,25 +46,16 @@ def image_text_families() -> list[str]:
 
 
 def why_no_tower(family: str) -> str | None:
-    """The reason why a family has no tower structure, or None where it has one.
-
-    A tower gives its visual tokens (`get_image_features`) and takes others' in their place (`mm_encoder_outputs`).
-    """
+    """The reason why a family can be no tower, not even a teacher of rows, or None where it can."""
     if family not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise TowerError(f"{family!r} is no image-text family of transformers {transformers.__version__}")
-    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
-    model = getattr(transformers, name)
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        return f"no tower: {name} takes no visual tokens (mm_encoder_outputs)"
-    if family in NO_TOWER:
-        return f"no tower: {NO_TOWER[family]}"
-    return None
+    return f"no tower: {REFUSED[family]}" if family in REFUSED else None
 
 
 def tiny_family(family: str, seed: int = 0) -> Tower:
     """A tower of one family with random weights drawn from `seed`.
 
-    Raises TowerError for a family without tower structure, and whatever transformers raises for one that cannot be built.
+    Raises TowerError for a family that can be no tower, and whatever transformers raises for one that cannot be built.
     """
     if reason := why_no_tower(family):
         raise TowerError(reason)
@@ -89,6 +81,9 @@ def tiny_config(family: str, data: Tiny, tokenizer: Any) -> PreTrainedConfig:
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in data.tokens.items()}
     ids |= {name.removesuffix("_id"): getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     small = merged(with_ids(small, ids, len(tokenizer)), data.config)
+    if data.mapped:
+        known = (*data.mapped, *data.tokens.values())
+        small["vocabulary_map"] = {token: tokenizer.convert_tokens_to_ids(token) for token in known}
     small.pop("model_type", None)
     return AutoConfig.for_model(family, **small)
 
@@ -168,8 +163,10 @@ def _tokenizer(data: Tiny) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
 
     plain = _plain_tokenizer()
-    turns = ["<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>", *data.more_tokens]
-    named = {name: token for name, token in data.tokens.items() if name not in ("bos_token", "eos_token", "pad_token")}
+    turns = ["<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>", *data.more_tokens, *data.mapped]
+    turns += [token for name, token in data.tokens.items() if name in data.unnamed]
+    unnamed = ("bos_token", "eos_token", "pad_token", *data.unnamed)
+    named = {name: token for name, token in data.tokens.items() if name not in unnamed}
     specials = {
         "eos_token": data.tokens.get("eos_token", "<|end|>"),
         "pad_token": data.tokens.get("pad_token", "<|pad|>"),
@@ -196,6 +193,8 @@ def tiny_processor(family: str, data: Tiny, tokenizer: Any) -> Any:
     for attribute in kind.get_attributes():
         if attribute == "tokenizer":
             parts[attribute] = tokenizer
+        elif attribute.endswith("tokenizer"):
+            parts[attribute] = _tokenizer(Tiny())
         elif attribute == "image_processor":
             parts[attribute] = _image_processor(family, data)
         elif attribute == "video_processor":
@@ -210,6 +209,8 @@ def tiny_processor(family: str, data: Tiny, tokenizer: Any) -> Any:
     arguments = {key: value for key, value in PROCESSORS.items() if key in known} | data.processor
     processor = kind(**parts, **arguments)
     processor.chat_template = tokenizer.chat_template = template
+    if data.images_kwargs:  # what its class has for every call
+        processor.images_kwargs = {**getattr(processor, "images_kwargs", {}), **data.images_kwargs}
     return processor
 
 

@@ -24,6 +24,7 @@ from mmkd.towers.one_sample import preparing
 from mmkd.towers.protocol import TowerLike
 from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import decode_answers
+from mmkd.towers.tokenless import generate as own_generation
 from mmkd.towers.vision_cache import Key
 
 _SMALL = 4096  # elements; whatever is larger and of floating point is pixels
@@ -49,7 +50,9 @@ def generate(
     tower: TowerLike, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None
 ) -> list[str]:
     """Greedy answers of one batch."""
-    with evaluating(tower.model):
+    with evaluating(tower.model), tower.given_tokens():
+        if not tower.has_visual_tokens:
+            return _by_own_generation(tower, samples, max_new_tokens)
         encoded, tokens = _encode(tower, samples, cache)
         by_sample = tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
         keys = [tuple(ref.key for ref in sample.images) for sample in samples]
@@ -57,6 +60,14 @@ def generate(
         out = greedy(tower, prompts, max_new_tokens)  # [B, new]
     answers = decode_answers(tower.tokenizer, out.tolist())
     return [answer.strip() for answer in answers]  # templates may leave a space before the answer
+
+
+def _by_own_generation(tower: TowerLike, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+    """Greedy answers of a model without visual tokens, one sample at a time by transformers' own generation."""
+    inputs = tower.collate([tower.encode(sample, with_answer=False) for sample in samples]).to(tower.device)
+    options = {"pad_token_id": tower.pad_id, "eos_token_id": sorted(tower.stop_ids), "do_sample": False, "num_beams": 1}
+    rows = own_generation(tower.model, tower.preparer.family, inputs, max_new_tokens=max_new_tokens, **options)
+    return [answer.strip() for answer in decode_answers(tower.tokenizer, rows)]
 
 
 @torch.no_grad()
@@ -118,6 +129,8 @@ def _encode(
 ) -> tuple[list[Encoded], list[Tensor]]:
     """Prompts without pixels, and the visual tokens of all pictures in order; the encoder runs for new pictures only."""
     keys = [tuple(ref.key for ref in sample.images) for sample in samples]
+    if not tower.has_visual_tokens:
+        return [tower.encode(sample, with_answer=False) for sample in samples], []
     cache = {} if cache is None else cache
     known = {key: cache[key] for key in keys if key and key in cache}
     prepared: dict[Key, dict[str, Any] | None] = {}

@@ -38,36 +38,14 @@ from mmkd.registry import options_of
 from mmkd.towers.encoders import EncoderConfig, ReducedEncoder, WrappedEncoder, build_backbone, reduced_config
 from mmkd.towers.plugins import find
 from mmkd.towers.projectors import Matrices, Projector
+from mmkd.towers.templates import CHAT_TEMPLATES, IMAGE
 from mmkd.towers.tower import Tower
 from mmkd.towers.whole import load_beside, load_whole
 
 logger = logging.getLogger(__name__)
 
-IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
-_CONTENT = (
-    "{% macro content(m) %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
-)
-# Chat templates for language models, most of whose own templates know nothing of images.
-CHAT_TEMPLATES = {
-    # The space before an answer is the answer's: its first word is then the same token as within a sentence.
-    "simple": _CONTENT
-    + "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %} {{ content(m) }}<|end|>{% else %}{{ content(m) }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    "chatml": _CONTENT
-    + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ content(m) }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "llama3": _CONTENT
-    + "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ content(m) }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    "vicuna": _CONTENT
-    + "{% for m in messages %}{% if m.role == 'system' %}{{ content(m) }} {% elif m.role == 'user' %}USER: {{ content(m) }} "
-    "{% else %}ASSISTANT: {{ content(m) }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
-}
 _SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|pad|>"}
 _TURNS = ["<|system|>", "<|user|>", "<|assistant|>", IMAGE]
 

@@ -38,6 +38,18 @@ class Family:
     # The positions (of TowerInputs) that are of type 1 in `token_type_ids`: Gemma 3 lets the tokens of one picture see each
     # other, PaliGemma everything before the answer. None: it has no such input.
     token_types: str | None = None
+    chat_template: str | None = None  # a name of `mmkd.towers.templates`, for models that are published without one
+    # Models that can only be teachers of rows (see `mmkd.towers.tokenless`).
+    tokenless: str = ""  # why a picture is no tokens of the text; "" where it is
+    pictures: str = "any"  # how many of them a sample may have: "any", "some" (one at least), "one"
+    head: str = ""  # path of the head below the model, where transformers does not tell it
+    encoder_decoder: bool = False  # the prompt is read by an encoder, the answer by a decoder
+    forbidden: str = ""  # path of the token ids, below the model, that its logits never allow
+    generates: bool = True  # whether transformers' generation reads a prompt as the forward pass does
+    # Inputs along the text -> what stands in them behind the prompt: a number, or None for their last entry.
+    along: Mapping[str, int | None] = field(default_factory=dict)
+
+    inner_projector: bool = False  # projects within its forward pass: what it takes are features of its encoder
     # Further marks: argument -> the tokens (names in the configuration) that are of type 1.
     token_marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -45,12 +57,20 @@ class Family:
     @property
     def reads_ahead(self) -> bool:
         """Whether a token of the prompt sees what stands behind it in the prompt, so that no answer may stand there."""
-        return self.token_types == "answered"
+        return self.token_types == "answered" or self.encoder_decoder
 
+
+_LATENT = "pictures become latent queries within its forward pass"
+_CROSS = "its text attends to the picture's features in cross-attention layers"
+_DISCRETE = "pictures become discrete tokens by an argmax, through which no gradient reaches the encoder"
+_ENCODER = "pictures are read by the encoder of an encoder-decoder model, and its decoder writes the text"
 
 FAMILIES: dict[str, Family] = {
     "aria": Family("multi_modal_projector", stacked=True),
     "aya_vision": Family("multi_modal_projector", stacked=True),
+    "blip": Family(tokenless=_CROSS, pictures="one", generates=False, head="text_decoder.cls.predictions.decoder"),
+    "blip-2": Family(tokenless="a Q-Former stands between its encoder's features and the text", pictures="one"),
+    "chameleon": Family(tokenless=_DISCRETE, forbidden="model.vocabulary_mapping.image_tokens"),
     "cohere2_vision": Family("multi_modal_projector", stacked=True),
     "cohere_compass": Family("visual.merger", deepstack=True),
     "cosmos3_edge": Family("projector"),
@@ -59,16 +79,20 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl": Family("aligner", stacked=True),
     "deepseek_vl_hybrid": Family("aligner", stacked=True),
     "dots3_note": Family("vision_tower.merger"),
+    "emu3": Family(tokenless=_DISCRETE),
     "ernie4_5_vl_moe": Family(
         "resampler_model",
         token_marks={"moe_mm_token_type_ids": ("image_token_id", "image_start_token_id", "image_end_token_id")},
     ),
     "exaone4_5": Family("visual.merger"),
     "fast_vlm": Family("multi_modal_projector", stacked=True),
+    "florence2": Family(tokenless=_ENCODER, encoder_decoder=True, pictures="one"),
+    "fuyu": Family(tokenless="patches go into the language model by one matrix; there is no vision encoder", pictures="one"),
     "gemma3": Family("multi_modal_projector", stacked=True, token_types="visual"),
     "gemma3n": Family("embed_vision", stacked=True),
     "gemma4": Family("embed_vision"),
     "gemma4_unified": Family("embed_vision.multimodal_embedder"),
+    "git": Family(tokenless="the picture's features stand before the text, in no place of the prompt", pictures="one"),
     "glm46v": Family("visual.merger"),
     "glm4v": Family("visual.merger"),
     "glm4v_moe": Family("visual.merger"),
@@ -76,18 +100,25 @@ FAMILIES: dict[str, Family] = {
     "glm_ocr": Family("visual.merger"),
     "glmga": Family("visual.merger"),
     "got_ocr2": Family("multi_modal_projector", stacked=True),
+    "granite4_vision": Family(tokenless="pictures go into single layers of the language model only"),
     "granite_docling": Family("vision_model.connector", deepstack=True),
     "hunyuan_vl": Family("vision_tower.patch_merger"),
     "hyperclovax_vision_v2": Family("projector"),
+    "idefics": Family(tokenless=_CROSS, grouped=True, pictures="some", along={"image_attention_mask": None}),
     "idefics2": Family("connector", nested=True),
     "idefics3": Family("connector", nested=True),
     "inkling2": Family("vision_tower.merger"),
+    "inkling_mm_model": Family("vision_tower.final_norm", stacked=True),  # the place of its last layer is not always the same
+    "instructblip": Family(tokenless="its Q-Former reads the question with the picture", pictures="one"),
     "internvl": Family("multi_modal_projector", stacked=True),
     "janus": Family("aligner", stacked=True),
     "kimi_k25": Family("mm_projector"),
+    "kosmos-2": Family(tokenless=_LATENT, pictures="one", along={"image_embeds_position_mask": 0}),
+    "kosmos-2.5": Family(tokenless=_LATENT, pictures="one", along={"image_embeds_position_mask": 0}),
     "lfm2_vl": Family("multi_modal_projector"),
     "lfm3_vl": Family("multi_modal_projector"),
     "lighton_ocr": Family("vision_projection"),
+    "llama4": Family("multi_modal_projector", stacked=True, inner_projector=True),
     "llava": Family("multi_modal_projector"),
     "llava_next": Family("multi_modal_projector"),
     "llava_next_video": Family("multi_modal_projector"),
@@ -98,13 +129,14 @@ FAMILIES: dict[str, Family] = {
     "minimax_m3_vl": Family("multi_modal_projector"),
     "mistral3": Family("multi_modal_projector"),
     "mistral_large4": Family("multi_modal_projector", absolute=True),
+    "mllama": Family(tokenless=_CROSS, grouped=True, along={"cross_attention_mask": None}),
     "molmo2": Family("multi_modal_projector", indexed={"image_token_pooling": "pixel_values"}),
     "muse_glimmer": Family(("vision_adapter", "vision_projection", "perception_emb_norm")),
     "muse_spark": Family(("vision_adapter", "vision_projection", "perception_emb_norm")),
     "nemotron_h_omni": Family("multi_modal_projector"),
     "ovis2": Family("visual_embeddings_table", stacked=True, indicators=True),
     "paddleocr_vl": Family("projector"),
-    "paligemma": Family("multi_modal_projector", stacked=True, token_types="answered"),
+    "paligemma": Family("multi_modal_projector", stacked=True, token_types="answered", chat_template="paligemma"),
     "perception_lm": Family("multi_modal_projector", stacked=True),
     "pp_chart2table": Family("multi_modal_projector", stacked=True),
     "qianfan_ocr": Family("multi_modal_projector", stacked=True),
@@ -119,10 +151,25 @@ FAMILIES: dict[str, Family] = {
     "qwen4_exp": Family("visual.merger"),
     "smolvlm": Family("connector", nested=True),
     "step3p7": Family("multi_modal_projector"),
+    "t5gemma2": Family(tokenless=_ENCODER, encoder_decoder=True, grouped=True),
     "unlimited_ocr": Family("multi_modal_projector"),
     "video_llama_3": Family("projector"),
     "video_llava": Family("multi_modal_projector", stacked=True),
     "vipllava": Family("multi_modal_projector", stacked=True),
+}
+
+# Families that transformers counts among image-text models and that can be no tower, not even a teacher of rows, and why.
+REFUSED: dict[str, str] = {
+    "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
+    "evolla": "it reads proteins, not pictures",
+    "instructblipvideo": "it reads videos, not pictures",
+    "mistral4": "it is a language model alone, which reads no pictures; those with a vision encoder are mistral3",
+    "pi0": "it gives the movements of a robot and no text",
+    "pix2struct": "its question is drawn into the picture and no part of its text",
+    "pp_formulanet": "it transcribes formulas and reads no question",
+    "shieldgemma2": "its processor asks for a verdict by policies of its own in place of the prompt",
+    "udop": "it wants the place of every word on the page, which OCR must find first",
+    "vision-encoder-decoder": "its decoder begins with the picture alone and reads no question",
 }
 
 # Inputs that say how a picture lies in patches: tokens are placed by them, beside ids and masks.

@@ -37,6 +37,8 @@ class TowerInputs:
     visual: Tensor  # [B, L] bool, the position holds a visual token
     pixels: dict[str, Tensor]
     images: list[int]  # images of each sample, in order
+    # In place of `pixels`, what each sample has of them, for families that read samples apart (`mmkd.towers.tokenless`).
+    each: list[dict[str, Tensor]] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TowerInputs:
         move = {
@@ -44,13 +46,15 @@ class TowerInputs:
             for name in ("input_ids", "attention_mask", "targets", "visual")
         }
         pixels = {k: v.to(device, non_blocking=non_blocking) for k, v in self.pixels.items()}
-        return replace(self, **move, pixels=pixels)
+        each = [{k: v.to(device, non_blocking=non_blocking) for k, v in own.items()} for own in self.each]
+        return replace(self, **move, pixels=pixels, each=each)
 
     def pin_memory(self) -> TowerInputs:
         """The batch in page-locked memory, from which `non_blocking` copies are."""
         names = ("input_ids", "attention_mask", "targets", "visual")
         pixels = {name: tensor.pin_memory() for name, tensor in self.pixels.items()}
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names}, pixels=pixels)
+        each = [{name: tensor.pin_memory() for name, tensor in own.items()} for own in self.each]
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names}, pixels=pixels, each=each)
 
     @property
     def answer(self) -> Tensor:

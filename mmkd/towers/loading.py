@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import mmkd.towers.encoders  # noqa: F401  registers the encoders that transformers does not know
 from mmkd.errors import TowerError
@@ -17,12 +18,17 @@ from mmkd.towers.whole import load_beside, load_whole
 
 
 def load_model_and_processor(
-    folder: str | Path, *, dtype: torch.dtype | str = "auto", quantise: str | None = None, trust_remote_code: bool = False
-) -> tuple[nn.Module, Any]:
+    folder: str | Path, *, dtype: torch.dtype | str = "auto", quantise: str | None = None, trust_remote_code: bool = False,
+    attn_implementation: str | None = None, device: torch.device | None = None,
+) -> tuple[nn.Module, Any]:  # fmt: skip
     """An image-text model and its processor (see `Tower.load`). Raises TowerError where there is none."""
     extra: dict[str, Any] = {}
     if quantise is not None:
         extra["quantization_config"] = _quantisation(quantise)
+    if attn_implementation is not None:
+        extra["attn_implementation"] = attn_implementation
+    if device is not None and device.type != "cpu" and not is_deepspeed_zero3_enabled():  # ZeRO-3 places weights itself
+        extra["device_map"] = {"": device}
     what = "image-text model"
     model = load_whole(AutoModelForImageTextToText, folder, what, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
     return model, load_beside(AutoProcessor, folder, what, trust_remote_code=trust_remote_code)
@@ -44,9 +50,26 @@ def dtype_of(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
 
 
+def half_of(precision: str) -> torch.dtype | None:
+    """The dtype of a stage's autocast by its `precision`; None for float32, which has none."""
+    return None if precision == "float32" else getattr(torch, precision)
+
+
 def device_of_process() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    """This process's GPU, made its current one, or the CPU where there is none.
+
+    Raises TowerError where the processes of this host are more than its GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        raise TowerError(
+            f"process {index} of this host (LOCAL_RANK, counted from 0) needs a GPU of its own, but {count} can be seen here; "
+            "start as many processes as there are GPUs, or let every process see all of them (CUDA_VISIBLE_DEVICES)"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 class _HasModel(Protocol):
@@ -56,8 +79,9 @@ class _HasModel(Protocol):
 Loaded = TypeVar("Loaded", bound=_HasModel)
 
 
-def to_device(tower: Loaded, quantise: str | None = None) -> Loaded:
-    """The tower on this process's GPU, if there is one; quantised weights are there already."""
-    if quantise is None:
-        tower.model.to(device_of_process())
+def to_device(tower: Loaded) -> Loaded:
+    """The tower on this process's GPU, if there is one; what was loaded straight onto it stays, quantised weights too."""
+    device = device_of_process()
+    if next(tower.model.parameters()).device != device:
+        tower.model.to(device)
     return tower

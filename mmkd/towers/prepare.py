@@ -12,8 +12,10 @@ import copy
 import hashlib
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import torch
@@ -21,18 +23,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmkd.errors import DataError, SampleError, TowerError
+from mmkd.errors import SampleError, TowerError
 from mmkd.towers.chat import Chat, Facts
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
 from mmkd.towers.samples import Sample, Turn
+from mmkd.towers.templates import dated, template_of
 from mmkd.towers.thinking import holds_thinking, opening_of, without_thinking
+from mmkd.towers.tokenless import for_decoder
 from mmkd.towers.tokens import Controls, Guard, MarkedTokenizer, TextTokenizer, control_strings
 
 logger = logging.getLogger(__name__)
 
-# What a processor gives beside pixels.
-_NO_PIXELS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"})
+# What a processor gives beside pixels; and marks of tokens, whose names end so.
+_NO_PIXELS = frozenset({"input_ids", "attention_mask", "labels"})
+_TOKEN_MARKS = "token_type_ids"
+NO_TOKEN = -1  # an id that no token has
 # What of a processor decides how many tokens a picture becomes.
 _TOKEN_COUNTS = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_length")
 
@@ -42,13 +48,14 @@ class _Met:
 
     def __init__(self, preparer: Preparer, template: str):
         processor, tokenizer = preparer.processor, preparer.tokenizer
-        self.chat = Chat(processor, template, thinking=preparer.thinking)
+        self.chat = Chat(processor, dated(template, preparer.day), thinking=preparer.thinking)
         self.facts: Facts = self.chat.facts
         self.controls = Controls(control_strings(processor, template))
         self.words = TextTokenizer(tokenizer, self.controls)
         guard = Guard(self.controls)
-        last = max((found.start() for found in self.controls.own.finditer(self.facts.generation)), default=0)
-        self.tail = self.facts.generation[last:]  # what an answer's tokens depend on
+        last = max((found.start() for found in self.controls.own.finditer(self.facts.generation)), default=None)
+        # What an answer's tokens depend on. Some tokenizers put a space of their own before a text without a control token.
+        self.tail = self.facts.generation.lstrip() if last is None else self.facts.generation[last:]
         self.tail_ids = self.words.ids(self.tail, guard) if self.tail else []
         self.newline_ids = self.words.ids("\n", guard)
         self.end, self.trailer = self._ends(preparer)
@@ -79,12 +86,14 @@ class _Met:
 class Preparer:
     """Prepares samples for one model by its own processor. Of the model it reads configurations, no weights.
 
-    thinking: whether thinking is a target (see `mmkd.towers.options.TowerOptions`).
+    thinking: whether thinking is a target (see `mmkd.towers.options.Reading`).  day: what a template that prints a date prints.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, *, max_length: int, thinking: bool | None = None):
+    def __init__(
+        self, model: nn.Module, processor: Any, *, max_length: int, thinking: bool | None = None, day: date | None = None
+    ):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.thinking = thinking
+        self.thinking, self.day = thinking, day or date.today()
         self._model = model
         self._kind = model.config.model_type
         self.family = family_of(self._kind)
@@ -94,9 +103,9 @@ class Preparer:
         if template_of(processor) is None:
             raise TowerError(
                 f"{type(processor).__name__} has no chat template; give the tower one by its key `chat_template` (a file or the "
-                "template itself), or assemble it with a template of mmkd.towers.assemble.CHAT_TEMPLATES"
+                "template itself), or assemble it with a template of mmkd.towers.templates.CHAT_TEMPLATES"
             )
-        self.image_token_id = _image_token_id(model, processor)
+        self.image_token_id = _image_token_id(model, processor, needed=not self.family.tokenless)
 
     @property
     def _met(self) -> _Met:
@@ -202,6 +211,31 @@ class Preparer:
         _, lead, answer = self._around_thinking(met.facts, answer.strip())
         return [*met.answer_ids(lead + guard.hide(answer), guard), met.end]
 
+    def misread(self, sample: Sample, encoded: Encoded) -> str | None:
+        """How the targets of a prepared sample, decoded, differ from its answers; None where they are these and their ends.
+
+        White space around an answer is the template's, and a tokenizer may compose letters and their accents (NFC).
+        """
+        met = self._met
+        rows = (encoded.targets != IGNORE).nonzero().flatten().tolist()
+        runs: list[list[int]] = []
+        for number, row in enumerate(rows):
+            if number == 0 or row != rows[number - 1] + 1 or int(encoded.targets[rows[number - 1]]) == met.end:
+                runs.append([])
+            runs[-1].append(int(encoded.targets[row]))
+        answers = [turn.text for turn in self._with_own_thinking(sample).turns if turn.role == "assistant"]
+        if len(runs) < len(answers):  # earlier ones are not learned, which was told
+            runs, answers = runs[-1:], answers[-1:]
+        for run, answer in zip(runs, answers, strict=True):
+            _, lead, wanted = self._around_thinking(met.facts, answer.strip())
+            said = self.tokenizer.decode(run[:-1] if run[-1] == met.end else run, clean_up_tokenization_spaces=False)
+            said, wanted = (unicodedata.normalize("NFC", text.strip()) for text in (said, lead + wanted))
+            if said != wanted and not (encoded.truncated and run is runs[-1] and wanted.startswith(said.rstrip("\ufffd"))):
+                return f"sample {sample.id!r} is to answer {wanted!r}, its targets say {said!r}"
+            if run[-1] != met.end and not encoded.truncated:
+                return f"sample {sample.id!r} has no end behind the answer {wanted!r}"
+        return None
+
     def _answer_of(self, sample: Sample) -> str:
         answer = sample.answer.strip()
         if not answer:
@@ -228,24 +262,25 @@ class Preparer:
         self, met: _Met, sample: Sample, pictures: list, guard: Guard, *, marked: bool = False, cut: int = 0
     ) -> tuple[list[int], dict[str, Tensor], list[int | None]]:
         """Token ids of a prompt, placeholders expanded by the processor, its pixels, and where marked answers begin and end."""
+        self._check_count(sample)
         text = met.chat.render(sample.prompt_turns, guard.hide, prompt=True, marked=marked, name=sample.id)
         text = text[: len(text) - cut]
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         reader = MarkedTokenizer(met.words, guard)
-        try:
-            batch = self._processed(text, pictures, special, reader if marked or guard.hidden else None)
-        except DataError as error:
-            raise SampleError(f"sample {sample.id!r}: {error}") from error
-        except Exception as error:  # whatever a processor raises
-            raise SampleError(
-                f"sample {sample.id!r} cannot be prepared by {type(self.processor).__name__}: {type(error).__name__}: {error}"
-            ) from error
+        batch = self._processed(text, pictures, special, reader if marked or guard.hidden else None)
         ids = batch["input_ids"][0].tolist()
-        pixels = {k: torch.as_tensor(v) for k, v in batch.items() if k not in _NO_PIXELS} if pictures else {}
+        pixels = _pixels_of(batch) if pictures else {}
         if self.family.nested:
             pixels = {k: v.transpose(0, 1) for k, v in pixels.items()}
         return ids, pixels, reader.borders if reader.ids == ids else []
+
+    def _check_count(self, sample: Sample) -> None:
+        """Raises SampleError for more or fewer pictures than the family reads."""
+        count, takes = len(sample.images), self.family.pictures
+        if (takes == "one" and count != 1) or (takes == "some" and not count):
+            how = "exactly one picture" if takes == "one" else "at least one picture"
+            raise SampleError(f"sample {sample.id!r} has {count} pictures, and {self._kind!r} reads {how} with a text")
 
     def _processed(self, text: str, pictures: list, special: bool, reader: MarkedTokenizer | None) -> Any:
         processor = self.processor
@@ -260,8 +295,11 @@ class Preparer:
         if self._takes_text:
             return processor(text=[text], return_tensors="pt", add_special_tokens=special)
         # A processor that wants a picture: what it writes around a text is what is left without the picture's tokens.
+        image = getattr(self.processor, "image_token", None)
+        if image is None:
+            return processor.tokenizer([text], return_tensors="pt", add_special_tokens=special)
         blank = Image.new("RGB", (64, 64))
-        batch = processor(text=[processor.image_token + text], images=[blank], return_tensors="pt", add_special_tokens=special)
+        batch = processor(text=[image + text], images=[blank], return_tensors="pt", add_special_tokens=special)
         ids = batch["input_ids"]
         return {"input_ids": ids[ids != self.image_token_id][None]}
 
@@ -316,7 +354,15 @@ class Preparer:
             ids, wanted = ids[: self.max_length], wanted - kept
         else:
             wanted = 0
-        return Encoded(sample.id, torch.tensor(ids), torch.tensor(targets), pixels, len(sample.images), truncated=wanted)
+        encoded = Encoded(sample.id, torch.tensor(ids), torch.tensor(targets), pixels, len(sample.images), truncated=wanted)
+        return for_decoder(encoded, self._decoder_start) if self.family.encoder_decoder else encoded
+
+    @property
+    def _decoder_start(self) -> int:
+        """The token that the decoder of an encoder-decoder model begins with."""
+        configs = (self._model.generation_config, self._model.config, self._model.config.get_text_config(decoder=True))
+        starts = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id") for config in configs]
+        return next((start for start in starts if start is not None), self.pad_id)
 
     # ---- visual positions ------------------------------------------------------------------------------------------------
 
@@ -365,14 +411,20 @@ class Preparer:
             attention_mask=mask,
             targets=stack([e.targets for e in encoded], IGNORE),
             visual=(input_ids == self.image_token_id) & mask.bool(),
-            pixels=self._joined([e.pixels for e in encoded]),
+            pixels={} if self.family.tokenless else self._joined([e.pixels for e in encoded]),
             images=[e.images for e in encoded],
+            each=[e.pixels for e in encoded] if self.family.tokenless else [],
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, target in self.family.indexed.items():
             pixels = _counted_on(pixels, name, target)
         return _concatenate(pixels, wide=self.family.wide)
+
+
+def _pixels_of(batch: Any) -> dict[str, Tensor]:
+    given = {k: v for k, v in batch.items() if k not in _NO_PIXELS and not k.endswith(_TOKEN_MARKS)}
+    return {k: torch.as_tensor(v) for k, v in given.items()}
 
 
 def _concatenate(pixels: Sequence[dict[str, Tensor]], wide: bool) -> dict[str, Tensor]:
@@ -407,17 +459,11 @@ def _same_shape(tensors: list[Tensor]) -> list[Tensor]:
     return [F.pad(t, [n for gap in reversed(gaps) for n in (0, gap)]) for t, gaps in zip(tensors, missing, strict=True)]
 
 
-def template_of(processor: Any) -> str | None:
-    """The chat template of a processor, or else of its tokenizer; of several named ones the default."""
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default") or next(iter(template.values()), None)
-    return template
-
-
-def _image_token_id(model: nn.Module, processor: Any) -> int:
+def _image_token_id(model: nn.Module, processor: Any, needed: bool) -> int:
     for owner in (model.config, processor):
         token = getattr(owner, "image_token_id", None)
         if token is not None:
             return token
+    if not needed:
+        return NO_TOKEN
     raise TowerError(f"{type(model).__name__} names no image token; it is not an image-text model that a tower can wrap")

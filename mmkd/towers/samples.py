@@ -89,6 +89,10 @@ class Sample:
         count = sum(turn.role == "assistant" for turn in self.turns)
         return min(count, 1) if self.last_only else count
 
+    def by_answer(self) -> list[Sample]:
+        """A sample for each of its answers; the sample itself where it has but one."""
+        return [self.up_to_answer(number) for number in range(self.answers)] if self.answers > 1 else [self]
+
     def up_to_answer(self, number: int) -> Sample:
         """The sample with its answer `number` (from 0) as the last turn and the only target, behind what was said before."""
         places = [place for place, turn in enumerate(self.turns) if turn.role == "assistant"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,9 +10,11 @@ from pydantic import Field, model_validator
 from mmkd.base.schema import Strict, is_default, is_number, one_of
 from mmkd.errors import did_you_mean, shown
 from mmkd.registry import options_of, registry
+from mmkd.towers.reading import Reading
 
 Side = Annotated[int, Field(gt=0, le=2**14)]  # pixels
 PARTS = ("vision", "projector", "language")
+Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
 class VisionConfig(Strict):
@@ -79,11 +82,27 @@ class AssembleSpec(Strict):
         return self
 
 
-class StudentSpec(Strict):
+class ReadingSpec(Strict):
+    """How a tower reads samples, where that is not as its folder says (`mmkd.towers.options.Reading`)."""
+
+    processor: dict[str, Any] = Field(default_factory=dict, exclude_if=is_default({}))  # options, such as max_pixels
+    chat_template: str | None = Field(None, exclude_if=is_default(None))  # a file, a template or a name of ours
+    template: dict[str, Any] = Field(default_factory=dict, exclude_if=is_default({}))  # arguments, such as enable_thinking
+    thinking: bool | None = Field(None, exclude_if=is_default(None))  # whether thinking is a target; None: what answers hold
+    date: dt.date | None = Field(None, exclude_if=is_default(None))  # what a template that prints the day prints; None: today
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.processor, self.chat_template, self.template, self.thinking, self.date)
+
+
+class StudentSpec(ReadingSpec):
     model: str | None = None
     assemble: AssembleSpec | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
+    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
+    attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
 
     @model_validator(mode="after")
     def one_origin(self) -> StudentSpec:

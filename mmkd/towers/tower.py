@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import MutableMapping, Sequence
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, reduce
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,18 @@ from mmkd.errors import TowerError
 from mmkd.towers import answering
 from mmkd.towers.experts import idle_parameters
 from mmkd.towers.export import merged
-from mmkd.towers.families import GRIDS, LANGUAGE_NAMES, VISION_NAMES, family_of
+from mmkd.towers.families import GRIDS, LANGUAGE_NAMES, REFUSED, VISION_NAMES, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, Seen, TowerInputs, VisualTokens, split_features, split_tokens
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.one_sample import preparing
+from mmkd.towers.options import configured
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
+from mmkd.towers.reading import AS_SAVED, Reading
 from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import ends_within
+from mmkd.towers.tokenless import arguments_of, as_dtype, hidden_states, identity, joined, nothing_of
 from mmkd.towers.whole import blamed
 
 __all__ = ["IGNORE", "Encoded", "Seen", "Tower", "TowerInputs", "VisualTokens"]
@@ -43,11 +47,15 @@ __all__ = ["IGNORE", "Encoded", "Seen", "Tower", "TowerInputs", "VisualTokens"]
 class Tower:
     """A transformers image-text model with its processor, as teacher or student."""
 
-    def __init__(self, model: nn.Module, processor: Any, *, max_length: int = 2048):
+    def __init__(self, model: nn.Module, processor: Any, *, max_length: int = 2048, reading: Reading = AS_SAVED):
+        if (kind := model.config.model_type) in REFUSED:
+            raise TowerError(f"{kind!r} can be no tower: {REFUSED[kind]}; take another model")
         self.model = model
-        self.processor = processor
+        self.processor = configured(processor, model.config.model_type, reading)
         self.tokenizer = processor.tokenizer
-        self.preparer = Preparer(model, processor, max_length=max_length)
+        self.preparer = Preparer(
+            model, self.processor, max_length=max_length, thinking=reading.thinking, day=reading.date
+        )
         self._family = family_of(model.config.model_type)
 
     # ---- making, saving ------------------------------------------------------------------------------------------
@@ -60,17 +68,23 @@ class Tower:
         dtype: torch.dtype | str = "auto",
         quantise: str | None = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        device: torch.device | None = None,
         max_length: int = 2048,
+        reading: Reading = AS_SAVED,
     ) -> Tower:
         """A tower from a transformers folder or hub id. `quantise` is "8bit" or "4bit" (bitsandbytes).
 
+        attn_implementation: as transformers names it.  device: where the weights go, straight from their files; None for the CPU.
+        reading: options of the processor, the chat template and its arguments, and thinking, where not as the folder says.
         Raises TowerError where no image-text model can be loaded.
         """
         options = {"dtype": dtype, "quantise": quantise, "trust_remote_code": trust_remote_code}
+        options |= {"attn_implementation": attn_implementation, "device": device}
         parts = load_model_and_processor(folder, **options)
         with blamed(f"the model {str(folder)!r}"):
-            tower = cls(*parts, max_length=max_length)
-            tower.pad_id, tower.stop_ids, tower.image_token_id  # noqa: B018  what every batch needs
+            tower = cls(*parts, max_length=max_length, reading=reading)
+            tower.pad_id, tower.stop_ids  # noqa: B018  what every batch needs
         return tower
 
     def save(self, folder: str | Path) -> None:
@@ -92,8 +106,20 @@ class Tower:
         return part_named(self.base, VISION_NAMES, "vision encoder")
 
     @property
+    def has_visual_tokens(self) -> bool:
+        """Whether pictures are tokens of its text, which another encoder's can stand in for; else it only gives rows."""
+        return not self._family.tokenless
+
+    def lacks(self) -> str:
+        """Why it has no visual tokens, for messages; "" where it has."""
+        why = self._family.tokenless
+        return f"{self.model.config.model_type!r} has no visual tokens: {why}" if why else ""
+
+    @property
     def projector_path(self) -> str | tuple[str, ...]:
         """Path of the projector below `base`. Raises TowerError for a family whose projector is not known."""
+        if not self.has_visual_tokens:
+            raise TowerError(f"{self.lacks()}; it can only be a teacher of rows")
         if self._family.projector is None:
             kind = self.model.config.model_type
             raise TowerError(f"where {kind!r} keeps its projector is not known; add it to mmkd.towers.families.FAMILIES")
@@ -112,8 +138,21 @@ class Tower:
 
     @property
     def head(self) -> nn.Module:
+        if self._family.head:
+            return self.model.get_submodule(self._family.head)
         own = self.model.get_output_embeddings()
         return own if own is not None else self.language.get_output_embeddings()
+
+    @cached_property
+    def head_bias(self) -> Tensor | None:
+        """What is added to the head's products: its bias, and less than any logit for tokens that the model forbids. [V]"""
+        if not self._family.forbidden:
+            return self.head.bias
+        weight = self.head.weight
+        bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        ids = reduce(getattr, self._family.forbidden.split("."), self.model)
+        bias[torch.as_tensor(ids, device=bias.device)] = max(-1e30, torch.finfo(bias.dtype).min / 4)
+        return bias if self.head.bias is None else bias + self.head.bias.detach()
 
     @cached_property
     def logit_rule(self) -> LogitRule:
@@ -130,6 +169,8 @@ class Tower:
 
     def part_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Parameters by part: "vision", "projector", "language" (with embeddings and head)."""
+        if not self.has_visual_tokens:  # a teacher of rows is not taken apart
+            return {"vision": [], "projector": [], "language": list(self.model.named_parameters())}
         return parameters_by_part(self.model, self.vision, self.projector)
 
     def parameter_count(self) -> dict[str, int]:
@@ -246,12 +287,14 @@ class Tower:
 
     def see(self, inputs: TowerInputs) -> Seen:
         """Images -> vision features before the projector and visual tokens after it, one entry an image."""
-        if not inputs.pixels:
+        if not inputs.pixels:  # also where a picture is no tokens: such a model sees within `read`
             return Seen([], [])
         dtype = next(self.vision.parameters()).dtype
         pixels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.pixels.items()}
         with first_input(self.projector) as captured:
             output = self.base.get_image_features(**pixels, return_dict=True)
+            if self._family.inner_projector:
+                output.pooler_output = self.projector(output.last_hidden_state).flatten(0, -2)
         tokens = split_tokens(output.pooler_output, inputs)
         if layers := getattr(output, "deepstack_features", None):
             tokens = [torch.cat([token, *more], dim=-1) for token, *more in zip(tokens, *layers, strict=True)]
@@ -274,7 +317,12 @@ class Tower:
     # ---- read ----------------------------------------------------------------------------------------------------
 
     def read(self, inputs: TowerInputs, visual_tokens: Sequence[Tensor] | Seen) -> Tensor:
-        """Text and visual tokens -> last hidden states before the head. [B, L, D]"""
+        """Text and visual tokens -> last hidden states before the head. [B, L, D]
+
+        Of a family without visual tokens: text and the inputs' own pictures, by its ordinary forward pass.
+        """
+        if not self.has_visual_tokens:
+            return hidden_states(self.model, self.head, self._family, inputs)
         arguments = {
             "input_ids": inputs.input_ids,
             "attention_mask": inputs.attention_mask,
@@ -287,18 +335,33 @@ class Tower:
             arguments["position_ids"] = (inputs.attention_mask.cumsum(-1) - 1).clamp(min=0)
         if self.base is not self.model:
             return self.base(**arguments).last_hidden_state
-        with first_input(self.head) as captured:  # a family whose head cannot be left away
+        with first_input(self.head) as captured, nothing_of(self.head), self.given_tokens():  # its head cannot be left away
             self.model(**arguments)
         return captured[0]
+
+    def arguments(self, inputs: TowerInputs) -> dict[str, Any]:
+        """The arguments of the model's own forward pass over a batch with its own pictures; samples of a family without visual
+        tokens must be alike."""
+        text = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+        if not self.has_visual_tokens:
+            beside = joined(inputs.each, self._family, inputs.input_ids.shape[1])
+            return arguments_of(self.model, self._family, text, beside)
+        return {**text, "use_cache": False, **as_dtype(inputs.pixels, self.model), **self.layout(inputs)}
+
+    def given_tokens(self) -> AbstractContextManager[None]:
+        """While the model is given visual tokens: one that projects within its forward pass leaves them as they are."""
+        return identity(self.projector) if self._family.inner_projector else nullcontext()
 
     def encoder_outputs(self, tokens: Sequence[Tensor] | Seen) -> dict[str, Any]:
         """Visual tokens in the form in which transformers takes them; {} when there is no image."""
         if isinstance(tokens, Seen):
-            if tokens.output is not None:
+            if tokens.output is not None and not self._family.inner_projector:
                 return {"image": tokens.output}
             tokens = tokens.tokens
         if not len(tokens):
             return {}
+        if self._family.inner_projector:
+            return {"image": VisualTokens(last_hidden_state=torch.cat(list(tokens))[None])}
         pooled, layers = self._deepstack(tokens)
         stacked = torch.cat(pooled)[None] if self._family.stacked else pooled
         indicators = self._indicators() if self._family.indicators else None

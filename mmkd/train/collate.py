@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import COUNTS
 from mmkd.errors import DataError, SampleError
@@ -53,7 +54,8 @@ class PairDataset(Dataset):
         self.truncated: dict[str, int] = {}  # answer tokens that did not fit, by sample
         self._kept: dict[int, Pair] = {}
         self._pixels: dict[bytes, Tensor] = {}
-        self._free = memory // max(1, workers)  # each worker keeps what it prepared
+        # Each worker keeps what it prepared; of a set that is too large to be read at once nothing comes again soon.
+        self._free = 0 if is_lazy(samples) else memory // max(1, workers)
 
     @property
     def collator(self) -> Collator:
@@ -81,7 +83,7 @@ class PairDataset(Dataset):
 
     def next_usable(self, index: int) -> Pair:
         """The first sample behind `index` that can be prepared; after the last comes the first. Raises DataError."""
-        for step in range(1, len(self)):
+        for step in range(1, len(self) + 1):
             pair = self[(index + step) % len(self)]
             if isinstance(pair, Pair):
                 return pair

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # A teacher's loss must rise by this share of it, and by so much, when it is shown other pictures.
 HARDLY, LEAST = 0.02, 0.01
 
+LOOKED_THROUGH = 50_000  # samples in which those with pictures are looked for
+
 
 def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_matter: bool, teacher_is_better: bool) -> dict:
     """Runs the guards on some training samples; returns what was measured, raises GuardError when one fails."""
@@ -114,12 +116,16 @@ def _brief(names: list[str]) -> str:
 
 
 def _some(dataset: PairDataset, samples: int) -> tuple[list[Sample], list[Pair]]:
-    """Samples spread over the data set, those with pictures first choice, and the same prepared; others are left out."""
-    pictured = [i for i, s in enumerate(dataset.samples) if s.images] or list(range(len(dataset.samples)))
+    """Samples spread over the data set, those with pictures first choice, and the same prepared; skipped ones left out."""
+    places = range(0, len(dataset), max(1, len(dataset) // LOOKED_THROUGH))  # all of them, but of a large set
+    pictured = [i for i in places if dataset.samples[i].images] or list(places)
     step = max(1, len(pictured) // samples)
-    found = [(dataset.samples[i], dataset[i]) for i in pictured[::step][:samples]]
-    usable = [(sample, pair) for sample, pair in found if isinstance(pair, Pair)]
-    return [sample for sample, _ in usable], [pair for _, pair in usable]
+    found = [(i, dataset[i]) for i in pictured[::step][:samples]]
+    kept = {i: pair for i, pair in found if isinstance(pair, Pair)}
+    if not kept:
+        usable = next((i for i in range(len(dataset)) if isinstance(dataset[i], Pair)), 0)
+        kept = {usable: dataset.next_usable(usable - 1)}  # which says so where there is none
+    return [dataset.samples[i] for i in kept], list(kept.values())
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from mmkd.errors import did_you_mean
 from mmkd.registry import registry
 from mmkd.terms.spec import TermSpec
 from mmkd.towers.spec import PARTS
+from mmkd.train.optimisers import OPTIMISERS
 
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
@@ -32,9 +33,19 @@ class AdamWSpec(Strict):
 
 
 class OptimiserSpec(AdamWSpec):
+    # A name of mmkd.train.optimisers.OPTIMISERS; `betas` are AdamW's and Lion's, `momentum` is SGD's.
+    kind: str = Field("adamw", exclude_if=is_default("adamw"))
+    momentum: float = Field(0.9, ge=0, lt=1, exclude_if=is_default(0.9))
     learning_rates: dict[Literal[PARTS], Annotated[float, Field(ge=0, le=LARGEST_RATE)]] = Field({})  # type: ignore[valid-type]  # per part, over learning_rate
     batch_size: int = Field(32, gt=0, le=2**20)  # samples a step, over all processes and micro-batches
     micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
+
+    @field_validator("kind")
+    @classmethod
+    def known(cls, value: str) -> str:
+        if value not in OPTIMISERS:
+            raise ValueError(f"there is no optimiser {value!r}; {did_you_mean(value, OPTIMISERS)}")
+        return value
 
 
 class LoraSpec(Strict):
@@ -66,7 +77,7 @@ class LoopSpec(Strict):
 
     epochs: float | None = Field(None, gt=0, le=1e6)
     steps: int | None = Field(None, gt=0, le=10**9)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     save_every: int = Field(200, gt=0, le=10**9)
     log_every: int = Field(20, gt=0, le=10**9)
 
@@ -86,6 +97,8 @@ class StageSpec(LoopSpec):
     gradient_checkpointing: bool = False
     group_by_length: bool = False  # short for `sampler: {kind: length}`
     sampler: SamplerSpec | None = Field(None, exclude_if=is_default(None))  # the order of the samples; default: shuffle
+    # Each answer of a talk as a sample of its own, behind what was said before. None: where a tower needs it.
+    one_answer: bool | None = Field(None, exclude_if=is_default(None))
     # Shares of where a step's answers come from; "data": the answers of the data.
     answers: dict[str, float] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
 
@@ -154,5 +167,6 @@ class TrainSpec(Strict):
     max_length: int = Field(2048, gt=1, le=2**24)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
     compile: bool = Field(False, exclude_if=is_default(False))  # the row engine's loss maths, by torch.compile
+    tf32: bool = Field(False, exclude_if=is_default(False))  # float32 products in TensorFloat-32, on GPUs from Ampere on
     workers: int = Field(0, ge=0, le=256)  # processes that read and resize pictures, beside each training process
     guards: GuardSpec = GuardSpec()

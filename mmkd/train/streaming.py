@@ -40,9 +40,12 @@ class StreamDataset(IterableDataset):
                 yield self.head.prepare(sample)
 
 
-def stage_stream(stage: StageSpec, seed: int, data_root: str | None) -> Stream | None:
-    """The stream that a stage's data are, or None. Raises DataError for what does not go together with one."""
-    streams = [stream for spec in stage.data if (stream := stream_of(spec, seed, data_root)) is not None]
+def stage_stream(stage: StageSpec, seed: int, data_root: str | None, allowed: float = 0.0) -> Stream | None:
+    """The stream that a stage's data are, or None. Raises DataError for what does not go together with one.
+
+    allowed: the share of rows that may be left out since they cannot be used.
+    """
+    streams = [stream for spec in stage.data if (stream := stream_of(spec, seed, data_root, allowed)) is not None]
     if not streams:
         return None
     wrong = ["further data entries"] * (len(stage.data) > 1) + ["`epochs` (give `steps`)"] * (stage.steps is None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mmkd.errors import TowerError, one_line, shown
-from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Tower
+from mmkd.train.checkpointing import checkpoint_layers
 from mmkd.train.spec import LoraSpec, StageSpec
 
 _MLP = ".mlp."  # in the parameter names of a language model's feed-forward layers, experts and routers
@@ -25,9 +25,7 @@ def set_trainable(student: Tower, stage: StageSpec) -> None:
     if not any(p.requires_grad for p in student.model.parameters()):
         raise TowerError(f"nothing is trained: the student has no parameters in {', '.join(stage.train)}")
     if stage.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if not any(p.requires_grad for p in student.language.parameters()):
-            recompute_layers(student)  # frozen, it stays in evaluation mode, where transformers checkpoints nothing
+        checkpoint_layers(student)
 
 
 def add_lora(student: Tower, spec: LoraSpec) -> None:

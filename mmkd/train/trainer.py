@@ -29,6 +29,7 @@ from mmkd.base.jsonl import log_rows
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
 from mmkd.towers.finite import check_trained
+from mmkd.towers.loading import half_of
 from mmkd.towers.modes import evaluating
 from mmkd.train.batch import Batch
 from mmkd.train.checkpoints import writing_checkpoint
@@ -36,6 +37,7 @@ from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
 from mmkd.train.finite import FiniteWatch, Where
+from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
 from mmkd.train.stop_at_step import StopWhenAsked
@@ -85,9 +87,10 @@ class DistillTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self._ahead = Ahead(distiller.prefetch, arguments.device, arguments.bf16) if ahead else None
-        if distiller.lockstep and arguments.bf16:  # as accelerate does for DDP; the engines' own casts leave the teacher out
-            distiller.forward = torch.autocast(arguments.device.type, torch.bfloat16)(distiller.forward)
+        half = half_of(stage.precision)
+        self._ahead = Ahead(distiller.prefetch, arguments.device, half) if ahead else None
+        if distiller.lockstep and half is not None:  # as accelerate does for DDP; the engines' own casts leave the teacher out
+            distiller.forward = torch.autocast(arguments.device.type, half)(distiller.forward)
 
     def create_accelerator_and_postprocess(self) -> None:
         shard_on_cpu()
@@ -192,7 +195,8 @@ class DistillTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.finite.gradient(norm)
+        # Under float16 an infinite gradient is how the loss scale finds its size; such a step is left out.
+        self.finite.gradient(None if self.args.fp16 else norm)
         return norm
 
     def _whole(self) -> nn.Module | None:
@@ -251,8 +255,7 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             spec = self.stage.optimiser
-            groups = parameter_groups(self.model, spec)
-            self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
+            self.optimizer = optimiser_of(self.model, spec)
         return self.optimizer
 
     # ---- checkpoints ----
@@ -305,6 +308,12 @@ def parameter_groups(distiller: Distiller, spec: OptimiserSpec) -> list[dict[str
     return groups
 
 
+def optimiser_of(distiller: Distiller, spec: OptimiserSpec) -> torch.optim.Optimizer:
+    """A stage's optimiser over what the distiller trains."""
+    given = {"learning_rate": spec.learning_rate, "betas": spec.betas, "momentum": spec.momentum}
+    return build_optimiser(spec.kind, parameter_groups(distiller, spec), **given)
+
+
 def training_arguments(
     stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0
 ) -> TrainingArguments:
@@ -324,6 +333,7 @@ def training_arguments(
         warmup_steps=spec.warmup,
         max_grad_norm=spec.max_grad_norm,
         bf16=stage.precision == "bfloat16",
+        fp16=stage.precision == "float16",
         logging_steps=stage.log_every,
         save_steps=stage.save_every,
         seed=seed,

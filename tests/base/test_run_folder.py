@@ -112,8 +112,8 @@ def test_a_control_and_its_log_never_mix(tmp_path):
         save_whole(tmp_path / name / "control", make(name))
         (tmp_path / name / "log").mkdir()
         (tmp_path / name / "log" / "control.jsonl").write_text(name)
-        take_control(tmp_path / name, tmp_path / "run")
-        take_control(tmp_path / name, tmp_path / "run")  # again, as a resumed run does
+        take_control(tmp_path / name, tmp_path / "run", "control")
+        take_control(tmp_path / name, tmp_path / "run", "control")  # again, as a resumed run does
         assert (tmp_path / "run" / "control" / "model.safetensors").read_text() == name
         assert (tmp_path / "run" / "log" / "control.jsonl").read_text() == name
 

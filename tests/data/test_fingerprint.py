@@ -12,6 +12,7 @@ import pytest
 from layouts import CARDS
 from tiny import tiny_picture
 
+from mmkd.data import content
 from mmkd.data import fingerprint as module
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
@@ -108,7 +109,7 @@ def test_large_data_go_by_size_and_time(tmp_path, monkeypatch):
 def test_a_file_is_hashed_once_as_long_as_it_stays_the_same(tmp_path, monkeypatch):
     spec = easy_vqa(tmp_path)
     before = state(spec)
-    monkeypatch.setattr(module, "_BLOCK", None)  # reading would fail
+    monkeypatch.setattr(content, "_BLOCK", None)  # reading would fail
     assert state(spec) == before
 
 

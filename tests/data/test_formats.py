@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from mmkd.data.formats import read_questions, read_split
+from mmkd.data.prompts import render
 from mmkd.data.samples import Turn, check_images
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError
 
 PROBLEM = {
@@ -30,6 +32,10 @@ def write(path: Path, value) -> Path:
     else:
         path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return path
+
+
+def write_lines(folder: Path, rows: list[dict]) -> Path:
+    return write(folder / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def science(root, problems=None, splits=None):
@@ -360,7 +366,10 @@ def test_jsonl_with_other_names_of_fields_and_as_a_list(tmp_path):
         ({"question": "Q", "answer": "a", "answers": ["a"]}, "both 'answer' and 'answers'"),
         ({"question": "Q", "answers": []}, "'answers' is empty"),
         ({"question": "Q", "image": "a", "images": ["a"]}, "both 'image' and 'images'"),
-        ({"question": "Q", "image": ""}, "empty name"),
+        ({"question": "Q", "images": ["a", ""]}, "empty name"),
+        ({"question": "Q", "video": "a.mp4"}, "line 2: key 'video' names a video"),
+        ({"question": "Q <image> and <image>?", "image": "a"}, "line 2 holds the marker <image> in its text, 2 times"),
+        ({"question": "Q", "image": "a", "answer": "an <image>"}, "line 2: an answer holds the marker <image>"),
         ({"question": "Q", "image": "/etc/passwd"}, "line 2: .*leaves its root"),
         ({"question": "Q", "categories": {"level": 3}}, "line 2 categories: key 'level' is a number"),
         ({"id": "train-0", "question": "Q"}, "same id 'train-0'"),
@@ -504,7 +513,10 @@ def test_conversations(tmp_path):
     [
         (talk("<image>\nWhat?", "A star."), "1 markers <image> and 0 images"),
         (talk("What?", "A star.", image="a.jpg"), "0 markers <image> and 1 images"),
-        (talk("See <image> here", "Yes.", image="a.jpg"), "in the middle of the text"),
+        (talk("See <image> here and <image>", "Yes.", image="a.jpg"), "2 markers <image> and 1 images"),
+        (talk("What?", "A star.", video="a.mp4"), "entry 0: key 'video' names a video"),
+        (talk("<video>\nWhat?", "A star."), "entry 0 turn 0: a marker <video>"),
+        (talk("What?", "A star.", "Why?"), "the last turn is the human's"),
         (talk("What?", "<image>", image="a.jpg"), "only the human shows pictures"),
         (talk("What?"), "must alternate"),
         (talk(), "must alternate"),
@@ -519,6 +531,70 @@ def test_conversations_name_the_entry(tmp_path, row, message):
     write(tmp_path / "train.json", [row])
     with pytest.raises(DataError, match=message):
         read_split("llava", tmp_path, "train", files={"images": "."})
+
+
+def test_pictures_keep_their_place_in_the_text(tmp_path):
+    rows = [
+        talk("Is <image> left of <image>?", "No.", image=["a.jpg", "b.jpg"]),
+        talk("<image>\nIt, <image>, or\n<image>", "It.", image=["a.jpg", "b.jpg", "c.jpg"]),
+        talk("How do I use the <image> tag here?", "Write <image> in HTML.", image=""),
+    ]
+    write(tmp_path / "train.json", rows)
+    write_lines(tmp_path, [{"question": "Is <image> left of <image>?", "images": ["a.jpg", "b.jpg"], "answer": "No."}])
+    first, second, third = read_split("llava", tmp_path, "train")
+    assert first.turns[0] == Turn("user", "Is  left of ?", 2, (3, 12))
+    assert second.turns[0] == Turn("user", "It, , or", 3, (0, 4, 8))
+    assert second.turns[0].parts == [None, "It, ", None, ", or", None]
+    assert third.images == () and [turn.text for turn in third.turns] == [
+        "How do I use the <image> tag here?", "Write <image> in HTML.",
+    ]  # fmt: skip
+    (question,) = read_questions("jsonl", tmp_path, "train")
+    short = render(question, "short", with_answer=True).turns[0]
+    assert short.text.startswith("Is  left of ?\n") and (short.images, short.places) == (2, (3, 12))
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path):
+    good = [talk(f"<image>\nQ{n}?", "A.", image=f"{n}.jpg", id=str(n)) for n in range(94)]
+    first_gpt = {"conversations": [{"from": "gpt", "value": "Hi."}, {"from": "human", "value": "Hi."}]}
+    bad = [
+        talk("Q?", "A.", video="a.mp4"), talk("Q?", "A.", video="b.mp4"), first_gpt, talk("Q?"), talk("Q?", " "),
+        talk("<image>\nQ?", "A.", image=""),
+    ]  # fmt: skip
+    write(tmp_path / "train.json", [*good[:50], *bad, *good[50:]])
+    tally = Tally()
+    with pytest.raises(DataError) as strict:
+        read_split("llava", tmp_path, "train")
+    kept = read_split("llava", tmp_path, "train", allowed=0.06, tally=tally)
+    assert [sample.turns[0].text for sample in kept] == [f"Q{n}?" for n in range(94)]
+    assert (tally.rows, tally.count) == (100, 6) and sorted(map(len, tally.dropped.values())) == [1, 1, 1, 1, 2]
+    assert "In all 6 of 100 rows cannot be used" in str(strict.value)
+    for reason in ("video is not supported (train.json entry 50, train.json entry 51)", "the first turn is gpt's",
+                   "the last turn is the human's", "the turn of 'gpt' is empty", "markers <image> and"):  # fmt: skip
+        assert reason in str(strict.value) and reason in tally.reasons()
+    with pytest.raises(DataError, match="more than the share 0.05 that may be left out"):
+        read_split("llava", tmp_path, "train", allowed=0.05)
+
+
+def test_lines_that_are_no_json_are_rows_that_cannot_be_used(tmp_path):
+    write_lines(tmp_path, [{"question": f"Q{n}", "image": "a.png", "answer": "a"} for n in range(30)])
+    with (tmp_path / "train.jsonl").open("a") as stream:
+        stream.write('[1, 2]\n{"question": "cut of')
+    tally = Tally()
+    assert len(read_split("jsonl", tmp_path, "train", allowed=0.05, tally=tally)) == 30
+    assert tally.count == 2 and "line 32" in tally.reasons()
+
+
+def test_keys_that_nobody_reads_are_named_and_missing_pictures_refused(tmp_path):
+    half = [{"question": f"Q{n}", "answer": "a", "image" if n % 2 else "image_path": "a.png", "answers ": 1} for n in range(8)]
+    write_lines(tmp_path, half)
+    tally = Tally()
+    read_split("jsonl", tmp_path, "train", needs_pictures=True, tally=tally)
+    assert tally.lines() == ["pictures in 4 of 8 samples", "keys or columns not used: answers , image_path"]
+    write_lines(tmp_path, [{"question": f"Q{n}", "answer": "a", "image_path": "a.png"} for n in range(8)])
+    with pytest.raises(DataError, match="pictures in 0 of 8 samples; keys or columns not used: image_path. .*`text_only: true`"):
+        read_split("jsonl", tmp_path, "train", needs_pictures=True)
+    named = {"field.image": "image_path"}
+    assert all(q.images for q in read_split("jsonl", tmp_path, "train", files=named, needs_pictures=True))
 
 
 # ---- MMBench

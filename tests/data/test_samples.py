@@ -2,13 +2,14 @@
 
 import io
 import multiprocessing
+import os
 import random
 import zipfile
 
 import pytest
 from PIL import Image
 
-from mmkd.data import pictures
+from mmkd.data import pictures, samples
 from mmkd.data.samples import ImageRef, Question, Sample, Turn
 from mmkd.errors import DataError, ImageError
 
@@ -189,3 +190,17 @@ def test_names_stay_inside_their_root_exactly_where_resolving_them_does(tmp_path
         assert inside == expected, name
         found[inside] += 1
     assert min(found.values()) > 300
+
+
+def test_only_regular_files_of_a_bearable_size_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="no regular file"):
+        ImageRef.inside(tmp_path, "pipe.png").load()
+    assert not ImageRef.inside(tmp_path, "pipe.png").exists()
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(200_000))
+    (tmp_path / "large.png").write_bytes(bytes(200_000))
+    monkeypatch.setattr(samples, "MAX_BYTES", 100_000)
+    for ref in (ImageRef.inside(tmp_path / "bomb.zip", "a.png"), ImageRef.inside(tmp_path, "large.png")):
+        with pytest.raises(ImageError, match="has 200,000 bytes, over 100,000"):
+            ref.load()

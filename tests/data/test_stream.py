@@ -4,9 +4,12 @@ import io
 import itertools
 import json
 import tarfile
+from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet as parquet_file
 from tiny import WORDS, the_teacher, tiny_picture, tiny_tower
 from torch.utils.data import DataLoader
 
@@ -195,3 +198,62 @@ def test_workers_and_beginnings_do_not_change_the_order(root):
 def test_what_needs_to_know_all_samples_is_refused(root, tmp_path, changes):
     with pytest.raises(DataError, match="a stage of streamed data goes together with no"):
         trained(recipe(root, **changes), tmp_path / "run")
+
+
+# ---- pictures of streams
+
+
+def parquet(folder: Path, **columns) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    count = len(next(iter(columns.values())))
+    rows = {"question": ["what?"] * count, "answer": ["red"] * count} | columns
+    parquet_file.write_table(pyarrow.table(rows), folder / "train.parquet")
+
+
+def stored(folder: Path, *numbers: int) -> list[dict]:
+    return [{"bytes": tiny_picture(folder, f"{n}.png", n).read_bytes(), "path": None} for n in numbers]
+
+
+def test_lists_of_pictures_in_any_form_are_read(tmp_path):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    for number in range(3):
+        tiny_picture(tmp_path / "data" / "sub", f"{number}.png", number)
+    parquet(tmp_path / "data", images=[["sub/0.png", "sub/1.png"], ["sub/2.png"], []])
+    first, second, third = read_samples(spec(tmp_path / "data", format="datasets"), 0)[:3]
+    by_count = {len(sample.images): sample for sample in (first, second, third)}
+    assert sorted(by_count) == [0, 1, 2] and by_count[2].turns[0].images == 2
+    assert [ref.load().size for ref in by_count[2].images] == [(20, 16)] * 2
+    parquet(tmp_path / "bytes", image=[stored(tmp_path / "a", 0, 1), stored(tmp_path / "a", 2)])
+    assert sorted(len(s.images) for s in read_samples(spec(tmp_path / "bytes", format="datasets"), 0)) == [1, 2]
+    parquet(tmp_path / "named", photo=stored(tmp_path / "a", 0, 1))
+    with pytest.raises(DataError, match="pictures in 0 of 2 samples; keys or columns not used: photo.*text_only"):
+        read_samples(spec(tmp_path / "named", format="datasets"), 0)
+    named = spec(tmp_path / "named", format="datasets", files={"image": "photo"})
+    assert all(sample.images for sample in read_samples(named, 0))
+    assert len(read_samples(spec(tmp_path / "named", format="datasets", text_only=True), 0)) == 2
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/etc/hostname", "../outside.png", "link.png"])
+def test_no_row_of_a_stream_reaches_outside_its_folder(tmp_path, name):
+    tiny_picture(tmp_path, "outside.png", 0)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "outside.png")
+    tiny_picture(tmp_path / "data", "in.png", 1)
+    parquet(tmp_path / "data", image=[name] + ["in.png"] * 30)
+    with pytest.raises(DataError, match="row 0: .*leaves its root"):
+        read_samples(spec(tmp_path / "data", format="datasets"), 0)
+    assert len(read_samples(spec(tmp_path / "data", format="datasets"), 0, allowed=0.01)) == 30
+
+
+@pytest.mark.parametrize("bytes_left", [-1, -600, 1100, 1600])
+def test_a_shard_that_was_cut_is_refused(tmp_path, bytes_left):
+    content = tiny_picture(tmp_path, "a.png", 1, (30, 30)).read_bytes()
+    with tarfile.open(tmp_path / "one.tar", "w") as shard:
+        for name, data in (("a.json", b'{"question": "q", "answer": "a"}'), ("a.png", content)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    whole = (tmp_path / "one.tar").read_bytes()
+    (tmp_path / "one.tar").write_bytes(whole[:bytes_left])
+    with pytest.raises(DataError, match="one.tar is no whole, uncompressed tar: its end is missing"):
+        read_samples(spec(tmp_path), 0)

@@ -168,7 +168,7 @@ def test_damaged_answers(run: Path, data: Path, benchmark_of, fake_tower) -> Non
         if victim.name == PARTIAL:
             seen[outcome(lambda: again(run / "stopped"))] += 1
         elif draw.random() < 0.5:
-            seen[outcome(lambda: compare_runs(paths, n_boot=50))] += 1
+            seen[outcome(lambda: compare_runs(paths))] += 1
         else:
             seen[outcome(report)] += 1
         # A finished evaluation that is not whole any more is simply done again.

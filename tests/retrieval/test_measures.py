@@ -75,15 +75,16 @@ def test_comparison_is_paired_and_by_picture():
     better = similarities + 0.4 * relevant
     matrices = {"control": similarities, "student": better}
     ranks = {role: retrieval_ranks(s, s.T, relevant) for role, s in matrices.items()}
-    found = compare_retrieval(ranks, relevant, n_boot=500)
+    found = compare_retrieval(ranks, relevant)
     entry = found["recall"]["recall@1_both"]
     lead = entry["student_minus_control"]
     assert lead["mean"] == pytest.approx(entry["student"] - entry["control"]) and lead["mean"] > 0
     assert lead["ci95"][0] <= lead["mean"] <= lead["ci95"][1]
     assert entry["n"] == 130 and len(found["recall"]) == 9
     assert found["median_rank"]["both"]["student"] <= found["median_rank"]["both"]["control"]
-    same = compare_retrieval({"control": ranks["control"], "student": ranks["control"]}, relevant, n_boot=100)
-    assert same["recall"]["recall@5_both"]["student_minus_control"] == {"mean": 0.0, "ci95": [0.0, 0.0]}
+    same = compare_retrieval({"control": ranks["control"], "student": ranks["control"]}, relevant)
+    alike = same["recall"]["recall@5_both"]["student_minus_control"]
+    assert alike["mean"] == 0 and -0.05 < alike["ci95"][0] < 0 < alike["ci95"][1] < 0.05  # not known to be equal for certain
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def recipe(tmp_path_factory):
         "title": "test", "output": "OUTPUT", "data_root": str(folder / "sample"), "max_length": 512,
         "teacher": {"model": str(folder / "teacher")}, "student": student, "stages": stages,
         "evaluation": {"benchmarks": ["sample_scienceqa", "sample_textvqa"], "limit": 6},
-        "guards": {"teacher_is_better": False},
+        "guards": {"teacher_is_better": False}, "controls": ["equal_steps"],
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -90,7 +90,9 @@ def test_a_run_ends_in_a_comparison(undisturbed):
     assert summary["seconds"] > 0
     page = (output / "report.html").read_text()
     assert "student" in page and "http://" not in page and "https://" not in page
-    assert "student - control" in done.stdout and "report.html" in done.stdout
+    assert entry["controls"]["equal_steps"]["score"] == entry["control"]
+    assert entry["student_minus_best_control"] == entry["student_minus_control"] | {"name": "equal_steps"}
+    assert "control" in done.stdout and entry["verdict"] in done.stdout and "report.html" in done.stdout
     rows = [json.loads(line) for line in (output / "log" / "student.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(s, n) for s in ("first", "second") for n in (2, 4, 6)]
     assert {"cross_entropy", "relation", "features"} <= rows[0].keys() and {"kl", "vsd"} <= rows[-1].keys()

@@ -251,6 +251,7 @@ def recipe(tmp_path_factory):
         "teacher": {"model": str(folder / "teacher")}, "student": {"assemble": student},
         "stages": {"d2d": common | {"terms": kd}, "d2s": common | sparse | {"terms": kd | terms}},
         "guards": {"teacher_is_better": False}, "evaluation": {"benchmarks": ["sample_textvqa"], "limit": 4},
+        "controls": ["equal_steps"],
     })
 
 
@@ -316,7 +317,7 @@ def test_interrupted_while_sparse_it_ends_with_the_same_weights(recipe, undistur
         if trainer.args.run_name == "d2s":
             raise Interrupted
 
-    again = recipe.model_copy(update={"output": str(tmp_path / "out"), "control": False})
+    again = recipe.model_copy(update={"output": str(tmp_path / "out"), "controls": {}})
     monkeypatch.setattr(DistillTrainer, "_save_checkpoint", interrupt)
     with pytest.raises(Interrupted):
         distill(again)

@@ -31,13 +31,16 @@ that names the file, the row and the key.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mmkd.data.lazy import Lazy, is_lazy
 from mmkd.data.samples import Question, Sample
 from mmkd.data.selection import choose_target, refuse_duplicates, subset, with_target
 from mmkd.data.source import Patterns, Source
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError, did_you_mean
 from mmkd.registry import registry
 
@@ -58,6 +61,10 @@ class Format:
         "pairs"      `read` gives samples with a preferred and another answer (see `mmkd.data.preference`)
         "stream"     `stream` gives pass after pass of `Question`s, of data too large to be read at once
     hub: whether the root may also be the name of a data set on the hub.
+    own_data: whether users write such files themselves, so that keys which nobody reads are worth a word.
+    pictures_by: what names a row's pictures, in words.
+
+    `read` makes its items by `source.made` (or `made_of_file`), which leaves out rows that cannot be used, and counts them.
 
     All keys may be set by `files` in a recipe's data entry or in a card.
     """
@@ -67,6 +74,8 @@ class Format:
     values: ClassVar[Mapping[str, str]] = {}
     gives: ClassVar[str] = "questions"
     hub: ClassVar[bool] = False
+    own_data: ClassVar[bool] = False
+    pictures_by: ClassVar[str] = "the keys of the format"
     options: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **named: Any) -> None:
@@ -121,34 +130,52 @@ def read_split(
     limit: int | None = None,
     image_limit: int | None = None,
     seed: int = 0,
-) -> list[Question] | list[Sample]:
-    """The questions or samples of one split, in the order of the files.
+    allowed: float = 0.0,
+    needs_pictures: bool = False,
+    tally: Tally | None = None,
+) -> Sequence[Question] | Sequence[Sample]:
+    """The questions or samples of one split, in the order of the files: a list, or of a large file a sequence that makes them
+    when they are asked for.
 
     - `files`: where things are under `root`, where that differs from the format's usual places.
     - `target`: which of several answers is trained (see `mmkd.data.selection.choose_target`). A ScienceQA problem has one
       answer; its target differs only where the file has the extra key `answers`. References do not depend on the target, but
       ScienceQA's `answer_index` does: evaluation reads with "first".
     - `limit`, `image_limit`, `seed`: a random part, see `mmkd.data.selection.subset`.
+    - `allowed`: the share of rows, rounded up, that may be left out since they cannot be used.
+    - `needs_pictures`: whether a split of which no row has a picture is refused.
+    - `tally`: gets what was left out, and which keys nobody read.
 
     Raises DataError for an unknown format, split, target or key of `files`, for ids given twice, for a split that holds
-    nothing, and for malformed files.
+    nothing, for malformed files, for more rows that cannot be used than are allowed (with all reasons), and for a split without
+    any picture where these are needed.
     """
     found = format_of(format)
     if found.gives == "stream":
         raise DataError(f"format {format!r} is a stream; it cannot be read at once")
     choose_target(target, seed, "", None, ())  # refuses a target that there is not, whatever the data
-    items = list(found.read(found.source(root, split, files, target=target, seed=seed)))
+    source = found.source(root, split, files, target=target, seed=seed)
+    source.tally = tally = Tally() if tally is None else tally
+    tally.own = found.own_data
+    items = found.read(source)
+    items = items if isinstance(items, Sequence) else list(items)
     where = f"split {split!r} of {root}"
+    tally.check(allowed)
     if not items:
         raise DataError(f"{where} holds no {found.gives}")
-    if found.gives == "questions":
-        refuse_duplicates(items, where)
-        if target != "first":
-            items = [with_target(question, target, seed) for question in items]
+    if not is_lazy(items):
+        tally.made(items)
+        if found.gives == "questions":
+            refuse_duplicates(items, where)
+    if needs_pictures:
+        tally.refuse_no_pictures(where, found.pictures_by)
+    if found.gives == "questions" and target != "first":
+        chosen = partial(with_target, target=target, seed=seed)
+        items = items.then(chosen) if isinstance(items, Lazy) else [chosen(question) for question in items]
     return subset(items, limit, image_limit, seed)
 
 
-def read_questions(format: str, root: Path | str, split: str, **options: Any) -> list[Question]:
+def read_questions(format: str, root: Path | str, split: str, **options: Any) -> Sequence[Question]:
     """`read_split` of a format that holds questions. Raises DataError for one that does not."""
     refuse_other_than_questions(format)
     return read_split(format, root, split, **options)

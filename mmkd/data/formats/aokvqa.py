@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mmkd.data.annotations import Row
 from mmkd.data.coco import coco_image
 from mmkd.data.formats import Format
@@ -20,7 +22,7 @@ class AOKVQA(Format):
     values = {"image_name": "{id}.jpg"}
 
     def read(self, source: Source) -> list[Question]:
-        return [self.question(source, row) for row in source.rows()]
+        return source.made(source.unread(), partial(self.question, source))
 
     def question(self, source: Source, row: Row) -> Question:
         answer = row.integer("correct_choice_idx") if row.has("correct_choice_idx") else None
@@ -33,7 +35,7 @@ class AOKVQADirect(AOKVQA):
     """A-OKVQA's direct answers: questions that are marked as too difficult for one are left out, as officially."""
 
     def read(self, source: Source) -> list[Question]:
-        return [self.question(source, row) for row in source.rows() if not _is_difficult(row)]
+        return source.made((row for row in source.rows() if not _is_difficult(row)), partial(self.question, source))
 
     def question(self, source: Source, row: Row) -> Question:
         references = tuple(row.texts("direct_answers")) if row.has("direct_answers") else ()

@@ -29,7 +29,7 @@ class CHAIR(Format):
     def read(self, source: Source) -> list[Question]:
         there = _objects(source)
         if source.has("questions"):
-            return [_description(source, row, row.text("question"), there) for row in source.rows("questions")]
+            return source.made(source.unread("questions"), lambda row: _description(source, row, row.text("question"), there))
         rows = (Row({"image_id": number}, f"picture {number}") for number in there)
         return [_description(source, row, source.value("question"), there) for row in rows]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
 from mmkd.data.reading import free_question
 from mmkd.data.samples import Question
@@ -17,14 +20,14 @@ class ChartQA(Format):
     images = {"images": "{split}/png"}
 
     def read(self, source: Source) -> list[Question]:
-        return [
-            free_question(
-                f"{part}-{number}",
-                (row.text("label"),),
-                question=row.text("query"),
-                images=(source.image(row.text("imgname"), where=row.where),),
-                categories={"part": part},
-            )
-            for part in self.files
-            for number, row in enumerate(source.rows(part))
-        ]
+        return [q for part in self.files for q in source.made(source.unread(part), partial(_question, source, part))]
+
+
+def _question(source: Source, part: str, row: Row) -> Question:
+    return free_question(
+        f"{part}-{row.number}",
+        (row.text("label"),),
+        question=row.text("query"),
+        images=(source.image(row.text("imgname"), where=row.where),),
+        categories={"part": part},
+    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.annotations import one_line
+from mmkd.data.annotations import Row, one_line, shown
 from mmkd.data.formats import Format
-from mmkd.data.reading import asked_and_answered
+from mmkd.data.reading import asked_and_answered, refuse_video
 from mmkd.data.samples import ImageRef, Question
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -20,15 +22,18 @@ from mmkd.registry import register
 class Datasets(Format):
     """A stream of what `datasets.load_dataset` takes as root, a folder or a hub id; `files` names its columns.
 
-    Files come in another order in each pass.
+    `image` (or `images`) holds a picture, the name of one below the root, or a list of these. Files come in another order in each
+    pass.
     """
 
     gives = "stream"
     hub = True
+    own_data = True
+    pictures_by = "the column `image` or `images` (`files: {image: COLUMN}` names another)"
     values = {"image": "image", "question": "question", "answer": "answer"}
 
     def stream(self, source: Source, seed: int, number: int) -> Iterator[Question]:
-        from datasets import Image, load_dataset
+        from datasets import load_dataset
 
         root, split = source.root, source.split
         columns = {key: source.value(key) for key in self.values}
@@ -40,12 +45,14 @@ class Datasets(Format):
         missing = [columns[key] for key in ("question", "answer") if columns[key] not in names]
         if missing:
             raise DataError(f"{root} has no column {' or '.join(missing)}, but {', '.join(names)}; name them in `files`")
-        if columns["image"] in names:
-            rows = rows.cast_column(columns["image"], Image(decode=False))
+        if columns["image"] not in names:
+            if columns["image"] != self.values["image"]:
+                raise DataError(f"{root} has no column {columns['image']}, but {', '.join(names)}; name one in `files`")
+            columns["image"] = "images"
+        rows = rows.decode(False)  # pictures as they are stored
+        make = partial(_question, source, columns)
         for place, row in enumerate(rows.shuffle(seed=seed + number, buffer_size=1)):  # 1: only the files change places here
-            texts = {key: row[columns[key]] for key in ("question", "answer")}
-            images = _images(row.get(columns["image"]))
-            yield asked_and_answered(f"{split}-{place}", texts, images, f"{root} row {place}")
+            yield from source.made([Row(row, f"{root} row {place}", columns, place)], make)
 
     def paths(self, source: Source) -> list[Path]:
         """The files of the split where the root is a folder; none of a data set of the hub."""
@@ -77,9 +84,34 @@ class ImageBytes(ImageRef):
         return self.data
 
 
-def _images(cell: dict[str, Any] | None) -> tuple[ImageRef, ...]:
-    if cell is None:
-        return ()
-    if cell.get("bytes"):
-        return (ImageBytes(Path(), str(cell.get("path")), cell["bytes"]),)
-    return (ImageRef(Path(cell["path"]).parent, Path(cell["path"]).name),)
+def _question(source: Source, columns: Mapping[str, str], row: Row) -> Question:
+    refuse_video(row)
+    name = f"{source.split}-{row.number}"
+    return asked_and_answered(name, row, tuple(_images(source, row, row.get("image")) if row.has("image") else ()))
+
+
+def _images(source: Source, row: Row, cell: Any) -> Iterator[ImageRef]:
+    """The pictures of a cell: as `datasets` stores them, encoded, names of files below the root, or a list of these."""
+    if isinstance(cell, list):
+        for entry in cell:
+            yield from _images(source, row, entry)
+    elif isinstance(cell, bytes) or (isinstance(cell, dict) and cell.get("bytes")):
+        data, path = (cell, None) if isinstance(cell, bytes) else (cell["bytes"], cell.get("path"))
+        yield ImageBytes(Path(), str(path), data)
+    elif isinstance(cell, str) or (isinstance(cell, dict) and isinstance(cell.get("path"), str)):
+        if name := cell if isinstance(cell, str) else cell["path"]:
+            yield _below_root(source, row, name)
+    elif cell is not None:
+        raise row.wrong("image", "a picture, the name of one, or a list of these")
+
+
+def _below_root(source: Source, row: Row, name: str) -> ImageRef:
+    root = Path(source.root)
+    if not root.is_dir():
+        raise DataError(f"{row.where}: it names the file {shown(name)}; a data set without a folder here must hold its pictures")
+    if Path(name).is_absolute():
+        name = Path(os.path.relpath(name, root.absolute())).as_posix()  # `datasets` makes names of files absolute
+    try:
+        return ImageRef.inside(root, name)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error

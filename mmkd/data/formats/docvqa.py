@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
 from mmkd.data.reading import free_question
@@ -19,7 +21,7 @@ class DocVQA(Format):
     keys = ("questionId", "image", "question_types")  # of a row: its id, its picture, its kinds
 
     def read(self, source: Source) -> list[Question]:
-        return [self.question(source, row) for row in source.rows("annotations", "data")]
+        return source.made(source.unread("annotations", "data"), partial(self.question, source))
 
     def question(self, source: Source, row: Row) -> Question:
         name, image, kinds = self.keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mmkd.data.annotations import Row, as_list, kind, load
@@ -29,15 +30,14 @@ class EasyVQA(Format):
 
     def read(self, source: Source) -> list[Question]:
         path = source.path("annotations")
-        rows = [_row(entry, f"{path} entry {number}") for number, entry in enumerate(as_list(path, load(path)))]
-        questions = [_question(source, row, f"{source.split}-{number}") for number, row in enumerate(rows)]
-        return _with_things(questions)
+        rows = [partial(_row, entry, f"{path} entry {n}", n) for n, entry in enumerate(as_list(path, load(path)))]
+        return _with_things(source.made(rows, lambda row: _question(source, row, f"{source.split}-{row.number}")))
 
 
-def _row(entry: Any, where: str) -> Row:
+def _row(entry: Any, where: str, number: int) -> Row:
     if not isinstance(entry, list) or len(entry) != 3:
         raise DataError(f"{where}: {kind(entry)} where [question, answer, image id] is expected")
-    return Row(dict(zip(("question", "answer", "image_id"), entry, strict=True)), where)
+    return Row(dict(zip(("question", "answer", "image_id"), entry, strict=True)), where, number=number)
 
 
 def _question(source: Source, row: Row, name: str) -> Question:

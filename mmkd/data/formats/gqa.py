@@ -18,7 +18,9 @@ class GQA(Format):
     images = {"images": "images"}
 
     def read(self, source: Source) -> list[Question]:
-        return [_question(source, name, row) for name, row in source.objects("questions").items()]
+        rows = source.objects("questions")
+        named = {row.where: name for name, row in rows.items()}
+        return source.made(rows.values(), lambda row: _question(source, named[row.where], row))
 
 
 def _question(source: Source, name: str, row: Row) -> Question:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
-from mmkd.data.reading import choice_index, choices_of, named_images
+from mmkd.data.reading import check_markers, choice_index, choices_of, named_images, refuse_video
 from mmkd.data.samples import Question
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -23,25 +26,29 @@ class JsonLines(Format):
     values are the categories. "images" is the folder or zip that the rows' names are in.
     """
 
+    own_data = True
+    pictures_by = "the key `image` or `images` (`files: {field.image: KEY}` names another)"
     files = {"annotations": "{split}.jsonl"}
     images = {"images": ("{split}_images.zip", "images/{split}", "images", ".")}
     values = {f"field.{key}": "" for key in (*_FIELDS, "categories")}
 
-    def read(self, source: Source) -> list[Question]:
+    def read(self, source: Source) -> Sequence[Question]:
         names = {key: name for key in _FIELDS if (name := source.value(f"field.{key}"))}
-        groups = [name.strip() for name in source.value("field.categories").split(",") if name.strip()]
-        rows = source.rows(names=names)
-        return [_question(source, row, f"{source.split}-{number}", groups) for number, row in enumerate(rows)]
+        groups = tuple(name.strip() for name in source.value("field.categories").split(",") if name.strip())
+        return source.made_of_file(partial(_question, source, groups), names=names)
 
 
-def _question(source: Source, row: Row, default: str, groups: list[str]) -> Question:
+def _question(source: Source, groups: Sequence[str], row: Row) -> Question:
+    refuse_video(row)
     choices = choices_of(row) if row.has("choices") else []
     answers = _choice_answers(row, choices) if choices else _answers(row)
     references = tuple(choices[index] for index in answers) if choices else tuple(answers)
+    images = named_images(source, row)
+    check_markers(row.where, row.text("question"), references, len(images))
     return Question(
-        id=row.identifier("id", default=default),
+        id=row.identifier("id", default=f"{source.split}-{row.number}"),
         question=row.text("question"),
-        images=named_images(source, row),
+        images=images,
         answer=references[0] if references else "",
         references=references,
         choices=tuple(choices),
@@ -76,7 +83,7 @@ def _choice_answers(row: Row, choices: list[str]) -> list[int]:
     return [choices.index(answer) for answer in answers]
 
 
-def _categories(row: Row, groups: list[str]) -> dict[str, str]:
+def _categories(row: Row, groups: Sequence[str]) -> dict[str, str]:
     if groups:
         return {key: row.identifier(key) for key in groups if row.has(key)}
     if not row.has("categories"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
@@ -27,7 +28,7 @@ class MathVision(Format):
     images = {"images": "."}
 
     def read(self, source: Source) -> list[Question]:
-        return [_question(source, row) for row in source.rows()]
+        return source.made(source.unread(), partial(_question, source))
 
 
 def _question(source: Source, row: Row) -> Question:

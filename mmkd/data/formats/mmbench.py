@@ -28,7 +28,8 @@ class MMBench(Format):
         path = source.path()
         rows = table(path)
         place = _picture_rows(rows, path)
-        return [_question(path, Row(row, f"{path} row {n}"), place[n]) for n, row in enumerate(rows)]
+        found = (Row(row, f"{path} row {n}", number=n) for n, row in enumerate(rows))
+        return source.made(found, lambda row: _question(path, row, place[row.number]))
 
 
 def _picture_rows(rows: tuple[dict[str, Any], ...], path: Path) -> list[int]:

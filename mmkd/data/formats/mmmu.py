@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
@@ -22,15 +22,19 @@ class MMMU(Format):
     files = {"annotations": "*/{split}-*.parquet"}
 
     def read(self, source: Source) -> list[Question]:
-        return [_question(path, row, n) for path in source.paths("annotations") for n, row in enumerate(table(path))]
+        parts = [source.made(_rows(path), partial(_question, path)) for path in source.paths("annotations")]
+        return [question for part in parts for question in part]
 
 
-def _question(path: Path, values: dict[str, Any], number: int) -> Question:
-    row = Row(values, f"{path} row {number}")
+def _rows(path: Path) -> list[Row]:
+    return [Row(values, f"{path} row {number}", number=number) for number, values in enumerate(table(path))]
+
+
+def _question(path: Path, row: Row) -> Question:
     question, choices = row.text("question"), _literal_list(row, "options")
     there = [n for n in range(1, 8) if row.has(f"image_{n}")]
     named = {int(n) for n in re.findall(r"<image (\d)>", " ".join([question, *choices]))}
-    images = tuple(ImageRef(path, f"{number}/image_{n}") for n in there if n in named or not named)
+    images = tuple(ImageRef(path, f"{row.number}/image_{n}") for n in there if n in named or not named)
     fields = {"question": question, "images": images, "categories": {"subject": path.parent.name}}
     if row.text("question_type") == "multiple-choice":
         hidden = row.text("answer") == "?"  # the test split

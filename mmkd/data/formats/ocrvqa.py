@@ -27,8 +27,11 @@ class OCRVQA(Format):
         if source.split not in _SPLITS:
             raise DataError(f"OCR-VQA has no split {source.split!r}; there are {', '.join(_SPLITS)}")
         books = source.objects()
+        named = {row.where: name for name, row in books.items()}
         wanted = _SPLITS[source.split]
-        return [q for name, row in books.items() if row.integer("split") == wanted for q in _book(source, name, row)]
+        chosen = (row for row in books.values() if row.integer("split") == wanted)
+        of_books = source.made(chosen, lambda row: list(_book(source, named[row.where], row)))
+        return [question for questions in of_books for question in questions]
 
 
 def _book(source: Source, name: str, row: Row) -> Iterator[Question]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
 from mmkd.data.reading import free_question
 from mmkd.data.samples import Question
@@ -23,7 +24,7 @@ class POPE(Format):
     images = {"images": "val2014"}
 
     def read(self, source: Source) -> list[Question]:
-        return [question for part in _samplings(source) for question in _questions(part)]
+        return [question for part in _samplings(source) for question in part.made(part.unread(), partial(_question, part))]
 
     def paths(self, source: Source) -> list[Path]:
         return [part.path() for part in _samplings(source)]
@@ -36,15 +37,14 @@ def _samplings(source: Source) -> list[Source]:
     return [source.of_split(name) for name in (SAMPLINGS if source.split == "all" else (source.split,))]
 
 
-def _questions(source: Source) -> Iterator[Question]:
-    for row in source.rows():
-        label = row.text("label").strip().lower()
-        if label not in ("yes", "no"):
-            raise row.wrong("label", "'yes' or 'no'")
-        yield free_question(
-            f"{source.split}-{row.identifier('question_id')}",
-            (label,),
-            question=row.text("text"),
-            images=(source.image(row.text("image"), where=row.where),),
-            categories={"sampling": source.split},
-        )
+def _question(source: Source, row: Row) -> Question:
+    label = row.text("label").strip().lower()
+    if label not in ("yes", "no"):
+        raise row.wrong("label", "'yes' or 'no'")
+    return free_question(
+        f"{source.split}-{row.identifier('question_id')}",
+        (label,),
+        question=row.text("text"),
+        images=(source.image(row.text("image"), where=row.where),),
+        categories={"sampling": source.split},
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
 from mmkd.data.preference import REJECTED
-from mmkd.data.reading import named_rows, without_markers
+from mmkd.data.reading import named_images, numbered, placed, refuse_video
 from mmkd.data.samples import IMAGE_MARKER, Sample, Turn
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -22,7 +24,8 @@ class Preference(Format):
     """Preference pairs in JSON lines (or a list) of {prompt, images, chosen, rejected}, as preference trainers have them.
 
     - `prompt`: text, or messages [{role, content}] that end with the user's. `content` is text or a list of parts
-      {type: text, text: ...} and {type: image}. `<image>` in a text is a picture too; it stands at the start or the end.
+      {type: text, text: ...} and {type: image}. `<image>` in a text is a picture too; within the text
+      it keeps its place, at the start or the end it comes at the head.
     - `images` (a list of names) or `image` (one): inside the data's root; left out where there is no picture. Where no
       message says which pictures it shows, the first of the user's shows all.
     - `chosen`, `rejected`: text, or a list of the one message of the assistant.
@@ -35,18 +38,23 @@ class Preference(Format):
     """
 
     gives = "pairs"
+    own_data = True
+    pictures_by = "the key `image` or `images` (`files: {field.image: KEY}` names another)"
     files = {"annotations": ("{split}.jsonl", "{split}.json")}
     images = {"images": ("{split}_images.zip", "images/{split}", "images", ".")}
     values = {f"field.{key}": "" for key in _FIELDS}
 
-    def read(self, source: Source) -> list[Sample]:
+    def read(self, source: Source) -> Sequence[Sample]:
         names = {key: name for key in _FIELDS if (name := source.value(f"field.{key}"))}
-        samples = []
-        for row, name, refs in named_rows(source.rows(names=names), source):
-            chosen, rejected = _answers(row)
-            turns = (*_prompt(row, len(refs)), Turn("assistant", chosen))
-            samples.append(Sample(name, refs, turns, {REJECTED: rejected}))
-        return samples
+        return numbered(source.made_of_file(partial(_pair, source), names=names))
+
+
+def _pair(source: Source, row: Row) -> Sample:
+    refuse_video(row)
+    refs = named_images(source, row)
+    chosen, rejected = _answers(row)
+    turns = (*_prompt(row, len(refs)), Turn("assistant", chosen))
+    return Sample(row.identifier("id", default=f"{source.split}-{row.number}"), refs, turns, {REJECTED: rejected})
 
 
 def _answers(row: Row) -> tuple[str, str]:
@@ -113,13 +121,12 @@ def _message(row: Row) -> Turn:
         content = "".join(_part(Row(part, f"{row.where} part {number}")) for number, part in enumerate(content))
     if not isinstance(content, str):
         raise row.wrong("content", "a string or a list of parts")
-    images = content.count(IMAGE_MARKER)
-    if images and role != "user":
+    if IMAGE_MARKER in content and role != "user":
         raise DataError(f"{row.where}: a picture in a message of {role!r}; only the user shows pictures")
-    text = without_markers(content, row.where) if images else content
+    text, images, places = placed(content) if IMAGE_MARKER in content else (content, 0, ())
     if not text.strip():
         raise DataError(f"{row.where}: the message of {role!r} has no words")
-    return Turn(role, text, images)
+    return Turn(role, text, images, places)
 
 
 def _part(row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from mmkd.data.annotations import Row, load_object
 from mmkd.data.formats import Format
@@ -23,8 +24,9 @@ class ScienceQA(Format):
     def read(self, source: Source) -> list[Question]:
         path = source.path("annotations")
         problems = load_object(path)
-        rows = [(pid, Row(problems[pid], f"{path} problem {pid!r}")) for pid in _pids(source, problems)]
-        return [_question(source, pid, row) for pid, row in rows]
+        pids = _pids(source, problems)
+        rows = [partial(Row, problems[pid], f"{path} problem {pid!r}", None, n) for n, pid in enumerate(pids)]
+        return source.made(rows, lambda row: _question(source, pids[row.number], row))
 
 
 def _pids(source: Source, problems: dict) -> list[str]:

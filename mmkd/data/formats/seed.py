@@ -24,8 +24,8 @@ class Seed(Format):
         content = Row(load(path), str(path))
         types = Row(content.get("question_type"), f"{path} question_type") if content.has("question_type") else None
         kinds = {str(number): name for name, number in types.value.items()} if types else {}
-        rows = source.rows("annotations", "questions")
-        return [_question(source, row, kinds) for row in rows if row.text("data_type") == "image"]
+        rows = (row for row in source.rows("annotations", "questions") if row.text("data_type") == "image")
+        return source.made(rows, lambda row: _question(source, row, kinds))
 
 
 def _question(source: Source, row: Row, kinds: dict[str, str]) -> Question:

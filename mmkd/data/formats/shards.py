@@ -7,13 +7,13 @@ import random
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mmkd.data.annotations import parse
+from mmkd.data.annotations import Row, parse, shown
 from mmkd.data.formats import Format
-from mmkd.data.reading import asked_and_answered
-from mmkd.data.samples import ImageRef, Question
+from mmkd.data.reading import asked_and_answered, refuse_video
+from mmkd.data.samples import MAX_BYTES, ImageRef, Question
 from mmkd.data.source import Source
 from mmkd.errors import DataError, ImageError
 from mmkd.registry import register
@@ -29,21 +29,28 @@ class Shards(Format):
     """
 
     gives = "stream"
+    own_data = True
+    pictures_by = "members .jpg, .png or .webp beside each .json"
     files = {"shards": "*.tar"}
 
     def stream(self, source: Source, seed: int, number: int) -> Iterator[Question]:
         paths = self.paths(source)
         for path in random.Random(f"shards {seed} {number}").sample(paths, len(paths)):
             for key, members in _grouped(path):
-                yield _question(path, key, members)
+                yield from source.made([partial(_row, path, key, members)], partial(_question, path, key, members))
 
     def paths(self, source: Source) -> list[Path]:
         try:
-            return super().paths(source)
+            paths = super().paths(source)
         except DataError as error:
             raise DataError(
                 f"{source.root} has no tar shards; `files: {{shards: PATTERN}}` says how they are called (default: *.tar)"
             ) from error
+        cut = [path for path in paths if not _is_whole(path)]
+        if cut:
+            others = f" and {len(cut) - 1} others of {len(paths)}" if len(cut) > 1 else ""
+            raise DataError(f"{cut[0]}{others} is no whole, uncompressed tar: its end is missing; is the download complete?")
+        return paths
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class TarImage(ImageRef):
         try:
             with self.root.open("rb") as shard:
                 shard.seek(self.offset)
-                data = shard.read(self.size)
+                data = shard.read(min(self.size, MAX_BYTES))
         except OSError as error:
             raise ImageError(f"image {self.key} cannot be read: {error}") from error
         if len(data) < self.size:
@@ -72,15 +79,32 @@ class TarImage(ImageRef):
         return data
 
 
-def _question(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> Question:
-    row = members.get(".json")
-    if row is None:
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with the two empty blocks that end a tar; one that was cut ends with a piece of a sample."""
+    size = path.stat().st_size
+    with path.open("rb") as shard:
+        shard.seek(max(0, size - 1024))
+        return size % 512 == 0 and size >= 1024 and not any(shard.read())
+
+
+def _row(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> Row:
+    member = members.get(".json")
+    if member is None:
         raise DataError(f"{path}: {key} has no .json; a sample is {key}.json, and {key}.jpg where it has a picture")
-    text = TarImage(path, row.name, row.offset_data, row.size).read_bytes()
-    where = f"{path}/{row.name}"
+    if member.size > MAX_BYTES:
+        raise DataError(f"{path}: {member.name} has {member.size:,} bytes; a question and an answer are expected")
+    text = TarImage(path, member.name, member.offset_data, member.size).read_bytes()
+    where = f"{path}/{member.name}"
+    return Row(parse(text.decode("utf-8", "replace"), where), where)
+
+
+def _question(path: Path, key: str, members: dict[str, tarfile.TarInfo], row: Row) -> Question:
+    refuse_video(row)
     images = tuple(TarImage(path, m.name, m.offset_data, m.size) for suffix, m in members.items() if suffix in _PICTURES)
-    value: Any = parse(text.decode("utf-8", "replace"), where)
-    return asked_and_answered(f"{path.stem}/{key}", value, images, where)
+    strange = [name for suffix, m in members.items() if suffix not in (*_PICTURES, ".json") and (name := m.name)]
+    if strange and not images:
+        raise DataError(f"{row.where}: {shown(strange[0])} is no picture that is read; there are {', '.join(_PICTURES)}")
+    return asked_and_answered(f"{path.stem}/{key}", row, images)
 
 
 def _grouped(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:

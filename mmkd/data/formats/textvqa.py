@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmkd.data.annotations import Row, as_list, load, rows
+from mmkd.data.annotations import Row, as_list, load
 from mmkd.data.formats import Format
+from mmkd.data.row_files import unread_rows
 from mmkd.data.samples import Question
 from mmkd.data.scenes import things_of_caption
 from mmkd.data.source import Source
@@ -31,7 +32,7 @@ class TextVQA(Format):
     def read(self, source: Source) -> list[Question]:
         tokens = _ocr_tokens(source.path("ocr")) if source.has("ocr") else {}
         shown = _things_shown(source.path("shown")) if source.has("shown") else {}
-        return [_question(source, row, tokens, shown) for row in source.rows(inner="data")]
+        return source.made(source.unread(inner="data"), lambda row: _question(source, row, tokens, shown))
 
 
 def _question(source: Source, row: Row, tokens: dict[str, tuple[str, ...]], shown: dict[str, tuple[str, ...]]) -> Question:
@@ -52,13 +53,14 @@ def _question(source: Source, row: Row, tokens: dict[str, tuple[str, ...]], show
 
 def _things_shown(path: Path) -> dict[str, tuple[str, ...]]:
     """Image id -> everything in the picture, from captions of the embedded sample, whose ids end in the image's."""
-    return {row.identifier("id").rpartition("-")[2]: things_of_caption(row.text("answer")) for row in rows(path)}
+    captions = (unread() for unread in unread_rows(path))
+    return {row.identifier("id").rpartition("-")[2]: things_of_caption(row.text("answer")) for row in captions}
 
 
 def _ocr_tokens(path: Path) -> dict[str, tuple[str, ...]]:
     """Image id -> tokens, from the official {data: [{image_id, ocr_tokens}]} or a .jsonl of such rows."""
     if path.suffix == ".jsonl":
-        found = rows(path)
+        found = (unread() for unread in unread_rows(path))
     else:
         data = as_list(path, Row(load(path), str(path)).get("data"), " as 'data'")
         found = (Row(value, f"{path} entry {number}") for number, value in enumerate(data))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
 from mmkd.data.reading import answer_texts, free_question
@@ -18,7 +20,7 @@ class VizWiz(Format):
     images = {"images": "{split}"}
 
     def read(self, source: Source) -> list[Question]:
-        return [_question(source, row) for row in source.rows()]
+        return source.made(source.unread(), partial(_question, source))
 
 
 def _question(source: Source, row: Row) -> Question:

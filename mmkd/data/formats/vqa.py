@@ -27,7 +27,7 @@ class VQA(Format):
         answers: dict[str, Row] = {}
         if source.has("annotations"):
             answers = {row.identifier("question_id"): row for row in source.rows("annotations", "annotations")}
-        return [_question(source, row, answers) for row in source.rows("questions", "questions")]
+        return source.made(source.unread("questions", "questions"), lambda row: _question(source, row, answers))
 
 
 def _question(source: Source, row: Row, answers: dict[str, Row]) -> Question:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmkd.evaluation.results import read_object, read_predictions, read_results
-
-ROLES = ("teacher", "control", "student")
-
-
-def ordered(roles: Iterable[str]) -> list[str]:
-    """Several teachers by their names first, then `ROLES`."""
-    roles = sorted(roles)
-    return [*(role for role in roles if role not in ROLES), *(role for role in ROLES if role in roles)]
+from mmkd.evaluation.roles import ordered
 
 
 def roles_of(run: Path) -> list[str]:

@@ -37,8 +37,9 @@ def _gallery_of(benchmark: Mapping, share: int, slugs: Mapping[str, str]) -> lis
     runs = benchmark["rows"]
     ids = [i for i in same_questions(runs) if not any(run[i].get("skipped") for run in runs.values())]
     drawn = random.Random(GALLERY_SEED).sample(ids, len(ids))
-    parting = sorted(drawn, key=lambda i: -_spread(runs, i))
-    parting = [i for i in parting if _spread(runs, i) > 0][: share // 2]
+    best = benchmark["best_control"]
+    parting = sorted(drawn, key=lambda i: -_spread(runs, i, best))
+    parting = [i for i in parting if _spread(runs, i, best) > 0][: share // 2]
     plain = [i for i in drawn if i not in set(parting)][: share - len(parting)]
     order = {i: place for place, i in enumerate(ids)}
     rows = next(iter(runs.values()))
@@ -48,9 +49,9 @@ def _gallery_of(benchmark: Mapping, share: int, slugs: Mapping[str, str]) -> lis
     ]
 
 
-def _spread(runs: Mapping[str, Mapping[str, dict]], question: str) -> float:
-    """How far student and control (else all models) lie apart on a question."""
-    pair = [runs[role] for role in ("student", "control") if role in runs]
+def _spread(runs: Mapping[str, Mapping[str, dict]], question: str, best_control: str | None) -> float:
+    """How far student and best control (else all models) lie apart on a question."""
+    pair = [runs[role] for role in ("student", best_control) if role in runs]
     scores = [run[question]["score"] for run in (pair if len(pair) == 2 else runs.values())]
     return max(scores) - min(scores)
 
@@ -78,7 +79,7 @@ def _gallery_item(benchmark: Mapping, question: str, parted: bool, slugs: Mappin
         ],
         "pictures": [_thumbnail(key) for key in row.get("images") or ()],
         "chosen": "models differ" if parted else "drawn at random",
-        "outcome": _outcome(scores),
+        "outcome": _outcome(scores, benchmark["best_control"]),
         "classes": " ".join(f"{slugs[role]}-{_mark(score)}" for role, score in scores.items()),
     }
 
@@ -108,16 +109,16 @@ def _mark(score: float) -> str:
 
 
 OUTCOMES = {
-    "gain": "student better than control",
-    "loss": "control better than student",
+    "gain": "student better than its best control",
+    "loss": "best control better than student",
     "right": "all fully right",
     "wrong": "all wrong",
     "other": "anything else",
 }
 
 
-def _outcome(scores: Mapping[str, float]) -> str:
-    student, control = scores.get("student"), scores.get("control")
+def _outcome(scores: Mapping[str, float], best_control: str | None) -> str:
+    student, control = scores.get("student"), scores.get(best_control)
     if student is not None and control is not None and student != control:
         return "gain" if student > control else "loss"
     marks = {_mark(score) for score in scores.values()}

@@ -9,20 +9,22 @@ from typing import Any
 from mmkd.base.files import write_whole
 from mmkd.errors import DataError
 from mmkd.evaluation.report.curves import SMOOTHING, charts
-from mmkd.evaluation.report.files import ROLES, ModelFiles, read_evaluations, read_facts, roles_of
+from mmkd.evaluation.report.files import ModelFiles, read_evaluations, read_facts, roles_of
 from mmkd.evaluation.report.gallery import GALLERY_SEED, gallery_of, marks, outcomes
 from mmkd.evaluation.report.scores import benchmark_entry, facts_of, headline, model_entries
 from mmkd.evaluation.report.text import byte_count, count, percent, points, seconds
 
 TEMPLATE = "page.html.j2"
+# Models that have a colour and a mark of their own; all others take theirs by number.
+MARKED = ("teacher", "control", "student")
 MAX_LABEL = 22  # characters of a model's name beside a bar
 
 
 def build_report(run: Path | str) -> Path:
     """Writes RUN/report.html and returns its path.
 
-    Reads RUN/evaluation/{teacher,control,student}/<benchmark>/, RUN/evaluation_blind/ (the same below it),
-    RUN/log/{student,control}.jsonl, RUN/summary.json and RUN/run.json; all but one model's evaluation may be
+    Reads RUN/evaluation/{teacher,control,control_NAME,student}/<benchmark>/, RUN/evaluation_blind/ (the same below it),
+    RUN/log/{student,control,...}.jsonl, RUN/summary.json and RUN/run.json; all but one model's evaluation may be
     missing.  The same files give the same page.
     Raises DataError when no model has been evaluated, or when models answered different questions.
     """
@@ -43,7 +45,7 @@ def build_report(run: Path | str) -> Path:
 def build_comparison(models: Mapping[str, ModelFiles], target: Path, title: str) -> dict[str, dict[str, Any]]:
     """Writes one page for several models to the file `target`.
 
-    A model's name is what the page calls it; "teacher", "control" and "student" have the meaning they have in a run.
+    A model's name is what the page calls it; "teacher", "control", "control_NAME" and "student" mean what they mean in a run.
     Benchmarks that one model alone has answered are shown, not compared. Returns {benchmark: what `compare_runs` gives}.
     Raises DataError where a model has no scored evaluation, or models answered different questions.
     """
@@ -68,7 +70,8 @@ def _write_page(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     names = [name for name in models if any(name in found for found in evaluations.values())]
-    slugs = {name: name if name in ROLES else f"m{number}" for number, name in enumerate(names)}
+    others = [name for name in models if name not in names]  # trained, but not evaluated or no longer
+    slugs = {name: name if name in MARKED else f"m{number}" for number, name in enumerate([*names, *others])}
     benchmarks = [benchmark_entry(name, found) for name, found in evaluations.items()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmkd.evaluation.report.text import count, percent, plain
+from mmkd.evaluation.roles import is_control
 from mmkd.evaluation.statistics import compare_runs, verdict
 
 MAX_PAIRS = 10  # differences shown of one benchmark
@@ -17,7 +18,8 @@ IMPORTANCE = {"needs_image": "only with the picture", "both": "also without", "h
 def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
     any_results = next(iter(models.values()))["results"]
     comparison = compare_runs({role: model["path"] for role, model in models.items()})
-    difference = comparison["differences"].get("student - control")
+    best = comparison["best_control"]
+    difference = comparison["differences"].get(f"student - {best}")
     return {
         "name": name,
         "title": any_results.get("title") or name,
@@ -27,7 +29,9 @@ def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
         "blind": {role: model["blind"] for role, model in models.items() if model["blind"] is not None},
         "comparison": comparison,
         "difference": difference,
-        "verdict": verdict(difference) if difference else None,
+        "best_control": best,
+        "verdict": verdict(difference, best) if difference else None,
+        "remarks": [f"{role}: {said}" for role, cell in comparison["models"].items() for said in cell.get("remarks", ())],
         "pairs": _shown_pairs(comparison["differences"], list(models)),
         "categories": _category_bars(models),
         "facts": _benchmark_facts(models),
@@ -58,13 +62,12 @@ def headline(benchmarks: Sequence[Mapping]) -> dict[str, str]:
     if len(compared) == 1:
         words = compared[0]["verdict"].replace("student", "the student", 1)
         return {"text": f"On {compared[0]['name']} {words}.", "mood": mood}
-    text = f"Student and control show no difference on any of {len(compared)} benchmarks"
+    control = "best control" if any(sum(map(is_control, b["models"])) > 1 for b in compared) else "control"
+    text = f"Student and {control} show no difference on any of {len(compared)} benchmarks"
     if ahead:
-        text = (
-            f"The student leads its control on {len(ahead)} of {len(compared)} benchmarks: {', '.join(ahead)}"
-        )
+        text = f"The student leads its {control} on {len(ahead)} of {len(compared)} benchmarks: {', '.join(ahead)}"
     if behind and not ahead:
-        text = f"The student leads its control on none of {len(compared)} benchmarks"
+        text = f"The student leads its {control} on none of {len(compared)} benchmarks"
     if behind:
         text += f"; it is behind on {', '.join(behind)}"
     return {"text": text + ".", "mood": mood}
@@ -140,8 +143,9 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     facts = [(key.replace("_", " "), plain(results[key])) for key in keys if results.get(key) is not None]
     for role, model in models.items():
         own = model["results"]
-        parts = [f"{own['n']} scored", f"{own.get('n_skipped', 0)} skipped"]
+        parts = [f"{own.get('n', 0)} scored", f"{own.get('n_skipped', 0)} skipped"]
         parts += [f"{count} × {reason}" for reason, count in own.get("skipped", {}).items()]
+        parts += own.get("remarks", [])
         parts += [f"{percent(own['unparsed_share'])} unparsed"] if "unparsed_share" in own else []
         parts += [f"lenient parse {percent(own['score_lenient'])}"] if "score_lenient" in own else []
         parts += [f"{percent(own['neither_share'])} neither yes nor no"] if own.get("neither_share") else []

@@ -63,6 +63,17 @@ class WrappedEncoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The backbone has initialised itself by its own rules."""
 
+    def checkpoint_backbone(self) -> bool:
+        """Turns on the backbone's own activation checkpointing (timm, open_clip); False where it has none."""
+        for module in (getattr(self.backbone, "model", None), self.backbone):
+            if module is not None and hasattr(module, "set_grad_checkpointing"):
+                try:
+                    module.set_grad_checkpointing(True)
+                except AssertionError:  # how timm's say that they have none
+                    return False
+                return True
+        return False
+
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """pixels [n, 3, H, W] -> features [n, N, Dv], as `last_hidden_state` and as the only hidden state; pooled: their mean."""
         features = tokens_of(self.backbone(pixel_values))  # [n, N, Dv]

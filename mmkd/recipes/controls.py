@@ -1,0 +1,57 @@
+"""How a recipe describes what its student is held against: controls that learn without the teacher."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmkd.base.schema import Strict
+from mmkd.train.spec import StageSpec
+
+# Without a teacher: they tell whether distillation helped.
+KINDS = ("equal_steps", "equal_compute")
+DEFAULT = KINDS
+
+
+class ControlSpec(Strict):
+    """One control.
+
+    equal_steps: the student's stages, data, order and steps.
+    equal_compute: as many steps as the student's training compute buys, counted in floating point operations.
+    """
+
+    kind: Literal[KINDS]  # type: ignore[valid-type]
+    stages: dict[str, dict[str, Any]] = Field({})  # by stage: keys that this control has otherwise (data, steps, optimiser, ...)
+
+
+def named(given: Any) -> Any:
+    """The long form of `controls`: {name: fields}. true: the default ones, false: none; a list names kinds."""
+    if isinstance(given, bool):
+        given = list(DEFAULT) if given else []
+    if isinstance(given, list):
+        items = [item if isinstance(item, dict) else {item: None} for item in given]
+        given = {name: fields for item in items for name, fields in item.items()}
+    if not isinstance(given, dict):
+        return given
+    return {name: {"kind": name, **fields} if isinstance(fields, dict) else fields or {"kind": name}
+            for name, fields in given.items()}  # fmt: skip
+
+
+def changed(stage: StageSpec, keys: dict[str, Any]) -> StageSpec:
+    """The stage with other values for some keys; a new length takes the place of the old one. Raises ValueError."""
+    if not keys:
+        return stage
+    fields = stage.model_dump(exclude_unset=True)
+    if "steps" in keys or "epochs" in keys:
+        fields = {name: value for name, value in fields.items() if name not in ("steps", "epochs")}
+    return StageSpec.model_validate(_merged(fields, keys))
+
+
+def _merged(fields: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Mappings within mappings alike; terms and data are replaced whole."""
+    merged = dict(fields)
+    for name, value in keys.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict) and name not in ("terms", "control_terms")
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
