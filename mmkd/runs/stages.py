@@ -49,7 +49,7 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
     Every stage ends on disk and the next starts from there, so that a resumed run and an undisturbed one are the same.
     """
     final, teachers = run / role, as_teachers(teachers)
-    if (final / "config.json").exists():
+    if final.exists():
         check_whole(final, f"put it back, or delete it: the same command copies it again from {run / 'stages'}")
         return load_student(recipe, final)
     for number, name in enumerate(recipe.stages):

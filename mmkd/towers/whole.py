@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -137,6 +138,22 @@ def check_index(source: str | Path) -> None:
         missing = sorted(name for name in files if not (folder / name).is_file())
         if missing:
             raise TowerError(f"{path} names files that are not there: {named(missing)}")
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """While a model's own code runs: whatever it raises becomes a TowerError with kind and place of the failure."""
+    try:
+        yield
+    except MmkdError:
+        raise
+    except Exception as error:  # parts of a folder that do not fit together fail anywhere
+        places = traceback.extract_tb(error.__traceback__)
+        place = f" ({PurePath(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
+        raise TowerError(
+            f"{what} fails: {type(error).__name__}: {one_line(error)}{place}. Check that its configuration, tokenizer and "
+            "weights belong together: mmkd check FOLDER"
+        ) from error
 
 
 @contextmanager

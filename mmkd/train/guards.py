@@ -18,6 +18,7 @@ from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
+from mmkd.towers.whole import blamed
 from mmkd.train.batch import Pair
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
@@ -50,8 +51,9 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
-        hidden = answer_rows(tower, inputs)
-        facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
+        with blamed(f"the first pass through the {role}"):
+            hidden = answer_rows(tower, inputs)
+            facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
         _check_finite(role, facts)
         if pixels_matter:
             alike = of_student is not None and dataset.alike[role]

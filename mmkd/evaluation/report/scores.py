@@ -144,7 +144,7 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     facts = [(key.replace("_", " "), plain(results[key])) for key in keys if results.get(key) is not None]
     for role, model in models.items():
         own = model["results"]
-        parts = [f"{own['n']} scored", f"{own.get('n_skipped', 0)} skipped"]
+        parts = [f"{own.get('n', 0)} scored", f"{own.get('n_skipped', 0)} skipped"]
         parts += [f"{count} × {reason}" for reason, count in own.get("skipped", {}).items()]
         parts += own.get("remarks", [])
         parts += [f"{percent(own['unparsed_share'])} unparsed"] if "unparsed_share" in own else []
