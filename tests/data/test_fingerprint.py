@@ -132,7 +132,7 @@ def test_every_file_of_a_benchmarks_layout_counts(tmp_path, card):
 
 def test_shards_and_folders_of_datasets_count(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "one.tar").write_bytes(b"x")
+    (tmp_path / "one.tar").write_bytes(bytes(1024))  # a tar without members
     assert list(fingerprint(DataSpec(format="shards", root=str(tmp_path)))["files"]) == ["one.tar"]
     with pytest.raises(DataError, match="has no tar shards"):
         fingerprint(DataSpec(format="shards", root=str(tmp_path), files={"shards": "*.tgz"}))
