@@ -43,7 +43,8 @@ def inputs(folder: Path) -> Path:
         picture(data / "images" / f"{number}.png", number)
         row = {"image": f"images/{number}.png", "question": f"what {'is ' * (number % 5)}{number}?", "answer": words[number % 5]}
         rows.append(row)
-        pairs.append({**row, "rejected": words[(number + 1) % 5]})
+        pair = {"prompt": row["question"], "chosen": row["answer"], "rejected": words[(number + 1) % 5]}
+        pairs.append({"image": row["image"], **pair})
         captions.append({"image": row["image"], "caption": f"{words[number % 5]} {words[number % 3]} {number}"})
     for name, lines in (("train", rows), ("test", rows[:6]), ("pairs", pairs), ("captions", captions)):
         numbered = [{"id": str(number), **line} for number, line in enumerate(lines)]
@@ -54,11 +55,11 @@ def inputs(folder: Path) -> Path:
     stage = content["stages"]["only"] | {"steps": 6, "save_every": 2}
     content |= {"control": True, "stages": {"first": stage, "second": {**stage, "train": ["projector", "language"]}}}
     (folder / "distill.yaml").write_text(yaml.safe_dump(content))
-    pair = {**stage, "data": [{"format": "preference", "root": str(data), "files": {"train": "pairs.jsonl"}, "prompt": "plain"}],
-            "terms": {"dpo": 1}}  # fmt: skip
+    compared = {"format": "preference", "root": str(data), "files": {"annotations": "pairs.jsonl"}, "prompt": "plain"}
+    pair = {**stage, "data": [compared], "terms": {"dpo": 1}}
     (folder / "preference.yaml").write_text(yaml.safe_dump(content | {"control": False, "stages": {"only": pair}}))
-    ranked = {"format": "jsonl", "root": str(data), "files": {"train": "captions.jsonl", "field.question": "caption",
-                                                              "field.answer": "caption"}}  # fmt: skip
+    names = {"annotations": "captions.jsonl", "field.question": "caption", "field.answer": "caption"}
+    ranked = [{"format": "jsonl", "root": str(data), "files": names}]
     bert = {"model_type": "bert", **SIZES, "max_position_embeddings": 32}
     parts = {"vision": {"config": VISION}, "text": {"config": bert, "vocab_size": 300}, "embedding": 8}
     training = {"optimiser": {"batch_size": 4, "learning_rate": 1e-3}, "steps": 6, "save_every": 2, "log_every": 2}
@@ -156,7 +157,7 @@ def attack(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commands", nargs="*", default=["distill", "preference", "cache", "evaluate", "rank"])
+    parser.add_argument("--commands", nargs="*", default=["cache", "evaluate", "rank", "preference", "distill"])
     parser.add_argument("--kills", type=int, default=3, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write what was found here")
