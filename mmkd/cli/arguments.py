@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+import yaml
 
 
 def add_recipe(parser: argparse.ArgumentParser, recipe: str, overrides: str | None) -> None:
@@ -20,6 +23,31 @@ def add_restart(parser: argparse.ArgumentParser) -> None:
 
 def add_seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default=None, metavar="0,1,2", help="run once a seed and print means with intervals")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How a model reads samples, where that is not as its folder says (`mmkd.towers.reading.Reading`)."""
+    parser.add_argument(
+        "--processor", type=values, default={}, metavar="KEY=VALUE,...", help="options of its processor, as max_pixels=401408"
+    )
+    parser.add_argument("--chat-template", default=None, metavar="FILE", help="a chat template in place of the model's own")
+    parser.add_argument(
+        "--template", type=values, default={}, metavar="KEY=VALUE,...", help="arguments of the template, as enable_thinking=false"
+    )
+
+
+def values(text: str) -> dict[str, Any]:
+    """Values by name, each in YAML, with commas between them."""
+    found = {}
+    for part in names(text):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise argparse.ArgumentTypeError(f"{part!r} is no KEY=VALUE")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise argparse.ArgumentTypeError(f"{value!r} is no value in YAML") from error
+    return found
 
 
 def positive(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from mmkd.cli.arguments import names, positive
+from mmkd.cli.arguments import add_reading, names, positive
 from mmkd.cli.startup import quick_imports
 
 LINES = partial(print, flush=True)
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--quantise", default=None, choices=["8bit", "4bit"])
     parser.add_argument("--trust-remote-code", action="store_true")
+    add_reading(parser)
     parser.add_argument(
         "--imports", type=names, default=[], metavar="MODULE,...", help="modules of your own: formats, metrics, encoders"
     )

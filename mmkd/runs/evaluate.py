@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class EvaluationOptions:
     choices: how multiple choice is answered, "generation" or "likelihood".  submission: also write the test servers' files.
     missing_pictures: the share of a benchmark's pictures that may be missing (their questions are left out and counted); above it
     nothing is asked.  cache_mb: room for visual tokens of pictures with open questions.  dtype, quantise ("8bit", "4bit"),
-    trust_remote_code: how the model is loaded.  show: is given each line for the reader as soon as it is known.
+    trust_remote_code: how the model is loaded.  processor, chat_template, template: options of its processor, another template,
+    and arguments of that (see `mmkd.towers.reading.Reading`).  show: is given each line for the reader as soon as it is known.
     """
 
     data_root: str | Path | None = None
@@ -51,6 +52,9 @@ class EvaluationOptions:
     dtype: str = "auto"
     quantise: str | None = None
     trust_remote_code: bool = False
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[str], object] = lambda line: None
 
 
@@ -138,12 +142,13 @@ def _check_data(benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> 
 
 def _load_tower(model: str | Path, options: EvaluationOptions) -> Answerer:
     from mmkd.towers.loading import device_of_process, dtype_of, to_device
+    from mmkd.towers.reading import Reading
     from mmkd.towers.tower import Tower
 
-    dtype = dtype_of(options.dtype)
     tower = Tower.load(
-        model, dtype=dtype, quantise=options.quantise, trust_remote_code=options.trust_remote_code, device=device_of_process()
-    )
+        model, dtype=dtype_of(options.dtype), quantise=options.quantise, trust_remote_code=options.trust_remote_code,
+        device=device_of_process(), reading=Reading(options.processor, options.chat_template, options.template),
+    )  # fmt: skip
     return to_device(tower)
 
 

@@ -26,7 +26,7 @@ from mmkd.train.skips import LEFT_OUT, Skip, in_words
 
 LOOKED_AT, SECONDS = 512, 10.0  # samples of a data entry that are prepared, and how long that may take
 AGAIN = 3  # samples of an entry that another stage has, too
-PICTURES = 20_000  # samples of a data entry whose pictures are looked for
+PICTURES = 10_000  # samples of a data entry whose pictures are looked for
 BARS = "▁▂▃▄▅▆▇█"
 
 

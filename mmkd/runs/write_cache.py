@@ -6,6 +6,7 @@ on with what is missing.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import os
 import shutil
@@ -34,6 +35,7 @@ from mmkd.recipes.recipe import Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
+from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers, openings
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.store import (
@@ -112,17 +114,20 @@ def write_cache(
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
     plan, samples = plan_of(recipe, top_k), all_samples(live)
     talks = any(sample.answers > 1 for stage in samples.values() for sample in stage)
+    talks = talks or any(spec.target == "teacher" for stage in live.stages.values() for spec in stage.data)
     if not talks:  # else the towers decide which samples there are
         check_folder(live, folder, plan)
     teachers = load_teachers(live)
     student = build_student(live, teachers, texts_of(samples))
     if talks:
-        live = with_answers_apart(live, student, teachers)
+        live = with_answers_apart(live if forecast_only else with_teacher_answers(live, teachers), student, teachers)
         plan = plan_of(recipe.model_copy(update={"stages": live.stages}), top_k)
         check_folder(live, folder, plan)
     preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together
     del student
     (teacher,) = (teacher.running() for teacher in teachers.values())
+    if (folder / "cache.json").exists() and (day := About.load(folder).date):  # one that is gone on with
+        teacher.preparer.day = dt.date.fromisoformat(day)
     facts: dict[str, Any] = {"folder": str(folder)}
     if plan.samples:
         facts["forecast"] = forecast_of(plan, teacher)
@@ -275,10 +280,9 @@ def claim_folder(recipe: Recipe, folder: Path, plan: Plan, teacher: Tower) -> No
         except OSError:  # another process was first
             shutil.rmtree(partial)
     hashed = with_hashes(recipe.teacher.model, files)
-    About(
-        **about_of(recipe, plan), files=hashed, fingerprint=teacher.fingerprint(), logit_rule=list(rule), vocabulary=vocabulary,
-        body=sums_in(body),
-    ).save(folder)  # fmt: skip
+    day = teacher.preparer.day.isoformat() if teacher.preparer.prints_day else None
+    facts = about_of(recipe, plan) | {"files": hashed, "fingerprint": teacher.fingerprint(), "date": day}
+    About(**facts, logit_rule=list(rule), vocabulary=vocabulary, body=sums_in(body)).save(folder)
 
 
 # ---- filling ---------------------------------------------------------------------------------------------------------

@@ -139,6 +139,8 @@ class About:
     vocabulary: int  # columns that the log-probabilities run over
     body: dict[str, list]  # sizes and hashes of the files in teacher/
     format: int = FORMAT
+    reading: dict = field(default_factory=dict)  # the teacher's keys on how it reads samples
+    date: str | None = None  # what the teacher's template printed, where it prints the date
 
     @property
     def mode(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmkd.teachers.spec import TeacherSpec
 from mmkd.teachers.store import About, StoredRows, TeacherCache, content_key
 from mmkd.teachers.teacher import Gives, Teacher, TeacherSignals
 from mmkd.towers.loading import device_of_process
+from mmkd.towers.reading import Reading
 from mmkd.towers.tower import Encoded, Seen, Tower
 
 HEAD = "head.safetensors"
@@ -73,6 +75,7 @@ class StoredTeacher(Teacher):
                 + "\nTake them out, or take teacher.cache out to use the live teacher"
             )
         terms = [term for own in opening.terms.values() for term in own]
+        spec = spec.model_copy(update={"date": _date(about)})
         live = load_tower(spec, opening.max_length) if any(t.switched for t in terms) else None
         teacher = cls(
             folder, max_length=opening.max_length, trust_remote_code=spec.trust_remote_code, live=live, name=opening.name,
@@ -190,7 +193,8 @@ def wanted(spec: TeacherSpec, opening: Opening) -> dict[str, Any]:
         "quantise": spec.quantise,
         "max_length": opening.max_length,
         "precision": next(iter(precisions.values()), "float32"),
-    }
+        "reading": spec.reading_keys,
+    } | ({"date": spec.date.isoformat()} if spec.date else {})
 
 
 def _body(folder: Path, about: About, max_length: int, trust_remote_code: bool, live: Tower | None) -> Tower:
@@ -204,9 +208,15 @@ def _body(folder: Path, about: About, max_length: int, trust_remote_code: bool, 
         model.set_output_embeddings(live.head)
     elif about.top_k is None:
         model.set_output_embeddings(_head(folder / HEAD))
-    body = Tower(model, AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code), max_length=max_length)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    reading = Reading(thinking=about.reading.get("thinking"), date=_date(about))  # the rest was saved with the processor
+    body = Tower(model, processor, max_length=max_length, reading=reading)
     body.logit_rule = tuple(about.logit_rule)
     return body.freeze()
+
+
+def _date(about: About) -> dt.date | None:
+    return None if about.date is None else dt.date.fromisoformat(about.date)
 
 
 def _head(path: Path) -> nn.Linear:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mmkd.cli.arguments import positive
+from mmkd.cli.arguments import add_reading, positive
 from mmkd.cli.startup import quick_imports
 from mmkd.errors import DataError, NotFiniteError
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=positive, default=None, metavar="N", help="families at a time (default: processor cores)"
     )
     parser.add_argument("--trust-remote-code", action="store_true")
+    add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,13 +32,16 @@ def run(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from mmkd.testing import check_rows, check_tower
         from mmkd.testing.replay import is_kept, replay_all
+        from mmkd.towers.reading import Reading
         from mmkd.towers.tower import Tower
 
     if is_kept(Path(arguments.model)):
         steps = replay_all(Path(arguments.model))
         print(json.dumps(steps, indent=1))
         return 0 if all(facts["finite"] for facts in steps.values()) else NotFiniteError.code
-    tower = Tower.load(arguments.model, dtype="float32", trust_remote_code=arguments.trust_remote_code)
+    reading = Reading(arguments.processor, arguments.chat_template, arguments.template)
+    trusted = arguments.trust_remote_code
+    tower = Tower.load(arguments.model, dtype="float32", trust_remote_code=trusted, reading=reading)
     facts = check_tower(tower) if tower.has_visual_tokens else {"only a teacher of rows": tower.lacks(), **check_rows(tower)}
     print(json.dumps(facts, indent=1))
     return 0

@@ -56,6 +56,7 @@ def check_tower(tower: Tower, samples: Sequence[Sample] | None = None) -> dict[s
             "samples with several pictures": sum(len(s.images) > 1 for s in samples),
         }
         facts |= _check_targets(tower, samples)
+        facts |= _check_talk(tower, samples)
         facts |= _check_visual_positions(tower, inputs)
         facts |= _check_swapped(tower, samples)
         facts |= _check_prompts(tower, samples)
@@ -102,12 +103,17 @@ def _readable(tower: Tower, samples: Sequence[Sample]) -> tuple[list[Sample], in
 
 @torch.no_grad()
 def _check_rows(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Logits of the answers' rows, in a batch, are those of the model's own forward pass over each sample alone."""
+    """Logits of the answers' rows, in a batch, are those of the model's own forward pass.
+
+    Of a family that reads samples apart, over each sample alone; else over the same batch, since some encoders (HunYuan-VL) let
+    the pictures of a batch change each other a little.
+    """
     inputs = tower.prepare(samples).to(tower.device)
     ours = _logits(tower, tower.read(inputs, tower.see(inputs))[inputs.response])
     own = []
-    for sample in samples:
-        alone = tower.prepare([sample]).to(tower.device)
+    groups = [list(samples)] if tower.has_visual_tokens else [[sample] for sample in samples]
+    for group in groups:
+        alone = tower.prepare(group).to(tower.device)
         logits = tower.model(**tower.arguments(alone)).logits[:, -alone.input_ids.shape[1] :]
         own.append(logits[alone.response])
     wanted = torch.cat(own).float()
@@ -165,6 +171,24 @@ def _check_targets(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
                 "eos_token_id in the model's generation config to the token that ends a turn"
             )
     return {"targets": "the answers and their end"}
+
+
+def _check_talk(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
+    """In a talk of two samples each answer is learned behind what is asked for it, in one sequence or one by one."""
+    two = [s for s in samples if [turn.role for turn in s.turns] == ["user", "assistant"]][:2]
+    if len(two) < 2:
+        return {}
+    images, turns = (tuple(x for s in two for x in getattr(s, name)) for name in ("images", "turns"))
+    talk = Sample("a talk of " + " and ".join(s.id for s in two), images, turns)
+    apart = tower.preparer.answers_apart(talk)
+    for sample in talk.by_answer() if apart else [talk]:
+        encoded = tower.encode(sample)
+        asked = tower.encode(sample, with_answer=False).input_ids
+        if encoded.input_ids[: len(asked)].tolist() != asked.tolist() or int(encoded.targets[len(asked) - 1]) < 0:
+            raise TowerError(f"talks: {sample.id!r} is trained behind another prompt than it is asked with")
+        if wrong := tower.preparer.misread(sample, encoded):
+            raise TowerError(f"talks: {wrong}")
+    return {"answers of a talk": "one by one" if apart else "in one sequence"}
 
 
 def _check_visual_positions(tower: Tower, inputs: TowerInputs) -> dict[str, Any]:

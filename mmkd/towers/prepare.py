@@ -28,7 +28,7 @@ from mmkd.towers.chat import Chat, Facts
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
 from mmkd.towers.samples import Sample, Turn
-from mmkd.towers.templates import dated, template_of
+from mmkd.towers.templates import dated, prints_date, template_of
 from mmkd.towers.thinking import holds_thinking, opening_of, without_thinking
 from mmkd.towers.tokenless import for_decoder
 from mmkd.towers.tokens import Controls, Guard, MarkedTokenizer, TextTokenizer, control_strings
@@ -86,18 +86,18 @@ class _Met:
 class Preparer:
     """Prepares samples for one model by its own processor. Of the model it reads configurations, no weights.
 
-    thinking: whether thinking is a target (see `mmkd.towers.options.Reading`).  day: what a template that prints a date prints.
+    thinking: whether thinking is a target (see `mmkd.towers.reading.Reading`).  day: what a template that prints a date prints.
     """
 
     def __init__(
         self, model: nn.Module, processor: Any, *, max_length: int, thinking: bool | None = None, day: date | None = None
     ):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.thinking, self.day = thinking, day or date.today()
+        self.thinking, self._day = thinking, day or date.today()
         self._model = model
         self._kind = model.config.model_type
         self.family = family_of(self._kind)
-        self._known: dict[str, _Met] = {}
+        self._known: dict[tuple[str, frozenset[int]], _Met] = {}
         self._takes_text: bool | None = None
         self._said: set[str] = set()
         if template_of(processor) is None:
@@ -110,10 +110,11 @@ class Preparer:
     @property
     def _met(self) -> _Met:
         template = template_of(self.processor)
-        if template not in self._known:
-            self._known[template] = _Met(self, template)
-            self._tell(self._known[template].facts)
-        return self._known[template]
+        key = (template, frozenset(self.stop_ids))
+        if key not in self._known:
+            self._known[key] = _Met(self, template)
+            self._tell(self._known[key].facts)
+        return self._known[key]
 
     def _tell(self, facts: Facts) -> None:
         name = type(self.processor).__name__
@@ -135,6 +136,21 @@ class Preparer:
         other.processor = copy.copy(self.processor)
         other.processor.image_processor = image_processor
         return other
+
+    @property
+    def prints_day(self) -> bool:
+        """Whether the chat template asks for the date."""
+        return prints_date(template_of(self.processor))
+
+    @property
+    def day(self) -> date:
+        """What a template that asks for the date is told."""
+        return self._day
+
+    @day.setter
+    def day(self, day: date) -> None:
+        self._day = day
+        self._known.clear()
 
     @property
     def stop_ids(self) -> set[int]:
@@ -170,10 +186,10 @@ class Preparer:
         """
         pictures = [ref.load() for ref in sample.images] if pictures is None else pictures
         met, guard = self._met, Guard(self._met.controls)
+        sample = self._with_own_thinking(sample)
         if not with_answer:
             ids, pixels, _ = self._asked(met, sample, pictures, guard)
             return self._fit(sample, ids, [IGNORE] * len(ids), pixels, with_answer)
-        sample = self._with_own_thinking(sample)
         answer = self._answer_of(sample)
         several = sample.answers > 1 and met.steady
         if sample.answers > 1 and not several:

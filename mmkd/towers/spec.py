@@ -92,6 +92,11 @@ class ReadingSpec(Strict):
     date: dt.date | None = Field(None, exclude_if=is_default(None))  # what a template that prints the day prints; None: today
 
     @property
+    def reading_keys(self) -> dict[str, Any]:
+        """The keys that were given, without the date."""
+        return self.model_dump(mode="json", include=set(ReadingSpec.model_fields) - {"date"}, exclude_defaults=True)
+
+    @property
     def reading(self) -> Reading:
         return Reading(self.processor, self.chat_template, self.template, self.thinking, self.date)
 

@@ -25,6 +25,7 @@ PAIRS = (
     ("<seed:think>", "</seed:think>"),
 )
 MARKS = frozenset(mark for pair in PAIRS for mark in pair)
+_FIRST = frozenset(mark[0] for mark in MARKS)
 
 _OPEN, _CLOSE = (re.compile("|".join(map(re.escape, marks)), re.IGNORECASE) for marks in zip(*PAIRS, strict=True))
 # What stands around the answer that follows a block: DeepSeek-R1's and its kin's, GLM's, Sky-T1's, Cohere's.
@@ -60,6 +61,8 @@ def opening_of(text: str) -> str:
 
 def holds_thinking(text: str) -> bool:
     """Whether any mark of thinking stands in a text."""
+    if not any(first in text for first in _FIRST):  # nearly always, and ten times as fast
+        return False
     return bool(_OPEN.search(text) or _CLOSE.search(text))
 
 

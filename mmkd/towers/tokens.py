@@ -28,14 +28,15 @@ _RENAMED = "\U00100002"  # begins the other names of control tokens
 def control_strings(processor: Any, template: str) -> frozenset[str]:
     """What users' texts must not say to tokenizer and processor: special tokens, placeholders, and what the template writes.
 
-    Thinking marks are left out: an answer that reasons is learned with the tokens with which a model writes it.
+    Thinking marks are left out: an answer that reasons is learned with the tokens with which a model writes it. So are single
+    characters, such as the "!" that some tokenizers pad with.
     """
     tokenizer = processor.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     found = {token.content for token in added if token.special or token.content in template} | {*tokenizer.all_special_tokens}
     named = {name: value for name, value in vars(processor).items() if isinstance(value, str)}
     found |= {value for name, value in named.items() if name.endswith(("_token", "_placeholder"))}
-    return frozenset(text for text in found if text.strip() and text not in MARKS)
+    return frozenset(text for text in found if len(text.strip()) > 1 and text not in MARKS)
 
 
 def pattern_of(strings: Iterable[str]) -> re.Pattern:

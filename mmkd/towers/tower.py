@@ -122,7 +122,11 @@ class Tower:
             raise TowerError(f"{self.lacks()}; it can only be a teacher of rows")
         if self._family.projector is None:
             kind = self.model.config.model_type
-            raise TowerError(f"where {kind!r} keeps its projector is not known; add it to mmkd.towers.families.FAMILIES")
+            raise TowerError(
+                f"where models of type {kind!r} keep their projector is not known, so nothing before it can be compared or "
+                "exchanged: leave out the visual switch and terms on vision features, or add the family to "
+                "mmkd.towers.families.FAMILIES"
+            )
         return self._family.projector
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.errors import GuardError, NotFiniteError
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 # A teacher's loss must rise by this share of it, and by so much, when it is shown other pictures.
 HARDLY, LEAST = 0.02, 0.01
 
-LOOKED_THROUGH = 50_000  # samples in which those with pictures are looked for
+LOOKED_THROUGH = 4096  # samples of a large set in which those with pictures are looked for
 
 
 def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_matter: bool, teacher_is_better: bool) -> dict:
@@ -117,7 +118,7 @@ def _brief(names: list[str]) -> str:
 
 def _some(dataset: PairDataset, samples: int) -> tuple[list[Sample], list[Pair]]:
     """Samples spread over the data set, those with pictures first choice, and the same prepared; skipped ones left out."""
-    places = range(0, len(dataset), max(1, len(dataset) // LOOKED_THROUGH))  # all of them, but of a large set
+    places = range(0, len(dataset), max(1, len(dataset) // LOOKED_THROUGH) if is_lazy(dataset.samples) else 1)
     pictured = [i for i in places if dataset.samples[i].images] or list(places)
     step = max(1, len(pictured) // samples)
     found = [(i, dataset[i]) for i in pictured[::step][:samples]]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import datetime as dt
+
 import pytest
 import torch
 from hub_templates import HUB, hub_tower
 from PIL import Image
+from transformers import AutoProcessor
 
 from mmkd.data.samples import ImageRef, Sample, Turn
-from mmkd.errors import SampleError
+from mmkd.errors import SampleError, TowerError
 from mmkd.testing.tiny_families import tiny_family
 from mmkd.towers.inputs import IGNORE
 from mmkd.towers.reading import Reading
@@ -253,3 +258,112 @@ def test_no_later_token_moves_an_earlier_row(kind, refs):
         after = tower.read(changed, tower.see(changed))[0]
         torch.testing.assert_close(after[: row + 1], before[: row + 1], rtol=0, atol=1e-5)
         assert not torch.allclose(after[row + 1 :], before[row + 1 :])
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_the_processor_are_read_and_unknown_ones_refused(refs):
+    small, sample = tiny_family("qwen2_vl"), Sample("s", refs[:1], (user("What?", 1), answer("red")))
+    wide = Tower(small.model, small.processor, reading=Reading(processor={"max_pixels": 16 * 16}))
+    assert wide.visual_count(wide.encode(sample)) < small.visual_count(small.encode(sample))
+    assert small.processor is not wide.processor
+    assert small.processor_fingerprint() != wide.processor_fingerprint()
+    with pytest.raises(TowerError, match=r"has an option 'max_pixel'; did you mean 'max_pixels'"):
+        Tower(small.model, small.processor, reading=Reading(processor={"max_pixel": 1}))
+
+
+def test_arguments_of_a_template_are_known_to_it_and_saved_with_it(tmp_path):
+    tower = thinking_tower("qwen3.5", template={"enable_thinking": False})
+    assert tower.preparer.prompt_text(PLAIN).endswith("assistant\n<think>\n\n</think>\n\n")
+    tower.processor.save_pretrained(tmp_path)
+    asked = [{"role": "user", "content": [{"type": "text", "text": "What colour is it?"}]}]
+    text = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert text == tower.preparer.prompt_text(PLAIN)
+    again = Tower(tower.model, tower.processor, reading=Reading(template={"enable_thinking": False}))
+    assert again.processor_fingerprint() == tower.processor_fingerprint()
+    assert tower.processor_fingerprint() != thinking_tower("qwen3.5").processor_fingerprint()
+    with pytest.raises(TowerError, match="no variable 'enable_thinkin'; did you mean 'enable_thinking'"):
+        thinking_tower("qwen3.5", template={"enable_thinkin": False})
+
+
+def test_a_chat_template_is_a_file_a_text_or_a_name(tmp_path):
+    base = tiny_family("llava")
+    own = "{% for m in messages %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    (tmp_path / "own.jinja").write_text(own)
+    for given, text in ((str(tmp_path / "own.jinja"), "What colour is it?;>"), ("vicuna", "USER: What colour is it? ASSISTANT:")):
+        tower = Tower(base.model, base.processor, reading=Reading(chat_template=given))
+        assert tower.preparer.prompt_text(PLAIN) == text
+    with pytest.raises(TowerError, match="is no file, no template .* did you mean 'vicuna'"):
+        Tower(base.model, base.processor, reading=Reading(chat_template="vicunna"))
+    with pytest.raises(TowerError, match="does not parse"):
+        Tower(base.model, base.processor, reading=Reading(chat_template="{% for %}", template={"a": 1}))
+
+
+def test_paligemma_needs_no_template_of_its_own(refs):
+    base = tiny_family("paligemma")
+    base.processor.chat_template = base.tokenizer.chat_template = None
+    tower = Tower(base.model, base.processor)
+    sample = Sample("s", refs[:1], (user("What colour is it?", 1), answer("red")))
+    decoded = tower.tokenizer.decode(tower.encode(sample, with_answer=False).input_ids)
+    assert decoded.replace("<image>", "") == "<bos>What colour is it?\n"
+    text = tower.encode(sample.without_images(), with_answer=False)
+    assert tower.tokenizer.decode(text.input_ids) == "<bos>What colour is it?\n" and not text.pixels
+
+
+def test_the_day_that_a_template_prints_is_fixed():
+    towers = [thinking_tower("mistral-small-3.1", date=day) for day in (dt.date(2024, 2, 29), dt.date(2025, 1, 1), None)]
+    texts = [tower.preparer.prompt_text(PLAIN) for tower in towers]
+    assert "The date is 2024-02-29." in texts[0] and "2025-01-01" in texts[1] and dt.date.today().isoformat() in texts[2]
+    assert len({tower.processor_fingerprint() for tower in towers}) == 3
+    towers[2].preparer.day = dt.date(2024, 2, 29)
+    assert towers[2].processor_fingerprint() == towers[0].processor_fingerprint()
+    assert towers[2].preparer.prints_day and not thinking_tower("qwen3.5").preparer.prints_day
+
+
+def test_a_template_that_refuses_turns_names_the_sample():
+    turns = (user("One"), user("Two"), answer("red"))
+    with pytest.raises(SampleError, match=r"sample 'odd': the chat template refuses .* \(user, user\): Conversation roles"):
+        hub_tower("gemma3").encode(Sample("odd", (), turns))
+
+
+def test_targets_that_are_not_the_answers_are_told_of():
+    tower = hub_tower("qwen2-vl")
+    encoded = tower.encode(PLAIN)
+    assert tower.preparer.misread(PLAIN, encoded) is None
+    other = Sample("other", (), (user("What colour is it?"), answer("blue")))
+    assert "'other' is to answer 'blue', its targets say 'red'" in tower.preparer.misread(other, encoded)
+    end = tower.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    endless = dataclasses.replace(encoded, targets=torch.where(encoded.targets == end, IGNORE, encoded.targets))
+    assert "has no end behind the answer 'red'" in tower.preparer.misread(PLAIN, endless)
+
+
+class Slow:
+    """A tokenizer in Python: it tells no offsets."""
+
+    is_fast = False
+
+    def __init__(self, real):
+        self.real = real
+
+    def __call__(self, text, *, return_offsets_mapping=False, **options):
+        assert not return_offsets_mapping
+        return self.real(text, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava-1.5", "idefics3", "gemma3"])
+def test_tokenizers_without_offsets_give_the_same(name, refs):
+    fast = hub_tower(name)
+    processor = copy.copy(fast.processor)
+    processor.tokenizer = Slow(fast.tokenizer)
+    slow = Tower(fast.model, processor, max_length=4096)
+    for kind in ("one turn", "two turns", "a picture in turn 2"):
+        pictures, turns = KINDS[kind](refs)
+        one, other = (tower.encode(Sample(kind, tuple(pictures), turns)) for tower in (fast, slow))
+        assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.targets, other.targets)
+    nasty = Sample("nasty", (), (user("What?"), answer(f"it is {HUB[name].end} always")))
+    with pytest.raises(SampleError, match="a text holds a control token"):
+        slow.encode(nasty)

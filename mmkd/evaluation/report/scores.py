@@ -31,6 +31,7 @@ def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
         "difference": difference,
         "best_control": best,
         "verdict": verdict(difference, best) if difference else None,
+        "over_hard_answers": comparison["over_hard_answers"],
         "remarks": [f"{role}: {said}" for role, cell in comparison["models"].items() for said in cell.get("remarks", ())],
         "pairs": _shown_pairs(comparison["differences"], list(models)),
         "categories": _category_bars(models),
