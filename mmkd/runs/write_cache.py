@@ -64,7 +64,7 @@ from mmkd.train.streaming import stage_stream
 logger = logging.getLogger(__name__)
 
 PROBE = 512  # samples whose rows are counted for the forecast
-SAMPLE_BYTES, IMAGE_BYTES = 2 * 16 + 3 * 8, 16  # of a shard's index
+SAMPLE_BYTES, IMAGE_BYTES = 3 * 16 + 3 * 8, 16  # of a shard's index
 GIB = 2**30
 
 

@@ -11,7 +11,9 @@ from mmkd.recipes.reading import load_recipe
 from mmkd.runs.estimate import estimate
 from mmkd.runs.plan import plan
 from mmkd.runs.run import distill, table
+from mmkd.towers.inputs import Seen
 from mmkd.towers.prepare import Preparer
+from mmkd.towers.tower import Tower
 
 COUNT = 24
 
@@ -144,3 +146,17 @@ def test_pictures_that_are_not_there_are_found_before_training(recipe_of, tmp_pa
     assert "those of 1 of 24 samples" in text and str(tmp_path / "data" / "gone.png") in text
     with pytest.raises(DataError, match="those of 12 of 24 samples, the first is .*images/0.png. Looked for is"):
         plan(recipe_of({n: {"image": f"images/{n}.png"} for n in range(0, COUNT, 2)}))
+
+
+def test_a_tower_that_no_picture_reaches_is_found_before_training(recipe_of, monkeypatch):
+    see = Tower.see
+
+    def grey(self, inputs):
+        seen = see(self, inputs)
+        blind = self.model.config.text_config.hidden_size == 32  # the teacher's
+        return Seen(seen.features, [token * 0 for token in seen.tokens]) if blind else seen
+
+    monkeypatch.setattr(Tower, "see", grey)
+    with pytest.raises(DataError, match=r"stages.only.permuting the pictures changes nothing that the teacher computes"):
+        plan(recipe_of())
+    assert "tokens" in plan(recipe_of({}, "guards.pixels_matter=false"))
