@@ -259,17 +259,20 @@ CARDS: dict[str, tuple[Callable[[Path], None], int, str]] = {
 
 
 class Oracle:
-    """Answers every question rightly, from its own fields; with "wrong" the questions of those ids get "zzz"."""
+    """Answers every question rightly, from its own fields; with "wrong" the questions of those ids get "zzz".
 
-    def __init__(self, fake_tower, wrong: tuple[str, ...] = ()) -> None:
-        self.tower, self.wrong = fake_tower(), wrong
+    form: what it writes around its answer.
+    """
+
+    def __init__(self, fake_tower, wrong: tuple[str, ...] = (), form: str = "{}") -> None:
+        self.tower, self.wrong, self.form = fake_tower(), wrong, form
 
     def __getattr__(self, name: str):
         return getattr(self.tower, name)
 
     def answer(self, samples, *, max_new_tokens, vision_cache):
         self.tower.answer(samples, max_new_tokens=max_new_tokens, vision_cache=vision_cache)
-        return ["zzz" if sample.id in self.wrong else self.right(sample) for sample in samples]
+        return ["zzz" if sample.id in self.wrong else self.form.format(self.right(sample)) for sample in samples]
 
     def right(self, sample) -> str:
         question = sample.meta["question"]

@@ -28,15 +28,23 @@ def sums_in(folder: Path, but: Path | None = None) -> dict[str, list]:
     return {name: [path.stat().st_size, hash_of(path)] for name, path in _files(folder, but).items()}
 
 
+def as_text(files: dict[str, list]) -> str:
+    """The content of a file of sums: they have a sum, too."""
+    return json.dumps({"files": files, "sum": xxhash.xxh3_128(json.dumps(files).encode()).hexdigest()}, indent=1) + "\n"
+
+
 def changed(folder: Path, sums: Path) -> str:
     """What is no longer as its sums say, in words; "" where all is. Every file is read.
 
     A file that came later is none of its business.
     """
     try:
-        recorded = json.loads(sums.read_text(encoding="utf-8"))
+        text = sums.read_text(encoding="utf-8")
+        recorded = json.loads(text)["files"]
         wanted = {str(name): (int(size), str(digest)) for name, (size, digest) in recorded.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        if text != as_text(recorded):
+            return f"{sums.name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{sums.name} cannot be read ({one_line(error) or type(error).__name__})"
     if not wanted:
         return f"{sums.name} names no files"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmkd.base.checksums import sums_in, sums_of
+from mmkd.base.checksums import as_text, sums_in, sums_of
 from mmkd.errors import DataError, MmkdError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,7 +56,7 @@ def write_sums(folder: Path, sums: Path) -> None:
     """Waits until all files below `folder` are on the disk, then writes their sizes and hashes to `sums`: who finds that file
     finds all others, however the machine ended."""
     synced(folder)
-    write_whole(sums, json.dumps(sums_in(folder, sums), indent=1) + "\n")
+    write_whole(sums, as_text(sums_in(folder, sums)))
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -7,7 +7,8 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,21 @@ UNTRAINED = (RECIPE, FACTS, ".lock", "upcycle.json")  # files of a run in which 
 
 
 def claim(
-    folder: Path, recipe: Mapping[str, Any], *, title: str, seed: int, data: Mapping[str, Any] | None = None
-) -> None:
+    folder: Path, recipe: Mapping[str, Any], *, title: str, seed: int, data: Mapping[str, Any] | None = None,
+    changeable: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Writes the resolved recipe into a run's folder, and title, seed, command, day and the hashes of its data beside it.
 
-    data: by stage, what tells that its files are still the same. A folder in which nothing was trained yet may be taken by
-    another recipe. Raises DataError, with what differs, where it holds a run of another recipe or of other data.
+    data: by stage, what tells that its files are still the same.  changeable: patterns of keys that a run may go on with other
+    values of; what was changed is logged and recorded. A folder in which nothing was trained yet may be taken by another recipe.
+    Raises DataError, with what differs, where it holds a run of another recipe or of other data.
     """
     path = folder / RECIPE
     if path.exists() and _has_begun(folder):
-        differing = sorted(differences(_recorded(path), recipe))
+        recorded = _recorded(path)
+        found = sorted(differences(recorded, recipe))
+        changed = [key for key in found if any(fnmatch(key, pattern) for pattern in changeable)]
+        differing = [key for key in found if key not in changed]
         if differing:
             raise DataError(
                 f"{folder} holds a run of another recipe (differs in {', '.join(differing[:5])}); set output=ANOTHER_FOLDER, or "
@@ -45,6 +51,10 @@ def claim(
         _refuse_other_data(folder, data)
         if is_main_process():
             logger.info("%s holds a run of this recipe: going on from what is there", folder)
+            for key in changed:
+                logger.info("from here on %s is %s; it was %s", key, value_at(recipe, key), value_at(recorded, key))
+            if changed:
+                write_whole(path, yaml.safe_dump(dict(recipe), sort_keys=False))
         return
     if not is_main_process():
         return
@@ -106,7 +116,8 @@ def day_of(folder: Path) -> dt.date:
 
 def _has_begun(folder: Path) -> bool:
     """Whether anything stands in a run's folder beside what a claim and the preparation of a stage write."""
-    return any(path.name not in UNTRAINED for path in folder.rglob("*") if path.is_file())
+    written = (path.name for path in folder.rglob("*") if path.is_file())
+    return any(name not in UNTRAINED and not name.endswith("_skipped.jsonl") for name in written)
 
 
 def _refuse_other_data(folder: Path, data: Mapping[str, Any] | None) -> None:
@@ -120,6 +131,16 @@ def _refuse_other_data(folder: Path, data: Mapping[str, Any] | None) -> None:
             f"{folder} holds a run of other data (differs in {', '.join(differing[:5])}): files changed since it began; put them "
             "back, set output=ANOTHER_FOLDER, or start anew with --restart"
         )
+
+
+def value_at(content: Mapping[str, Any], key: str) -> str:
+    """The value of a dotted key for a message; "its default" where it is not written down."""
+    value: Any = content
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return "its default"
+        value = value[part]
+    return one_line(str(value), 80)
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

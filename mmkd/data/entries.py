@@ -6,6 +6,7 @@ import itertools
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,14 @@ from mmkd.base.cards import list_cards, load_card
 from mmkd.base.schema import Strict
 from mmkd.data.formats import Format, format_of, read_split
 from mmkd.data.lazy import Lazy
+from mmkd.data.other_answers import STAND_IN, read_answers, with_answers
 from mmkd.data.prompts import PromptStyle, render
 from mmkd.data.samples import Question, Sample
 from mmkd.data.source import Source
 from mmkd.data.stream import Stream
 from mmkd.data.tally import Tally
 from mmkd.errors import DataError
+from mmkd.towers.samples import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +88,13 @@ def layout_of(spec: Any) -> str:
     return format_of(fields["format"]).layout(fields["split"], fields["files"])
 
 
-def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0) -> Sequence[Sample]:
+def read_samples(
+    spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0, tally: Tally | None = None
+) -> Sequence[Sample]:
     """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError.
 
     allowed: the share of rows, rounded up, that may be left out since they cannot be used; what was left out is logged.
+    tally: gets what was left out, but of a stream.
     """
     stream = stream_of(spec, seed, data_root, allowed)
     fields = resolve(spec)
@@ -97,13 +103,13 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: fl
         samples = stream.head()
         _check_stream(samples, stream.tally, fields, name)
         return samples
-    tally = Tally()
+    tally = Tally() if tally is None else tally
     items = read_split(
         fields["format"],
         folder_of(fields, data_root),
         fields["split"],
         files=fields["files"],
-        target=fields["target"],
+        target=_own_target(fields),
         limit=fields.get("limit"),
         image_limit=fields.get("image_limit"),
         seed=seed,
@@ -114,6 +120,8 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: fl
     samples = _rendered(items, fields, tally, allowed)
     for line in tally.lines():
         logger.info("data %s: %s", name, line)
+    if fields.get("answers") is not None:
+        samples = with_answers(samples, read_answers(fields["answers"]), name)
     return _weighted(samples, fields["weight"], seed)
 
 
@@ -153,6 +161,7 @@ def stream_of(spec: Any, seed: int, data_root: str | None = None, allowed: float
         return None
     wrong = [name for name in ("limit", "image_limit") if fields.get(name) is not None]
     wrong += ["weight"] if fields.get("weight", 1.0) != 1.0 else []
+    wrong += ["answers or target: teacher"] if _others_answer(fields) else []
     if wrong:
         raise DataError(f"format {fields['format']!r} takes no {' or '.join(wrong)}: nobody knows how many samples there are")
     source = source_of(fields, data_root)
@@ -185,13 +194,23 @@ def source_of(fields: dict[str, Any], data_root: str | None) -> Source:
     """What the format of a data entry's fields is given to read. Raises DataError."""
     format = format_of(fields["format"])
     root = fields["root"] if format.hub else folder_of(fields, data_root)
-    return format.source(root, fields["split"], fields["files"], target=fields["target"])
+    return format.source(root, fields["split"], fields["files"], target=_own_target(fields))
+
+
+def _own_target(fields: dict[str, Any]) -> str:
+    """Which of the data's own answers is read."""
+    return "first" if fields["target"] == "teacher" else fields["target"]
+
+
+def _others_answer(fields: dict[str, Any]) -> bool:
+    return fields["target"] == "teacher" or fields.get("answers") is not None
 
 
 def _sample(item: Question | Sample, fields: dict[str, Any]) -> Sample:
     if isinstance(item, Sample):
         return item
-    return render(item, fields["prompt"], with_answer=True, ocr=fields["ocr"])
+    sample = render(item, fields["prompt"], with_answer=not _others_answer(fields), ocr=fields["ocr"])
+    return replace(sample, turns=(*sample.turns, Turn("assistant", STAND_IN))) if _others_answer(fields) else sample
 
 
 def _weighted(samples: Sequence[Sample], weight: float, seed: int) -> Sequence[Sample]:

@@ -32,12 +32,14 @@ def fingerprint(spec: Any, data_root: str | None = None) -> dict[str, Any]:
     """
     fields = resolve(spec)
     fields.pop("text_only")  # says what is expected, not what is read
+    answers = {} if (path := fields.pop("answers", None)) is None else {"answers": Path(path)}
     source = source_of(fields, data_root)
     paths = format_of(fields["format"]).paths(source)
     if not paths:
-        return {"fields": fields, "files": {}}
+        return {"fields": fields, "files": _states(answers)}
     fields = {key: value for key, value in fields.items() if key != "root"}
-    return {"fields": fields, "files": _states({Path(os.path.relpath(path, source.root)).as_posix(): path for path in paths})}
+    names = {Path(os.path.relpath(path, source.root)).as_posix(): path for path in paths}
+    return {"fields": fields, "files": _states(names | answers)}
 
 
 def samples_fingerprint(samples: Sequence[Sample]) -> str:

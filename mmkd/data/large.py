@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,10 @@ class Make:
 def large_items(path: Path, names: dict[str, str], make: Callable[[Row], Any], tally: Tally, about: Any) -> Lazy[Any]:
     """The items of a large file. about: what they depend on beside the file and `make`. Raises DataError."""
     if begins_list(path):
-        return Lazy(_usable_entries(path, names, make, tally, about), Make(make))
+        items = Lazy(_usable_entries(path, names, make, tally, about), Make(make))
+        if items:
+            items[0]  # where several places of pictures are possible, the first item settles it, in each process alike
+        return items
     file = large_lines(path, names)
     places = sorted(random.Random(0).sample(range(len(file)), min(len(file), TRIED)))
     for place in places:
@@ -79,13 +83,17 @@ def _usable_entries(path: Path, names: dict[str, str], make: Callable[[Row], Any
     kept = cache_folder() / "rows" / f"{key}.npz"
     try:
         with claimed(kept.with_suffix(".lock"), wait=True):
-            if not kept.exists():
-                _keep(kept, *_find(path, names, make, tally))
-            return _load(kept, path, names, tally)
+            if kept.exists():
+                try:
+                    return _load(kept, path, names, tally)
+                except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                    logger.warning("%s is damaged (%s) and made anew", kept, error)
+            starts, sizes, numbers, facts = _find(path, names, make, tally)
+            _keep(kept, starts, sizes, numbers, facts)
     except OSError as error:
         logger.warning("%s: where its rows stand cannot be kept in %s (%s); it is read again next time", path, kept.parent, error)
-        starts, sizes, numbers = _find(path, names, make, tally)[:3]
-        return LargeFile(path, starts, sizes, numbers, "entry", names)
+        starts, sizes, numbers, _ = _find(path, names, make, tally)
+    return LargeFile(path, starts, sizes, numbers, "entry", names)
 
 
 def _find(

@@ -12,6 +12,7 @@ DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG200
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000
 _SIXTEEN_BITS = 65535
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
 
 
 def decode(data: bytes) -> Image.Image:
@@ -26,9 +27,10 @@ def decode(data: bytes) -> Image.Image:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, over {MAX_PIXELS:,}; scale it down")
+    negative = picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
-        return _eight_bits(picture)
+        return _eight_bits(picture, negative)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         return _on_white(picture)
     return picture.convert("RGB")
@@ -40,7 +42,8 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(picture: Image.Image, negative: bool) -> Image.Image:
+    """negative: whether 0 is white, which Pillow heeds up to eight bits."""
     values = np.asarray(picture, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(values).all() or low < 0 or high > _SIXTEEN_BITS:
@@ -51,4 +54,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         scale = 1
     else:
         scale = 255 if high <= 255 else _SIXTEEN_BITS
-    return Image.fromarray(np.rint(values * (255 / scale)).astype(np.uint8), "L").convert("RGB")
+    shades = np.rint(values * (255 / scale))
+    shades = 255 - shades if negative else shades
+    transparent = picture.info.get("transparency")
+    shades = np.where(values == transparent, 255, shades) if isinstance(transparent, int) else shades
+    return Image.fromarray(shades.astype(np.uint8), "L").convert("RGB")

@@ -171,7 +171,10 @@ class ImageRef:
             return self.root.is_file() and self.name in archive_members(self.root)
         if self.root.suffix in TABLES:
             return self.root.is_file()
-        return (self.root / self.name).is_file()
+        try:
+            return (self.root / self.name).is_file()
+        except OSError:  # a name that is longer than a file can have
+            return False
 
     def read_bytes(self) -> bytes:
         """The encoded picture. Raises ImageError when it is not there or its archive is damaged."""

@@ -22,7 +22,9 @@ class DataSpec(Strict):
     prompt: PromptStyle | None = None
     ocr: bool | None = None
     files: dict[str, str] | None = None
-    target: Literal["first", "majority", "sampled"] | None = None
+    # "teacher": its greedy answers, whether or not the data have any; asked once, before training.
+    target: Literal["first", "majority", "sampled", "teacher"] | None = None
+    answers: str | None = Field(None, exclude_if=is_default(None))  # a file of {"id", "answer"} lines in the place of the data's
     text_only: bool = Field(False, exclude_if=is_default(False))  # whether it is right that no sample has a picture
     limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
     image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions

@@ -101,11 +101,11 @@ class Tally:
             found.append(f"keys or columns not used: {', '.join(sorted(self.unused))}")
         return found
 
-    def refuse_no_pictures(self, where: str, keys: str, way: str = "`text_only: true` in the data entry") -> None:
-        """Raises DataError where no item has a picture. keys: what names pictures.  way: how to say that this is meant."""
+    def refuse_no_pictures(self, where: str, keys: str) -> None:
+        """Raises DataError where no item has a picture. keys: what names pictures."""
         if self.items and not self.pictured:
             unused = f"; keys or columns not used: {', '.join(sorted(self.unused))}" if self.unused else ""
             raise DataError(
                 f"{where}: pictures in 0 of {self.items:,} samples{unused}. Pictures are named by {keys}; if there are none, say "
-                f"so by {way}"
+                "so by `text_only: true` (in the data entry, or in the benchmark's card)"
             )

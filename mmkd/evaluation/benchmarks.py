@@ -106,7 +106,7 @@ class Benchmark(Strict):
                 return folder.expanduser()
         raise DataError(
             f"benchmark {self.name!r}: there is no folder {candidates[-1]}; get the data and give its "
-            f"folder with --data-root. The card's notes: {self.notes.strip() or 'none'}"
+            f"folder with --data-root (in a recipe: data_root). The card's notes: {self.notes.strip() or 'none'}"
         )
 
     def read(self, data_root: Path | str | None = None, limit: int | None = None) -> Sequence[Question]:

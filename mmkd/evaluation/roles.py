@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 STUDENT, TEACHER = "student", "teacher"
+HARD_ANSWERS = "hard_answers"  # learnt from the teacher's answers alone
 
 
 def is_control(role: str) -> bool:
@@ -12,16 +13,23 @@ def is_control(role: str) -> bool:
     return role == "control" or role.startswith("control_")
 
 
+def learnt_answers(role: str) -> bool:
+    """Whether a model of this role learnt from the teacher's answers alone."""
+    return role.startswith(HARD_ANSWERS)
+
+
 def in_words(role: str) -> str:
     """A role as it is shown: "control_equal_compute" is "control (equal compute)"."""
     name = role.removeprefix("control_")
-    return f"control ({name.replace('_', ' ')})" if name != role else role
+    return f"control ({name.replace('_', ' ')})" if name != role else role.replace("_", " ") if learnt_answers(role) else role
 
 
 def ordered(roles: Iterable[str]) -> list[str]:
-    """Several teachers by their names first, then the teacher, controls, the student."""
+    """Several teachers by their names first, then the teacher, controls, hard answers, the student."""
     def rank(role: str) -> int:
-        return {TEACHER: 1, STUDENT: 3}.get(role, 2 if is_control(role) else 0)
+        if role in (TEACHER, STUDENT):
+            return {TEACHER: 1, STUDENT: 4}[role]
+        return 2 if is_control(role) else 3 if learnt_answers(role) else 0
 
     return sorted(sorted(roles), key=rank)
 

@@ -11,7 +11,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.intervals import interval, paired_difference
 from mmkd.evaluation.remarks import remarks
 from mmkd.evaluation.results import group_of, read_predictions, same_questions
-from mmkd.evaluation.roles import best_control, in_words
+from mmkd.evaluation.roles import HARD_ANSWERS, best_control, in_words
 
 
 def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str | None]) -> float:
@@ -42,6 +42,7 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
         student_beats_teacher              the student's, if both are there
         best_control                       the control with the highest score, None where there is none
         verdict                            in words: is the student better than its best control?
+        over_hard_answers                  in words: and than the same student on the teacher's answers? None without one
     Scores are 0..1.  Raises DataError when ids differ or nothing is left.
     """
     if not predictions:
@@ -80,6 +81,7 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
         **_with_teacher(scores, differences, kept),
         "best_control": best,
         "verdict": verdict(differences.get(f"student - {best}"), best or "control"),
+        "over_hard_answers": _over_hard_answers(differences),
     }
 
 
@@ -137,6 +139,15 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
     rank = {"student": -1, "teacher": len(names)}
     names = sorted(names, key=lambda name: rank.get(name, names.index(name)))
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+
+def _over_hard_answers(differences: Mapping[str, Any]) -> str | None:
+    found = differences.get(f"student - {HARD_ANSWERS}")
+    if found is None:
+        return None
+    low, high = (100 * bound for bound in found["ci95"])
+    shown = "more" if low > 0 else "less" if high < 0 else "no difference shown"
+    return f"over the teacher's hard answers: {100 * found['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], {shown}"
 
 
 def verdict(difference: Mapping | None, control: str = "control") -> str:

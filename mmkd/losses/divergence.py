@@ -70,7 +70,7 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
     its implementations. student, teacher: `[R, V]`; returns `[R]`, finite also where logits are -inf. Raises
     ValueError for beta outside [0, 1].
     """
-    _check_beta(beta)
+    check_beta(beta)
     if beta == 0.0:
         return forward_kl(student, teacher, temperature)
     if beta == 1.0:
@@ -164,7 +164,7 @@ class JSD:
     temperature: float = 1.0
 
     def __post_init__(self):
-        _check_beta(self.beta)
+        check_beta(self.beta)
         check_temperature(self.temperature)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -186,6 +186,6 @@ class JSD:
         return values, weighted.addcmul_(q, total, value=-1.0).mul_(rest * self.temperature)
 
 
-def _check_beta(beta: float) -> None:
+def check_beta(beta: float) -> None:
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta}; it must lie in [0, 1] (0 = forward KL, 1 = reverse KL)")

@@ -1,4 +1,4 @@
-"""How a recipe describes what its student is held against: controls that learn without the teacher."""
+"""How a recipe describes what its student is held against: controls that learn without the teacher's signals."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mmkd.base.schema import Strict
 from mmkd.train.spec import StageSpec
 
 # Without a teacher: they tell whether distillation helped.
-KINDS = ("equal_steps", "equal_compute")
-DEFAULT = KINDS
+DEFAULT = ("equal_steps", "equal_compute")
+KINDS = (*DEFAULT, "hard_answers")
 
 
 class ControlSpec(Strict):
@@ -19,6 +19,8 @@ class ControlSpec(Strict):
 
     equal_steps: the student's stages, data, order and steps.
     equal_compute: as many steps as the student's training compute buys, counted in floating point operations.
+    hard_answers: as equal_compute, on the teacher's greedy answers to all questions: what is left to its other signals
+    (sequence-level distillation, Kim and Rush 2016, "Sequence-level knowledge distillation").
     """
 
     kind: Literal[KINDS]  # type: ignore[valid-type]

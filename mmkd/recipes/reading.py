@@ -5,6 +5,7 @@ Experiments are overrides on the command line (`stages.sft.terms.kl.weight=2`), 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -19,6 +20,10 @@ from mmkd.errors import RecipeError, did_you_mean, one_line, shown
 from mmkd.recipes.recipe import Recipe
 from mmkd.registry import import_modules
 
+logger = logging.getLogger(__name__)
+
+PATHS = ("model", "source", "cache", "root", "data_root")  # keys whose values may be paths
+
 Model = TypeVar("Model", bound=BaseModel)
 SHOWN = 16  # errors that a message lists
 
@@ -28,7 +33,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     raw = read_raw(path, overrides)
     if "kind" in raw:
         raise RecipeError(f"{path} is a recipe of kind {raw['kind']!r}, for dual encoders; run it with: mmkd rank {path}")
-    return validate(raw, str(path), Recipe)
+    return validate(with_found_paths(raw, Path(path)), str(path), Recipe)
 
 
 def read_raw(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -43,6 +48,34 @@ def read_raw(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
     for override in overrides or []:
         _apply(raw, override)
     return _expand(raw, str(path))
+
+
+def with_found_paths(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A recipe whose relative paths of models and data are looked for where the command was given, then beside the recipe, then
+    in the folders above it up to its project's root (which holds .git or pyproject.toml). What is found elsewhere is logged.
+    """
+    above = [path.absolute().parent, *path.absolute().parent.parents]
+    root = next((n for n, folder in enumerate(above) if any((folder / name).exists() for name in (".git", "pyproject.toml"))), 0)
+    folders = above[: root + 1]
+
+    def found(value: str, where: str) -> str:
+        prefix, colon, name = value.rpartition(":")
+        if (colon and prefix != "local-dir") or not name or Path(name).expanduser().is_absolute() or Path(name).exists():
+            return value
+        there = next((folder / name for folder in folders if (folder / name).exists()), None)
+        if there is None:
+            return value
+        logger.info("%s: there is no %s here, so %s is taken", where, name, there)
+        return f"{prefix}{colon}{there}"
+
+    def walk(value: Any, where: str, key: str) -> Any:
+        if isinstance(value, dict):
+            return {k: walk(v, f"{where}.{k}".lstrip("."), str(k)) for k, v in value.items()}
+        if isinstance(value, list):
+            return [walk(v, f"{where}.{n}", key) for n, v in enumerate(value)]
+        return found(value, where) if isinstance(value, str) and key in PATHS else value
+
+    return walk(raw, "", "")
 
 
 def _merge(base: Any, top: Any, key: str = "") -> Any:

@@ -19,6 +19,13 @@ from mmkd.terms.term import Term
 from mmkd.towers.spec import StudentSpec
 from mmkd.train.spec import Seed, StageSpec, TrainSpec
 
+# Keys of which a run may go on with other values: they do not change what it has learnt so far. `max_length` changes which
+# samples are left out or cut from here on; data go by content, wherever they lie.
+CHANGEABLE = (
+    "max_length", "guards", "guards.*", "evaluation", "evaluation.*", "workers", "data_root", "chunk_bytes",
+    "stages.*.save_every", "stages.*.log_every", "stages.*.gradient_checkpointing",
+)  # fmt: skip
+
 
 class EvaluationSpec(Strict):
     benchmarks: list[str] = Field([])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from mmkd.data.lazy import is_lazy
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.data import stage_samples
+from mmkd.runs.data import FEW, stage_samples
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.towers.tower import Tower
@@ -23,7 +24,10 @@ def with_answers_apart(recipe: Recipe, student: Tower, teachers: Mapping[str, Te
     stages = {}
     for name, stage in recipe.stages.items():
         if stage.one_answer is None and not any(t.needs_pairs for t in build_terms(stage.terms)):
-            samples = [sample for sample in stage_samples(recipe, stage) if sample.answers > 1]
+            looked_at = stage_samples(recipe, stage)
+            if is_lazy(looked_at):  # too many to be looked at; templates treat one as another
+                looked_at = looked_at[:: max(1, len(looked_at) // FEW)]
+            samples = [sample for sample in looked_at if sample.answers > 1]
             needing = [role for role, tower in towers.items() if any(map(tower.preparer.answers_apart, samples))]
             if needing:
                 stage = stage.model_copy(update={"one_answer": True})

@@ -14,11 +14,15 @@ import mmkd
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all
 from mmkd.base.files import write_whole
 from mmkd.base.run_folder import take_control
+from mmkd.data.spec import DataSpec
+from mmkd.errors import DataError
+from mmkd.evaluation.roles import HARD_ANSWERS
 from mmkd.recipes.controls import ControlSpec, changed
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.compute import operations
 from mmkd.runs.data import data_state
 from mmkd.runs.stages import seconds_of, train
+from mmkd.runs.teacher_answers import all_by_teacher
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import TermSpec
 from mmkd.towers.tower import Tower
@@ -31,8 +35,10 @@ CONTROL_TERMS = {"cross_entropy": TermSpec(kind="cross_entropy")}
 FACTS = "controls.json"  # of a run: what each control was
 
 
-def role_of(name: str) -> str:
+def role_of(name: str, kind: str) -> str:
     """Under which role a control's model, log and answers stand: the one of equal steps is "control"."""
+    if kind == HARD_ANSWERS:
+        return HARD_ANSWERS if name == HARD_ANSWERS else f"{HARD_ANSWERS}_{name}"
     return "control" if name == "equal_steps" else f"control_{name}"
 
 
@@ -40,16 +46,30 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
     """The recipe of a control: everything the same without the teacher.
 
     Its terms are the stage's `control_terms`, else those of the student that need no teacher, with cross-entropy in
-    place of the others. longer: by stage, how many times the student's steps (or epochs).
+    place of the others. Data that the teacher answered are left out, but for hard answers, which are learnt from nothing else.
+    longer: by stage, how many times the student's steps (or epochs). Raises DataError where a stage is left without data.
     """
-    stages = {}
+    stages, free = {}, control is None or control.kind != HARD_ANSWERS
     for name, stage in recipe.stages.items():
         own = stage.model_copy(update={"terms": stage.control_terms or _without_teacher(stage), "control_terms": None})
         keys = control.stages.get(name, {}) if control is not None else {}
+        if free and "data" not in keys:
+            own = own.model_copy(update={"data": _labelled(name, stage)})
         if longer is not None and not {"steps", "epochs"} & keys.keys():
             own = own.model_copy(update=_times(own, longer[name]))
         stages[name] = changed(own, keys)
     return recipe.model_copy(update={"stages": stages, "teacher": None, "teachers": {}})
+
+
+def _labelled(name: str, stage: StageSpec) -> list[DataSpec]:
+    """The data of a stage that the teacher has not answered."""
+    found = [spec for spec in stage.data if spec.target != "teacher"]
+    if not found:
+        raise DataError(
+            f"stage {name}: all its data are answered by the teacher, so a control without one has nothing to learn from; take "
+            f"`controls: [hard_answers]` alone, or give it data: equal_steps: {{stages: {{{name}: {{data: [...]}}}}}}"
+        )
+    return found
 
 
 def _times(stage: StageSpec, factor: float) -> dict[str, Any]:
@@ -77,11 +97,13 @@ def train_controls(recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping
     towers, facts = {}, {}
     counted: dict[str, dict[str, int]] = {}
     for name, control in recipe.controls.items():
-        longer = None
-        if control.kind == "equal_compute":
+        longer, of = None, recipe
+        if control.kind == HARD_ANSWERS:
+            of = all_by_teacher(recipe, teachers)
+        if control.kind != "equal_steps":
             counted = counted or _counted(recipe, fresh, teachers)
             longer = {stage: max(1.0, counted["student"][stage] / counted["control"][stage]) for stage in recipe.stages}
-        own, role = control_recipe(recipe, control, longer), role_of(name)
+        own, role = control_recipe(of, control, longer), role_of(name, control.kind)
         logger.info("control %s: %s", name, ", ".join(f"{stage} {_length(spec)}" for stage, spec in own.stages.items()))
         towers[role], seconds = _train_control(own, role, fresh(), run)
         facts[role] = {"name": name, "kind": control.kind, "seconds": round(seconds, 1)}
@@ -97,7 +119,7 @@ def _counted(recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, 
     """Operations of a step by stage, of the student and of its control."""
     return {
         "student": operations(recipe, fresh(), teachers),
-        "control": operations(control_recipe(recipe), fresh(), {}),
+        "control": operations(control_recipe(recipe, ControlSpec(kind=HARD_ANSWERS)), fresh(), {}),  # on the same data
     }
 
 

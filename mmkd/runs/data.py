@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
-from mmkd.data.lazy import is_lazy, joined
+from mmkd.data.lazy import Lazy, is_lazy, joined
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample
 from mmkd.data.spec import DataSpec
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.terms.spec import build_terms
@@ -33,10 +36,27 @@ def stage_samples(recipe: Recipe, stage: StageSpec) -> Sequence[Sample]:
 
 def stage_parts(recipe: Recipe, stage: StageSpec) -> list[Sequence[Sample]]:
     """The samples of each data entry of a stage. Raises DataError."""
-    return [_entry_samples(recipe, spec, bool(stage.one_answer)) for spec in stage.data]
+    return [entry_samples(recipe, spec, bool(stage.one_answer)) for spec in stage.data]
 
 
-def _entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool) -> Sequence[Sample]:
+def entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool = False) -> Sequence[Sample]:
+    """The samples of a data entry. one_answer: a sample for each of its answers. Raises DataError."""
+    return _entry(recipe, spec, one_answer)[0]
+
+
+def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """By stage how many rows of its data cannot be used, for which reason; stages that use all of theirs are left out."""
+    found: dict[str, dict[str, int]] = {}
+    for name, stage in recipe.stages.items():
+        for tally in (_entry(recipe, spec, bool(stage.one_answer))[1] for spec in stage.data):
+            for reason, places in tally.dropped.items():
+                counts = found.setdefault(name, {})
+                counts[reason] = counts.get(reason, 0) + len(places)
+    return found
+
+
+def _entry(recipe: Recipe, spec: DataSpec, one_answer: bool) -> tuple[Sequence[Sample], Tally]:
+    """The samples of a data entry, and what was left out."""
     state = json.dumps(fingerprint(spec, recipe.data_root))
     return _read_once(spec.model_dump_json(), recipe.seed, recipe.data_root, recipe.guards.max_skipped, one_answer, state)
 
@@ -44,15 +64,49 @@ def _entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool) -> Sequence
 @lru_cache(maxsize=8)  # stages, the control, the student and checks before them read the same data one after another
 def _read_once(
     entry: str, seed: int, data_root: str | None, allowed: float, one_answer: bool, state: str
-) -> Sequence[Sample]:
-    samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed)
-    return tuple(one for sample in samples for one in sample.by_answer()) if one_answer else samples
+) -> tuple[Sequence[Sample], Tally]:
+    tally = Tally()
+    samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed, tally)
+    if one_answer:
+        samples = AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
+    return samples, tally
+
+
+class AnswersApart(Lazy[Sample]):
+    """A sample for each answer of the samples of a large set; how many answers each has is counted once."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        counts = np.fromiter((max(1, sample.answers) for sample in samples), dtype=np.int64, count=len(samples))
+        first = np.cumsum(counts) - counts
+        rows = np.repeat(np.arange(len(samples)), counts)
+        super().__init__(_Numbered(samples, rows, np.arange(len(rows)) - first[rows]), _answer_apart)
+
+
+class _Numbered(Sequence[tuple[Sample, int]]):
+    def __init__(self, samples: Sequence[Sample], rows: np.ndarray, numbers: np.ndarray):
+        self.samples, self.rows, self.numbers = samples, rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Sample, int]:  # type: ignore[override]
+        return self.samples[int(self.rows[index])], int(self.numbers[index])
+
+
+def _answer_apart(entry: tuple[Sample, int]) -> Sample:
+    sample, number = entry
+    return sample.by_answer()[number]
 
 
 def data_state(recipe: Recipe, stage: StageSpec) -> list:
     """A stage's data by content: data that were changed make a new control, whatever lies beside them does not."""
     files = [fingerprint(spec, recipe.data_root) for spec in stage.data]
     return [*files, samples_fingerprint(stage_samples(recipe, stage))]
+
+
+def entry_state(recipe: Recipe, spec: DataSpec) -> list:
+    """A data entry by content."""
+    return [fingerprint(spec, recipe.data_root), samples_fingerprint(entry_samples(recipe, spec))]
 
 
 def files_of(recipe: Recipe) -> dict[str, dict[str, dict[str, str]]]:

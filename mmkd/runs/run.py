@@ -17,17 +17,19 @@ from mmkd.base.run_folder import claim, day_of, restart
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
+from mmkd.evaluation.items import refuse_missing_pictures
 from mmkd.evaluation.report import build_report
-from mmkd.evaluation.roles import in_words, is_control, ordered
+from mmkd.evaluation.roles import HARD_ANSWERS, in_words, is_control, ordered
 from mmkd.evaluation.statistics import compare_runs
-from mmkd.recipes.recipe import Recipe
+from mmkd.recipes.recipe import CHANGEABLE, Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.control import FACTS, train_controls
-from mmkd.runs.data import all_samples, files_of, texts_of
+from mmkd.runs.data import all_samples, files_of, rows_left_out, texts_of
 from mmkd.runs.dates import with_day
 from mmkd.runs.evaluate import add_importance
 from mmkd.runs.preflight import preflight
 from mmkd.runs.stages import train
+from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
@@ -53,10 +55,11 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         if anew:
             restart(run)
         content = recipe.model_dump(mode="json", exclude={"output", "title"})
-        claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe))
+        claim(run, content, title=recipe.title, seed=recipe.seed, data=files_of(recipe), changeable=CHANGEABLE)
         teachers = load_teachers(recipe)
         student = build_student(recipe, teachers, texts)
-        recipe = with_answers_apart(with_day(recipe, day_of(run), student, teachers), student, teachers)
+        recipe = with_teacher_answers(with_day(recipe, day_of(run), student, teachers), teachers)
+        recipe = with_answers_apart(recipe, student, teachers)
         preflight(recipe, student, teachers)
         towers = teachers_to_score(recipe, teachers)
         if recipe.controls and teachers:
@@ -83,7 +86,9 @@ def check_benchmarks(recipe: Recipe) -> None:
     """Every benchmark and its data is looked for before hours of training."""
     for name in recipe.evaluation.benchmarks:
         benchmark = load_benchmark(name)
-        refuse_unscored(benchmark, benchmark.read(recipe.data_root, recipe.evaluation.limit), submission=False)
+        questions = benchmark.read(recipe.data_root, recipe.evaluation.limit)
+        refuse_unscored(benchmark, questions, submission=False)
+        refuse_missing_pictures(benchmark, questions, recipe.data_root)
 
 
 def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[str, dict[str, Any]]:
@@ -119,13 +124,15 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
             entry[f"{role}_ci95"] = compared["models"][role]["ci95"]
             if said := compared["models"][role].get("remarks"):
                 entry.setdefault("remarks", {})[role] = said
-        for other in ("control", "teacher"):
+        for other in ("control", HARD_ANSWERS, "teacher"):
             if found := compared["differences"].get(f"student - {other}"):
                 entry[f"student_minus_{other}"] = {"mean": found["difference"], "ci95": found["ci95"]}
         entry |= _controls(compared, facts)
         if BLIND in by_role:
             entry[BLIND] = by_role[BLIND]["score"]
         entry["verdict"] = compared["verdict"]
+        if compared["over_hard_answers"] is not None:
+            entry["over_hard_answers"] = compared["over_hard_answers"]
         entry["parameters"] = {role: by_role[role]["parameters"]["total"] for role in roles}
         entry["parameters_active"] = {role: by_role[role]["parameters"]["active"] for role in roles}
         benchmarks[name] = entry
@@ -136,6 +143,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
     skipped = {role: counts for role in ("control", "student") if (counts := skipped_counts(run, role))}
     if skipped:
         summary["skipped"] = skipped
+    if rows := rows_left_out(recipe):
+        summary["rows_left_out"] = rows
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -175,6 +184,10 @@ def _active(entry: dict[str, Any], role: str) -> str:
     return f", {active:,} active" if active < entry["parameters"][role] else ""
 
 
+def _counts(reasons: dict[str, int]) -> str:
+    return "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
 def table(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal."""
     lines = []
@@ -192,11 +205,14 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"  student without pictures {100 * entry['student_blind']:.1f} %")
         if any(is_control(role) for role in entry["parameters"]):
             lines.append(f"  {entry['verdict']}")
+        if "over_hard_answers" in entry:
+            lines.append(f"  {entry['over_hard_answers']}")
     if "experts" in summary:
         lines.append(experts_table(summary["experts"]))
+    for stage, reasons in summary.get("rows_left_out", {}).items():
+        lines.append(f"rows of stage {stage} that cannot be used: {sum(reasons.values())} ({_counts(reasons)})")
     for role, stages in summary.get("skipped", {}).items():
         for stage, reasons in stages.items():
-            counts = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-            lines.append(f"left out of the {role}'s stage {stage}: {sum(reasons.values())} samples ({counts})")
+            lines.append(f"left out of the {role}'s stage {stage}: {sum(reasons.values())} samples ({_counts(reasons)})")
     lines.append(f"{summary['seconds']:.0f} seconds")
     return "\n".join(lines)

@@ -18,7 +18,11 @@ T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2
 
 
 # What a student leads by, as summaries have it, and in words.
-LEADS = {"student_minus_control": "lead over the control", "student_minus_best_control": "lead over the best control"}
+LEADS = {
+    "student_minus_control": "lead over the control",
+    "student_minus_best_control": "lead over the best control",
+    "student_minus_hard_answers": "lead over hard answers",
+}
 
 
 def distill_seeds(recipe: Any, seeds: list[int], run: Callable[[Any], dict[str, Any]] = distill) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
     Every stage ends on disk and the next starts from there, so that a resumed run and an undisturbed one are the same.
     """
     final, teachers = run / role, as_teachers(teachers)
-    if (final / "config.json").exists():
+    if final.exists():
         check_whole(final, f"put it back, or delete it: the same command copies it again from {run / 'stages'}")
         return load_student(recipe, final)
     for number, name in enumerate(recipe.stages):
@@ -84,6 +84,8 @@ def prepare_stage(
 ) -> tuple[Stage, DistillTrainer, str | None]:
     """A stage ready to be trained, its trainer, and the checkpoint to go on from. Raises DataError, TowerError, GuardError."""
     spec = recipe.stages[name]
+    if unanswered := [entry for entry in spec.data if entry.target == "teacher" and entry.answers is None]:
+        raise DataError(f"stage {name}: {len(unanswered)} data entries have not been answered by the teacher; train it in a run")
     set_seed(recipe.seed)
     samples = stage_samples(recipe, spec)
     stage = build_stage(name, spec, recipe, student, teachers, samples)
@@ -101,9 +103,9 @@ def prepare_stage(
     skips = stage.dataset.skips
     if stream is not None:
         skips.of, skips.share = None, recipe.guards.max_skipped
-    skips.keep_in(JsonLines(skipped_file(run, role)) if is_main_process() else None, name)
     freeze_unreached(stage.distiller, stage.dataset)
     resume = last_checkpoint(folder)
+    skips.keep_in(JsonLines(skipped_file(run, role)) if is_main_process() else None, name, anew=resume is None)
     if resume is None:
         logger.info("%s, stage %s: %d samples, terms %s", role, name, len(samples), ", ".join(t.name for t in stage.terms))
         guards, first = recipe.guards, name == next(iter(recipe.stages))

@@ -35,6 +35,7 @@ from mmkd.recipes.recipe import Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
+from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers, openings
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.store import (
@@ -63,7 +64,7 @@ from mmkd.train.streaming import stage_stream
 logger = logging.getLogger(__name__)
 
 PROBE = 512  # samples whose rows are counted for the forecast
-SAMPLE_BYTES, IMAGE_BYTES = 2 * 16 + 3 * 8, 16  # of a shard's index
+SAMPLE_BYTES, IMAGE_BYTES = 3 * 16 + 3 * 8, 16  # of a shard's index
 GIB = 2**30
 
 
@@ -113,12 +114,13 @@ def write_cache(
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
     plan, samples = plan_of(recipe, top_k), all_samples(live)
     talks = any(sample.answers > 1 for stage in samples.values() for sample in stage)
+    talks = talks or any(spec.target == "teacher" for stage in live.stages.values() for spec in stage.data)
     if not talks:  # else the towers decide which samples there are
         check_folder(live, folder, plan)
     teachers = load_teachers(live)
     student = build_student(live, teachers, texts_of(samples))
     if talks:
-        live = with_answers_apart(live, student, teachers)
+        live = with_answers_apart(live if forecast_only else with_teacher_answers(live, teachers), student, teachers)
         plan = plan_of(recipe.model_copy(update={"stages": live.stages}), top_k)
         check_folder(live, folder, plan)
     preflight(live, student, teachers, processes=1, writes=False)  # those that write a cache do not train together

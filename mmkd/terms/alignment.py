@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,18 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mmkd.engine.rows import Head
+from mmkd.engine.span_rows import Side, span_sum
 from mmkd.errors import TowerError
-from mmkd.losses.numerics import exact
-from mmkd.losses.spans import span_events, spans
+from mmkd.losses.spans import Spans
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 
+LITTLE = 0.9  # share of answer tokens that spans cover, below which that is a warning
 END = b"<end>\xff"  # stands for either tokenizer's end token; \xff is in no text
 
 Span = tuple[int, int, int, int]  # student's tokens [a, b), teacher's tokens [c, d)
@@ -97,13 +97,17 @@ def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
     ended = [bool(tokens) and tokens[-1] == END for tokens in (own, other)]
     own_text, other_text = own[: len(own) - ended[0]], other[: len(other) - ended[1]]
     texts = [b"".join(tokens) for tokens in (own_text, other_text)]
+    ends = [list(accumulate(map(len, tokens))) for tokens in (own_text, other_text)]
+    if texts[0] != texts[1]:
+        both = [_normalised(tokens, text) for tokens, text in zip((own_text, other_text), texts, strict=True)]
+        texts, ends = [text for text, _ in both], [found for _, found in both]
     blanks = [len(text) - len(text.lstrip()) for text in texts]
     if texts[0][: blanks[0]] == texts[1][: blanks[1]]:
         blanks = [0, 0]
     shared = _common_length(texts[0][blanks[0] :], texts[1][blanks[1] :])
     found, last = [], (0, 0)
-    borders = {end: index + 1 for index, end in enumerate(_ends(other_text, blanks[1])) if 0 < end <= shared}
-    for index, end in enumerate(_ends(own_text, blanks[0])):
+    borders = {end - blanks[1]: index + 1 for index, end in enumerate(ends[1]) if 0 < end - blanks[1] <= shared}
+    for index, end in enumerate(end - blanks[0] for end in ends[0]):
         if end in borders and 0 < end:
             found.append((last[0], index + 1, last[1], borders[end]))
             last = (index + 1, borders.pop(end))
@@ -112,9 +116,25 @@ def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
     return found
 
 
-def _ends(tokens: Sequence[bytes], blank: int) -> list[int]:
-    """Bytes up to and with each token, the first `blank` left out."""
-    return [total - blank for total in accumulate(map(len, tokens))]
+def _normalised(tokens: Sequence[bytes], raw: bytes) -> tuple[bytes, list[int]]:
+    """A text in Unicode's NFKC, and the bytes of it up to and with each token; -1 for a border within what becomes one character.
+
+    Tokenizers normalise differently: Qwen's compose accents (NFC), SentencePiece's also unfold ligatures and full-width letters
+    (NFKC), Llama 3's leave a text as it is. `raw`: the tokens' bytes.
+    """
+    whole = _nfkc(raw)
+    if whole == raw:
+        return raw, list(accumulate(map(len, tokens)))
+    ends, at = [], 0
+    for token in tokens:
+        at += len(token)
+        before = _nfkc(raw[:at])
+        ends.append(len(before) if before + _nfkc(raw[at:]) == whole else -1)
+    return whole, ends
+
+
+def _nfkc(text: bytes) -> bytes:
+    return unicodedata.normalize("NFKC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def _common_length(a: bytes, b: bytes) -> int:
@@ -174,6 +194,11 @@ class Alignment:
             self._told = True
             facts = (100 * covered / tokens, tokens, groups)
             logger.info("alignment: %.1f %% of the student's %d answer tokens of the first batch, in %d spans", *facts)
+            if covered < LITTLE * tokens:
+                logger.warning(
+                    "alignment: the teacher's words stand beside only %.1f %% of the student's answer tokens, so the others "
+                    "learn nothing from it; the towers write answers differently, or one cuts them off (max_length)", facts[0],
+                )  # fmt: skip
 
 
 def span_losses(
@@ -188,53 +213,7 @@ def span_losses(
 ) -> Tensor:
     """The losses of all spans, each times its number of student tokens, summed.
 
-    hidden: rows [Rs, Ds] and [Rt, Dt] of student and teacher that predict `targets` [Rs] and [Rt].  Logits are made for a few
-    spans at a time and once more on the way back, so memory is flat in the number of rows.
+    hidden: rows [Rs, Ds] and [Rt, Dt] of student and teacher that predict `targets` [Rs] and [Rt].  See `mmkd.engine.span_rows`.
     """
-    if not len(aligned.own):
-        return hidden[0].sum() * 0.0
-    rows_of_chunk = max(1, chunk_bytes // (32 * sum(vocabularies)))  # about four tensors of eight bytes a logit
-    longest = torch.maximum(aligned.tokens, aligned.other[:, 1] - aligned.other[:, 0])
-    total = hidden[0].new_zeros((), dtype=torch.float32)
-    for piece in _chunks(longest.tolist(), rows_of_chunk):
-        part = Aligned(aligned.own[piece], aligned.other[piece])
-
-        def loss(own: Tensor, other: Tensor, part: Aligned = part) -> Tensor:
-            events = [
-                _events(rows, head, size, ids, borders)
-                for rows, head, size, ids, borders in zip(
-                    (own, other), heads, vocabularies, targets, (part.own, part.other), strict=True
-                )
-            ]
-            return (spans(*events, matched.to(own.device), **options) * part.tokens.to(own.device)).sum()
-
-        total = total + checkpoint(loss, *hidden, use_reentrant=False)
-    return total
-
-
-def _chunks(sizes: list[int], budget: int) -> list[slice]:
-    """Consecutive spans whose rows fit the budget; at least one."""
-    found, start, used = [], 0, 0
-    for index, size in enumerate(sizes):
-        if used + size > budget and index > start:
-            found.append(slice(start, index))
-            start, used = index, 0
-        used += size
-    return [*found, slice(start, len(sizes))]
-
-
-def _events(rows: Tensor, head: Head, vocabulary: int, targets: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
-    """`span_events` of the spans [G, 2] over rows [R, D]. (probabilities [G, V], of the span [G])"""
-    start, end = int(borders[0, 0]), int(borders[-1, 1])
-    log_probs = torch.log_softmax(_logits(head, rows[start:end], vocabulary), -1)  # [r, V]
-    chosen = log_probs.gather(1, targets[start:end, None]).squeeze(1)  # [r]
-    first = (borders[:, 0] - start).to(rows.device)
-    up_to = torch.cat([chosen.new_zeros(1), chosen.cumsum(0)])  # [r + 1]
-    following = up_to[(borders[:, 1] - start).to(rows.device)] - up_to[first + 1]
-    return span_events(log_probs[first], targets[start:end][first], following)
-
-
-def _logits(head: Head, rows: Tensor, vocabulary: int) -> Tensor:
-    bias = None if head.bias is None else head.bias[:vocabulary]
-    logits = exact(linear(rows, head.weight[:vocabulary], bias)) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    sides = [Side(*given) for given in zip(heads, vocabularies, targets, (aligned.own, aligned.other), strict=True)]
+    return span_sum(hidden, (sides[0], sides[1]), Spans(**options), matched, aligned.tokens, chunk_bytes)

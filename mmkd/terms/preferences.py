@@ -75,6 +75,10 @@ class KTOPair(PreferenceTerm):
     status: ClassVar[str] = "our choice: mean log-ratio over the whole step"
     detach_kl: bool = True
 
+    @property
+    def has_step_sums(self) -> bool:
+        return self.detach_kl  # with a gradient through it, it is of the batch itself
+
     def step_sums(self, signals: Signals) -> Tensor:
         """Sums of log p_student - log p_teacher of the chosen and of the rejected answers. [2]"""
         return (signals["pair.log_probs"] - signals["pair.reference"]).sum(1)

@@ -193,14 +193,14 @@ class Term:
 
     @property
     def has_step_sums(self) -> bool:
-        """Whether `step_sums` is asked before a step that more than one micro-batch shares."""
+        """Whether `step_sums` is asked before a step, in evaluation mode."""
         return type(self).step_sums is not Term.step_sums
 
     def step_sums(self, signals: Signals) -> Tensor:
         """What the term must know of the whole step before its loss: sums over this micro-batch, without gradient. [k]
 
         They are added up over micro-batches and processes and read as `signals.step_sums`; None there where the batch is the
-        whole step.
+        whole step and the student computes in training what it computes in evaluation mode.
         """
         raise TypeError(f"{type(self).__name__} has no sums over a step")
 

@@ -103,12 +103,17 @@ def _readable(tower: Tower, samples: Sequence[Sample]) -> tuple[list[Sample], in
 
 @torch.no_grad()
 def _check_rows(tower: Tower, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Logits of the answers' rows, in a batch, are those of the model's own forward pass over each sample alone."""
+    """Logits of the answers' rows, in a batch, are those of the model's own forward pass.
+
+    Of a family that reads samples apart, over each sample alone; else over the same batch, since some encoders (HunYuan-VL) let
+    the pictures of a batch change each other a little.
+    """
     inputs = tower.prepare(samples).to(tower.device)
     ours = _logits(tower, tower.read(inputs, tower.see(inputs))[inputs.response])
     own = []
-    for sample in samples:
-        alone = tower.prepare([sample]).to(tower.device)
+    groups = [list(samples)] if tower.has_visual_tokens else [[sample] for sample in samples]
+    for group in groups:
+        alone = tower.prepare(group).to(tower.device)
         logits = tower.model(**tower.arguments(alone)).logits[:, -alone.input_ids.shape[1] :]
         own.append(logits[alone.response])
     wanted = torch.cat(own).float()

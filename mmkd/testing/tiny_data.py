@@ -169,7 +169,6 @@ TINY: dict[str, Tiny] = {
         },
         image_processor={"image_seq_length": 17},
     ),
-    "fuyu": Tiny(image="", more_tokens=("|SPEAKER|", "|NEWLINE|", "<0x04>", "<0x00>", "<s>")),
     "granite4_vision": Tiny(
         config={
             "image_grid_pinpoints": PINPOINTS, "deepstack_layer_map": [[-1, 0], [0, 1]], "spatial_target_layers": [0, 0, 1, 1],
@@ -210,7 +209,9 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "t5gemma2": _gemma(processor={"image_seq_length": 4}, config={"encoder": {"mm_tokens_per_image": 4}}),
-    "inkling_mm_model": Tiny(parts={"feature_extractor": ("InklingFeatureExtractor", {})}),
+    "inkling_mm_model": Tiny(
+        config={"vision_config": {"patch_size": 40}}, parts={"feature_extractor": ("InklingFeatureExtractor", {})}
+    ),
     "smolvlm": Tiny(
         more_tokens=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
         processor={"image_seq_len": 4},

@@ -78,7 +78,6 @@ IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
     "Gemma3ImageProcessor": _SQUARE,
     "ChameleonImageProcessor": _CROPPED,
     "Emu3ImageProcessor": {"min_pixels": 1024, "max_pixels": 4096},
-    "FuyuImageProcessor": {"size": {"height": PICTURE, "width": PICTURE}, "patch_size": {"height": PATCH, "width": PATCH}},
     "IdeficsImageProcessor": {"image_size": PICTURE},
     "Kosmos2_5ImageProcessor": {"max_patches": 64, "patch_size": {"height": PATCH, "width": PATCH}},
     "Llama4ImageProcessor": _SQUARE,

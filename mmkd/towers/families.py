@@ -87,7 +87,6 @@ FAMILIES: dict[str, Family] = {
     "exaone4_5": Family("visual.merger"),
     "fast_vlm": Family("multi_modal_projector", stacked=True),
     "florence2": Family(tokenless=_ENCODER, encoder_decoder=True, pictures="one"),
-    "fuyu": Family(tokenless="patches go into the language model by one matrix; there is no vision encoder", pictures="one"),
     "gemma3": Family("multi_modal_projector", stacked=True, token_types="visual"),
     "gemma3n": Family("embed_vision", stacked=True),
     "gemma4": Family("embed_vision"),
@@ -162,6 +161,7 @@ FAMILIES: dict[str, Family] = {
 REFUSED: dict[str, str] = {
     "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
     "evolla": "it reads proteins, not pictures",
+    "fuyu": "its processor drops the first token of a text, so that what is asked cannot be written down",
     "instructblipvideo": "it reads videos, not pictures",
     "mistral4": "it is a language model alone, which reads no pictures; those with a vision encoder are mistral3",
     "pi0": "it gives the movements of a robot and no text",

@@ -32,9 +32,11 @@ def measured_rule(model: nn.Module, head: nn.Module, tokenizer: Any) -> LogitRul
     device = next(model.parameters()).device
     ids = torch.tensor([tokenizer("a b c", add_special_tokens=False)["input_ids"]], device=device)  # [1, L]
     with evaluating(model), torch.no_grad():
-        with first_input(head) as hidden:
+        with first_input(head) as given:
             own = model(input_ids=ids, use_cache=False).logits.float()  # [1, L, V]
-        raw = head(hidden[0]).float()  # [1, L, V]
+        base = model.base_model
+        hidden = given[0] if base is model else base(input_ids=ids, use_cache=False).last_hidden_state  # some scale them first
+        raw = head(hidden).float()[..., : own.shape[-1]]  # [1, L, V]
     # The nearest, not the first within reach: small logits are hardly capped, and every rule seems to hold for them.
     errors = {rule: float((scaled(raw, rule) - own).abs().max()) for rule in candidates}
     best = min(candidates, key=errors.__getitem__)
@@ -46,7 +48,8 @@ def measured_rule(model: nn.Module, head: nn.Module, tokenizer: Any) -> LogitRul
 def _candidates(config: Any) -> list[LogitRule]:
     """What a text configuration names, whole and in part."""
     factors = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier")]
-    divisor = getattr(config, "logits_scaling", None)
+    divisors = [getattr(config, name, None) for name in ("logits_scaling", "logits_mup_width_multiplier")]
+    divisor = next(filter(None, divisors), None)
     scale = 1.0 / divisor if divisor else next(filter(None, factors), 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return list(dict.fromkeys([(1.0, None), (scale, cap), (scale, None), (1.0, cap)]))

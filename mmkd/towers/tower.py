@@ -39,6 +39,7 @@ from mmkd.towers.reading import AS_SAVED, Reading
 from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import ends_within
 from mmkd.towers.tokenless import arguments_of, as_dtype, hidden_states, identity, joined, nothing_of
+from mmkd.towers.whole import blamed
 
 __all__ = ["IGNORE", "Encoded", "Seen", "Tower", "TowerInputs", "VisualTokens"]
 
@@ -80,7 +81,11 @@ class Tower:
         """
         options = {"dtype": dtype, "quantise": quantise, "trust_remote_code": trust_remote_code}
         options |= {"attn_implementation": attn_implementation, "device": device}
-        return cls(*load_model_and_processor(folder, **options), max_length=max_length, reading=reading)
+        parts = load_model_and_processor(folder, **options)
+        with blamed(f"the model {str(folder)!r}"):
+            tower = cls(*parts, max_length=max_length, reading=reading)
+            tower.pad_id, tower.stop_ids  # noqa: B018  what every batch needs
+        return tower
 
     def save(self, folder: str | Path) -> None:
         """Writes model (safetensors), processor, chat template and generation config: a plain transformers folder."""
@@ -410,10 +415,12 @@ class Tower:
         self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None
     ) -> list[str]:
         """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `VisionCache`)."""
-        return answering.generate(self, samples, max_new_tokens, vision_cache)
+        with blamed(f"answering with {type(self.model).__name__}"):
+            return answering.generate(self, samples, max_new_tokens, vision_cache)
 
     def choose(
         self, samples: Sequence[Sample], options: Sequence[Sequence[str]], *, vision_cache: MutableMapping | None = None
     ) -> list[int]:
         """The likeliest of each sample's options, in one forward pass. Raises TowerError (see `answering.choose`)."""
-        return answering.choose(self, samples, options, vision_cache)
+        with blamed(f"answering with {type(self.model).__name__}"):
+            return answering.choose(self, samples, options, vision_cache)

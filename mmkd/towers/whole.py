@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -31,6 +34,7 @@ def load_whole(
     Tied weights and those that the model's class leaves out by itself count as there. Raises TowerError with the tensors' names.
     """
     shown = repr(shown or str(source))
+    check_source(source, what, shown)
     try:
         check_index(source)
         with _quiet():
@@ -47,8 +51,51 @@ def load_whole(
     return model
 
 
+def check_source(source: str | Path, what: str, shown: str) -> None:
+    """Raises TowerError, at once, for a folder that is not there and a hub id that the hub does not give.
+
+    transformers takes either for a hub id, and asks the hub for each file again and again.
+    """
+    name = str(source)
+    if Path(name).is_dir():
+        return
+    if Path(name).is_file():
+        reason: str | None = "it is a file; a folder is expected, or a hub id"
+    elif _looks_like_path(name):
+        reason = f"there is no folder {name} here (in {Path.cwd()}); give one, or a hub id (ORGANISATION/NAME)"
+    else:
+        reason = _hub_refusal(name)
+    if reason is not None:
+        raise TowerError(f"no {what} can be loaded from {shown}: {reason}")
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name means a folder: no hub id has its form, or it begins with a folder that is here."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
+    return not is_id or ("/" in name and Path(name).parts[0] != name and Path(Path(name).parts[0]).is_dir())
+
+
+@lru_cache(maxsize=64)
+def _hub_refusal(name: str) -> str | None:
+    """Why there is no such model on the hub; None where there is one, or a copy of it here."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    here = f"there is no folder {name} here (in {Path.cwd()})"
+    if HF_HUB_OFFLINE:
+        return f"{here} and no copy of such a model of the hub, which is not asked (HF_HUB_OFFLINE)"
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # no such name, no access, no network: each has its own
+        return f"{here}, and the hub gives no model of this name: {one_line(error, 200)}"
+    return None
+
+
 def load_beside(auto: Any, source: str | Path, what: str, **options: Any) -> Any:
     """A processor, tokenizer or configuration of a folder or hub id. Raises TowerError."""
+    check_source(source, what, repr(str(source)))
     try:
         return auto.from_pretrained(source, **options)
     except Exception as error:  # as above
@@ -91,6 +138,22 @@ def check_index(source: str | Path) -> None:
         missing = sorted(name for name in files if not (folder / name).is_file())
         if missing:
             raise TowerError(f"{path} names files that are not there: {named(missing)}")
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """While a model's own code runs: whatever it raises becomes a TowerError with kind and place of the failure."""
+    try:
+        yield
+    except MmkdError:
+        raise
+    except Exception as error:  # parts of a folder that do not fit together fail anywhere
+        places = traceback.extract_tb(error.__traceback__)
+        place = f" ({PurePath(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
+        raise TowerError(
+            f"{what} fails: {type(error).__name__}: {one_line(error)}{place}. Check that its configuration, tokenizer and "
+            "weights belong together: mmkd check FOLDER"
+        ) from error
 
 
 @contextmanager

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import RowTerm, row_losses
-from mmkd.errors import GuardError, NotFiniteError
+from mmkd.errors import DataError, GuardError, NotFiniteError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
+from mmkd.towers.whole import blamed
 from mmkd.train.batch import Pair
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 # A teacher's loss must rise by this share of it, and by so much, when it is shown other pictures.
 HARDLY, LEAST = 0.02, 0.01
 
-LOOKED_THROUGH = 50_000  # samples in which those with pictures are looked for
+LOOKED_THROUGH = 4096  # samples of a large set in which those with pictures are looked for
 
 
 def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_matter: bool, teacher_is_better: bool) -> dict:
@@ -49,8 +52,9 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     for role, (tower, inputs) in towers.items():
         if not bool(inputs.response.any()):
             raise GuardError(f"no sample of {len(inputs.ids)} has an answer token that the {role} is to predict")
-        hidden = answer_rows(tower, inputs)
-        facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
+        with blamed(f"the first pass through the {role}"):
+            hidden = answer_rows(tower, inputs)
+            facts[f"{role}_loss"] = answer_loss(tower, inputs, hidden)
         _check_finite(role, facts)
         if pixels_matter:
             alike = of_student is not None and dataset.alike[role]
@@ -115,7 +119,7 @@ def _brief(names: list[str]) -> str:
 
 def _some(dataset: PairDataset, samples: int) -> tuple[list[Sample], list[Pair]]:
     """Samples spread over the data set, those with pictures first choice, and the same prepared; skipped ones left out."""
-    places = range(0, len(dataset), max(1, len(dataset) // LOOKED_THROUGH))  # all of them, but of a large set
+    places = range(0, len(dataset), max(1, len(dataset) // LOOKED_THROUGH) if is_lazy(dataset.samples) else 1)
     pictured = [i for i in places if dataset.samples[i].images] or list(places)
     step = max(1, len(pictured) // samples)
     found = [(i, dataset[i]) for i in pictured[::step][:samples]]
@@ -148,6 +152,21 @@ def check_pixels(role: str, tower: Tower, samples: Sequence[Sample], encoded: Se
     places = list(range(len(exchange.places)))
     _picture_losses(role, tower, own, answer_rows(tower, own), replace(exchange, places=places))
     return True
+
+
+def blind_error(role: str, tower: Tower, samples: Sequence[Sample]) -> str | None:
+    """What `run_guards` would stop for where pictures never reach a tower, from a few samples; None where nothing is found."""
+    prepared = []
+    for sample in samples:
+        with suppress(DataError):  # what cannot be prepared is told of elsewhere
+            prepared.append((sample, tower.encode(sample)))
+    exchange = exchanged(tower, [sample for sample, _ in prepared], [encoded for _, encoded in prepared])
+    try:
+        if exchange.probe:
+            _check_probe(role, tower, exchange)
+    except GuardError as error:
+        return str(error)
+    return None
 
 
 def _picture_losses(role: str, tower: Tower, inputs: TowerInputs, hidden: Tensor, exchange: Exchange) -> dict[str, float]:

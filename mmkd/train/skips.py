@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from mmkd.base.jsonl import JsonLines
+from mmkd.base.files import write_whole
+from mmkd.base.jsonl import JsonLines, lines_of
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError, ImageError, SampleError
 
@@ -115,17 +116,27 @@ class Skips:
         self.found |= new
         return list(self.found.values())
 
-    def keep_in(self, file: JsonLines | None, stage: str) -> None:
-        """Goes on with what `file` says of the stage, and writes what comes to it; None for a process that writes nothing."""
+    def keep_in(self, file: JsonLines | None, stage: str, *, anew: bool = False) -> None:
+        """Goes on with what `file` says of the stage, and writes what comes to it; None for a process that writes nothing.
+
+        anew: the stage begins now, so what an earlier try left out no longer counts.
+        """
         self._stage, self._file = stage, file
         if file is not None:
             file.path.parent.mkdir(parents=True, exist_ok=True)
             file.drop_torn_line()
+            rows = file.rows()
+            if anew and any(row.get("stage") == stage for row in rows):
+                write_whole(file.path, lines_of(row for row in rows if row.get("stage") != stage))
             names = Skip.__dataclass_fields__
-            for row in file.rows():
+            for row in () if anew else rows:
                 if row.get("stage") == stage:
                     skip = Skip(**{name: row[name] for name in names})
                     self.found.setdefault((skip.index, skip.id), skip)
+            known = {(row["index"], row["id"]) for row in (() if anew else rows) if row.get("stage") == stage}
+            new = [{"stage": stage, **asdict(skip)} for key, skip in self.found.items() if key not in known]
+            if new:
+                file.append(new)
 
 
 def skipped_file(run: Path, role: str) -> Path:

@@ -30,7 +30,7 @@ from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import half_of
-from mmkd.towers.modes import evaluating
+from mmkd.towers.modes import evaluating, varies_in_training
 from mmkd.train.batch import Batch
 from mmkd.train.checkpoints import writing_checkpoint
 from mmkd.train.collate import PairDataset
@@ -140,12 +140,18 @@ class DistillTrainer(Trainer):
             counts, self.stop.agreed = told[:-1], bool(told[-1])
         return counts.long()  # wrappers round floating-point arguments to the precision of training
 
+    @cached_property
+    def _varies(self) -> bool:
+        return varies_in_training(self.accelerator.unwrap_model(self.model_wrapped).tower.model)
+
     @torch.no_grad()
     def _sum_over_step(self, batch_samples: list) -> None:
-        """What terms must know of the whole step (`Term.step_sums`): where micro-batches or processes share a step, a pass
-        without gradient finds it first, so that the split changes nothing."""
+        """What terms must know of the whole step (`Term.step_sums`): a pass in evaluation mode, without gradient, finds it first,
+        so that neither the split into micro-batches and processes nor dropout changes it. It is left out where the step is one
+        batch and the model does the same in training, since the batch's own pass tells it then."""
         model = self.model_wrapped
-        if not self._asks_step or (len(batch_samples) == 1 and self.args.world_size == 1):
+        alone = len(batch_samples) == 1 and self.args.world_size == 1
+        if not self._asks_step or (alone and not self._varies):
             return
         totals: dict[str, Tensor] = {}
         with evaluating(model):

@@ -17,17 +17,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-RUN = [sys.executable, "-m", "mmkd.cli"]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def inputs(folder: Path) -> Path:
@@ -43,7 +42,8 @@ def inputs(folder: Path) -> Path:
         picture(data / "images" / f"{number}.png", number)
         row = {"image": f"images/{number}.png", "question": f"what {'is ' * (number % 5)}{number}?", "answer": words[number % 5]}
         rows.append(row)
-        pairs.append({**row, "rejected": words[(number + 1) % 5]})
+        pair = {"prompt": row["question"], "chosen": row["answer"], "rejected": words[(number + 1) % 5]}
+        pairs.append({"image": row["image"], **pair})
         captions.append({"image": row["image"], "caption": f"{words[number % 5]} {words[number % 3]} {number}"})
     for name, lines in (("train", rows), ("test", rows[:6]), ("pairs", pairs), ("captions", captions)):
         numbered = [{"id": str(number), **line} for number, line in enumerate(lines)]
@@ -54,11 +54,11 @@ def inputs(folder: Path) -> Path:
     stage = content["stages"]["only"] | {"steps": 6, "save_every": 2}
     content |= {"control": True, "stages": {"first": stage, "second": {**stage, "train": ["projector", "language"]}}}
     (folder / "distill.yaml").write_text(yaml.safe_dump(content))
-    pair = {**stage, "data": [{"format": "preference", "root": str(data), "files": {"train": "pairs.jsonl"}, "prompt": "plain"}],
-            "terms": {"dpo": 1}}  # fmt: skip
+    compared = {"format": "preference", "root": str(data), "files": {"annotations": "pairs.jsonl"}, "prompt": "plain"}
+    pair = {**stage, "data": [compared], "terms": {"dpo": 1}}
     (folder / "preference.yaml").write_text(yaml.safe_dump(content | {"control": False, "stages": {"only": pair}}))
-    ranked = {"format": "jsonl", "root": str(data), "files": {"train": "captions.jsonl", "field.question": "caption",
-                                                              "field.answer": "caption"}}  # fmt: skip
+    names = {"annotations": "captions.jsonl", "field.question": "caption", "field.answer": "caption"}
+    ranked = [{"format": "jsonl", "root": str(data), "files": names}]
     bert = {"model_type": "bert", **SIZES, "max_position_embeddings": 32}
     parts = {"vision": {"config": VISION}, "text": {"config": bert, "vocab_size": 300}, "embedding": 8}
     training = {"optimiser": {"batch_size": 4, "learning_rate": 1e-3}, "steps": 6, "save_every": 2, "log_every": 2}
@@ -108,9 +108,62 @@ def left(place: Path) -> dict[str, Any]:
     return found
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen:
-    with log.open("ab") as stream:
-        return subprocess.Popen([*RUN, *arguments], env=ENVIRONMENT, stdout=stream, stderr=stream)
+class Child:
+    """A command in a process of its own, forked from this one, which has imported everything but run nothing."""
+
+    def __init__(self, arguments: list[str], log: Path):
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
+            code = 1
+            try:
+                from mmkd.cli import main
+
+                code = main(arguments)
+            except SystemExit as exit:
+                code = int(exit.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def wait(self, seconds: float = 600.0) -> bool:
+        """Whether it ended within this time."""
+        end = time.monotonic() + seconds
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                return False
+            else:
+                time.sleep(0.002)
+        return True
+
+    def end(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+        self.wait()
+
+
+def ready() -> None:
+    """Imports what commands import, so that each of them starts at once."""
+    import torch
+
+    import mmkd.cli.cache
+    import mmkd.cli.distill
+    import mmkd.cli.evaluate
+    import mmkd.cli.rank
+    import mmkd.retrieval.run
+    import mmkd.runs.evaluate
+    import mmkd.runs.run
+    import mmkd.runs.write_cache  # noqa: F401
+
+    torch.set_num_threads(1)  # threads do not survive a fork
 
 
 def attack(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -119,8 +172,9 @@ def attack(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
     whole = folder / f"{name}_undisturbed"
     whole.mkdir()
     clock = time.monotonic()
-    code = start(commands(folder, whole)[name], whole / "log").wait()
-    length = time.monotonic() - clock
+    child = Child(commands(folder, whole)[name], whole / "log")
+    child.wait()
+    length, code = time.monotonic() - clock, child.code
     if code:
         return {"kills": 0, "wrong": [f"the undisturbed run ended with {code}: {(whole / 'log').read_text()[-800:]}"]}
     expected = left(whole)
@@ -131,19 +185,19 @@ def attack(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
         place.mkdir()
         moments = []
         for _ in range(draw.randint(1, 3)):
-            process = start(commands(folder, place)[name], place / "log")
-            wait = draw.uniform(0.25, 1.0) * length
-            try:
-                process.wait(wait)
+            child = Child(commands(folder, place)[name], place / "log")
+            wait = draw.uniform(0.02, 1.0) * length
+            if child.wait(wait):
                 break
-            except subprocess.TimeoutExpired:
-                number = signal.SIGTERM if draw.random() < 0.2 else signal.SIGKILL
-                process.send_signal(number)
-                code, done = process.wait(), done + 1
-                moments.append(f"{number.name} after {wait:.2f} s")
-                if number == signal.SIGTERM and code not in (0, 143, -15):
-                    wrong.append({"round": rounds, "kills": moments, "wrong": f"SIGTERM gave {code}"})
-        code = start(commands(folder, place)[name], place / "log").wait()
+            number = signal.SIGTERM if draw.random() < 0.2 else signal.SIGKILL
+            child.end(number)
+            done += 1
+            moments.append(f"{number.name} after {wait:.2f} s")
+            if number == signal.SIGTERM and child.code not in (0, 143, -15):
+                wrong.append({"round": rounds, "kills": moments, "wrong": f"SIGTERM gave {child.code}"})
+        child = Child(commands(folder, place)[name], place / "log")
+        child.wait()
+        code = child.code
         found = left(place) if code == 0 else {}
         differing = sorted(key for key in expected if found.get(key) != expected[key])
         if code or differing:
@@ -156,12 +210,13 @@ def attack(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commands", nargs="*", default=["distill", "preference", "cache", "evaluate", "rank"])
+    parser.add_argument("--commands", nargs="*", default=["cache", "evaluate", "rank", "preference", "distill"])
     parser.add_argument("--kills", type=int, default=3, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write what was found here")
     options = parser.parse_args()
     results = {}
+    ready()
     with tempfile.TemporaryDirectory() as folder:
         made = inputs(Path(folder))
         for name in options.commands:

@@ -167,7 +167,7 @@ def _annotations(draw: random.Random, whole: Path, place: Path) -> str:
         (root / "images" / "link.png").symlink_to("../../secret.png")
         text = (root / name).read_bytes().replace(b"images/3.png", outside.encode())
         (root / name).write_bytes(text)
-    files = {"train": name} if kind == "llava" else None
+    files = {"annotations": name} if kind == "llava" else None
     spec = DataSpec.model_validate({"format": kind, "root": str(root), "prompt": "plain", **({"files": files} if files else {})})
     for sample in read_samples(spec, 0):
         for image in sample.images:

@@ -65,3 +65,22 @@ def test_a_run_that_waits_goes_on_when_the_other_has_ended(tmp_path, other_run, 
     assert "waiting for another run that writes it" in caplog.text
     with alone_in(tmp_path, "it"):
         pass
+
+
+GONE = [
+    RuntimeError("[../gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:53676: Connection reset by peer. This is typically"),
+    RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4012"),
+    RuntimeError("NCCL communicator was aborted on rank 1."),
+]
+
+
+@pytest.mark.parametrize("error", GONE)
+def test_the_end_of_another_process_is_told_as_that(error, monkeypatch):
+    from mmkd.base.distributed import lost_connection
+
+    assert lost_connection(error) is None, "one process has no others"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert lost_connection(error).startswith("process 0 of 2 ends, since another one of this run did")
+    assert lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert lost_connection(KeyError("Connection reset by peer")) is None

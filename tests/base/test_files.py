@@ -49,7 +49,8 @@ def test_a_file_that_came_later_does_not_count(tmp_path):
     assert changed(tmp_path / "x", tmp_path / "x" / "sums") == ""
 
 
-ODD = ["", "[]", "[1]", "{}", '{"a.bin": 1}', '{"a.bin": ["x", 2]}', "\x00", '{"a.bin": [1' + "0" * 5000 + ', "y"]}']
+ODD = ["", "[]", "[1]", "{}", '{"files": {}}', '{"files": {"a.bin": 1}}', '{"files": {"a.bin": ["x", 2]}}', "\x00",
+       '{"files": {"a.bin": [1' + "0" * 5000 + ', "y"]}}']  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -57,6 +58,17 @@ def test_damaged_sums_say_so(tmp_path, text):
     make(tmp_path / "x")
     (tmp_path / "sums").write_text(text)
     assert changed(tmp_path / "x", tmp_path / "sums")
+
+
+def test_a_file_that_was_taken_out_of_the_sums_is_noticed(tmp_path):
+    import json
+
+    make(tmp_path / "x")
+    write_sums(tmp_path / "x", tmp_path / "sums")
+    content = json.loads((tmp_path / "sums").read_text())
+    del content["files"]["a.bin"]
+    (tmp_path / "sums").write_text(json.dumps(content, indent=1) + "\n")
+    assert changed(tmp_path / "x", tmp_path / "sums") == "sums is not what was written"
 
 
 def test_hashes_are_xxh3_of_128_bits(tmp_path):

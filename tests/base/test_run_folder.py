@@ -11,6 +11,7 @@ from mmkd.base.files import save_whole
 from mmkd.base.jsonl import log_rows
 from mmkd.base.run_folder import claim, differences, restart, take_control
 from mmkd.errors import DataError
+from mmkd.recipes.recipe import CHANGEABLE
 
 RECIPE = {"seed": 1, "stages": {"sft": {"steps": 3, "terms": ["a", "b"]}}}
 
@@ -30,6 +31,22 @@ def test_the_same_recipe_goes_on_and_another_is_refused_with_what_differs(tmp_pa
     other = {"seed": 1, "stages": {"sft": {"steps": 4, "terms": ["a"], "epochs": 1}}}
     with pytest.raises(DataError, match=r"differs in stages.sft.epochs, stages.sft.steps, stages.sft.terms\)"):
         claim(folder, other, title="a title", seed=1)
+
+
+def test_keys_that_change_nothing_learnt_may_change_by_name(tmp_path, caplog):
+    recipe = {"max_length": 2048, "guards": {"max_skipped_images": 0.0}, "stages": {"sft": {"steps": 3, "save_every": 200}}}
+    claim(tmp_path, recipe, title="a title", seed=1)
+    begin(tmp_path)
+    changed = {
+        "max_length": 512, "guards": {"max_skipped": 0.1}, "workers": 4, "stages": {"sft": {"steps": 3, "save_every": 50}},
+    }  # fmt: skip
+    with caplog.at_level("INFO"):
+        claim(tmp_path, changed, title="a title", seed=1, changeable=CHANGEABLE)
+    assert "from here on max_length is 512; it was 2048" in caplog.text and "workers is 4; it was its default" in caplog.text
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == changed
+    for key, other in (("steps", {"stages": {"sft": {"steps": 4, "save_every": 50}}}), ("seed", {"seed": 2})):
+        with pytest.raises(DataError, match=rf"differs in [\w.]*{key}\)"):
+            claim(tmp_path, {**changed, **other}, title="a title", seed=1, changeable=CHANGEABLE)
 
 
 def test_a_folder_in_which_nothing_was_trained_is_free_for_a_mended_recipe(tmp_path):

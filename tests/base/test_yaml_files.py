@@ -46,10 +46,10 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_yaml_is_refused_on_one_line_at_once(name, tmp_path):
     (tmp_path / "x.yaml").write_bytes(ODD[name].encode())
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(DataError, match=r"x\.yaml is no valid YAML: \S") as caught:
         read_mapping(tmp_path / "x.yaml", "card")
-    assert time.monotonic() - began < 2 and len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
+    assert time.process_time() - began < 2 and len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
 
 
 def test_files_that_are_none(tmp_path):

@@ -204,3 +204,7 @@ def test_only_regular_files_of_a_bearable_size_are_read(tmp_path, monkeypatch):
     for ref in (ImageRef.inside(tmp_path / "bomb.zip", "a.png"), ImageRef.inside(tmp_path, "large.png")):
         with pytest.raises(ImageError, match="has 200,000 bytes, over 100,000"):
             ref.load()
+
+
+def test_a_name_that_no_file_can_have_is_not_there(tmp_path):
+    assert not ImageRef(tmp_path, "x" * 5000).exists()

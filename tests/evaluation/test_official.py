@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from layouts import CARDS, TEN, Oracle, dump, write_seed_image
+from layouts import CARDS, TEN, Oracle, dump, picture, write_seed_image
 
 from mmkd.data.formats import format_of, read_questions
 from mmkd.errors import DataError
@@ -47,10 +47,52 @@ def test_official_layout(card: str, ask, tmp_path: Path) -> None:
     assert (result["n"], result["n_skipped"], result["rows"]) == (count, 0, count)
     rows = list(read_predictions(tmp_path / "out" / "predictions.jsonl").values())
     assert rows[0]["prompt"] == prompt
-    unscored = card in ("vqav2", "vizwiz", "docvqa_test", "stvqa_test")
+    unscored = card in UNSCORED
     assert result["score"] == (None if unscored else 1.0)
     for category in load_benchmark(card).categories if not unscored else ():
         assert "(none)" not in result["by"][category] or card in ("vqav2_val", "okvqa")
+
+
+OTHERS = {
+    "textvqa": lambda root: _textvqa(root, "TextVQA_0.5.1_val.json"),
+    "textvqa_ocr": lambda root: _textvqa(root, "TextVQA_0.5.1_val.json", "TextVQA_Rosetta_OCR_v0.2_val.json"),
+    "sroie_pages": lambda root: _textvqa(root, "SROIE_TextVQA_format_test.json", images="images/test"),
+    "sroie_lines": lambda root: _jsonl(root),
+    "jsonl": lambda root: _jsonl(root),
+}
+
+
+def _textvqa(root: Path, name: str, ocr: str = "", images: str = "train_images") -> None:
+    row = {"question": "What?", "image_id": "a", "answers": ["Acme Ltd"] * 10, "question_id": 1}
+    dump(root / name, {"data": [row, row | {"question_id": 2, "answers": ["12.50"] * 10}]})
+    if ocr:
+        dump(root / ocr, {"data": [{"image_id": "a", "ocr_tokens": ["12.50"]}]})
+    picture(root / images / "a.jpg")
+
+
+def _jsonl(root: Path) -> None:
+    rows = [{"id": str(n), "image": "a.png", "question": "What?", "answer": answer} for n, answer in enumerate(("ACME", "2 %"))]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    picture(root / "images" / "a.png")
+    picture(root / "test_images" / "a.png")
+
+
+UNSCORED = ("vqav2", "vizwiz", "docvqa_test", "stvqa_test")  # test servers keep the answers
+
+
+@pytest.mark.parametrize("card", [card for card in (*CARDS, *OTHERS) if card not in UNSCORED])
+def test_a_right_answer_behind_thinking_is_right_on_every_benchmark(card: str, tmp_path: Path, fake_tower) -> None:
+    benchmark = load_benchmark(card)
+    root = tmp_path / benchmark.root
+    root.mkdir(exist_ok=True, parents=True)
+    (OTHERS[card] if card in OTHERS else CARDS[card][0])(root)
+    for form in ("{}", "<think>No: yes, B, 7. 答案是A。</think>\n\n{}", "It is A or 3, no.</think>{}", "[THINK]zzz[/THINK] {}"):
+        found = evaluate(
+            Oracle(fake_tower, form=form), benchmark, tmp_path / "out", data_root=tmp_path, progress=False, resume=False
+        )
+        assert found["score"] == 1.0, form
+        assert found["thinking_share"] == (form != "{}") and found["unparsed_share"] == 0
 
 
 def test_the_numbers_that_papers_print(ask) -> None:

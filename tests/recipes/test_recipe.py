@@ -250,3 +250,20 @@ def test_options_of_the_specifications(load):
     }
     terms = load(BASE, *(f"stages.sft.terms.{key}={value}" for key, value in overrides.items())).stages["sft"].terms
     assert terms["a"].model_extra["inclusive"] is False and terms["kl"].reduction == "sum"
+
+
+def test_relative_paths_are_looked_for_beside_the_recipe_and_up_to_its_project(tmp_path, monkeypatch, caplog):
+    project = tmp_path / "project"
+    for folder in (".git", "runs/teacher", "recipes/my_data", "here"):
+        (project / folder).mkdir(parents=True)
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)  # above the project: not its own
+    path = project / "recipes" / "recipe.yaml"
+    path.write_text(BASE + "data_root: my_data\n")
+    monkeypatch.chdir(project / "here")
+    with caplog.at_level("INFO"):
+        recipe = load_recipe(path, ["teacher.model=runs/teacher", "student.model=some-lab/some-vlm"])
+    assert recipe.teacher.model == str(project / "runs" / "teacher") and recipe.data_root == str(project / "recipes" / "my_data")
+    assert recipe.student.model == "some-lab/some-vlm"
+    assert f"teacher.model: there is no runs/teacher here, so {project / 'runs' / 'teacher'} is taken" in caplog.text
+    monkeypatch.chdir(project)
+    assert load_recipe(path, ["teacher.model=runs/teacher"]).teacher.model == "runs/teacher"

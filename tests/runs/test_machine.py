@@ -34,16 +34,18 @@ def teacher(tmp_path_factory):
 
 def recipe_of(folder, teacher, **changes):
     """A recipe of one stage; `stage`, `optimiser`, `teacher_keys` and `student` change parts of it, others the head."""
+    if not (folder / "train.jsonl").exists():
+        (folder / "train.jsonl").write_text('{"question": "which", "answer": "red"}\n' * 4)
+    blind = "image" not in (folder / "train.jsonl").read_text()
     stage = {
-        "data": [{"format": "jsonl", "root": str(folder), "prompt": "plain"}], "terms": {"forward_kl": 1.0}, "steps": 1,
+        "data": [{"format": "jsonl", "root": str(folder), "prompt": "plain", "text_only": blind}],
+        "terms": {"forward_kl": 1.0}, "steps": 1,
         "optimiser": {"batch_size": 2, **changes.pop("optimiser", {})}, **changes.pop("stage", {}),
     }  # fmt: skip
     content = {
         "title": "t", "output": str(folder / "out"), "teacher": {"model": str(teacher), **changes.pop("teacher_keys", {})},
         "student": {"model": str(teacher), **changes.pop("student", {})}, "stages": {"only": stage}, "control": False, **changes,
     }  # fmt: skip
-    if not (folder / "train.jsonl").exists():
-        (folder / "train.jsonl").write_text('{"question": "which", "answer": "red"}\n' * 4)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

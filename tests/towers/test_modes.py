@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_tower
+from tiny import language_config, tiny_tower
 from torch import nn
 
 from mmkd.testing import check_encoder
-from mmkd.towers.modes import evaluating
+from mmkd.towers.modes import evaluating, varies_in_training
 
 
 def test_every_module_gets_its_own_mode_back():
@@ -39,3 +39,15 @@ def test_checking_an_encoder_leaves_its_modes_and_gradients_alone():
     check_encoder(encoder, 8)
     assert [module.training for module in encoder.modules()] == [True, True, False]
     assert bool((encoder[0].weight.grad == 1).all())
+
+
+def test_what_varies_in_training_is_known():
+    assert not varies_in_training(tiny_tower(1).model)
+    for varied in (nn.Dropout(0.1), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(1, 1), nn.Dropout2d(0.5))):
+        assert varies_in_training(varied)
+    assert not varies_in_training(nn.Sequential(nn.Dropout(0.0), nn.LayerNorm(2)))
+    dropping = tiny_tower(1, language=language_config(attention_dropout=0.2))
+    assert varies_in_training(dropping.model)
+    swin = {"model_type": "swin", "image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2],
+            "window_size": 4, "drop_path_rate": 0.5}  # fmt: skip
+    assert varies_in_training(tiny_tower(1, vision=swin, image_size=(32, 32)).model)

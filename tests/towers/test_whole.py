@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,3 +149,31 @@ def test_an_encoder_may_come_from_a_larger_model_but_not_from_half_of_itself(tmp
     change(tmp_path / "vit", lambda tensors: tensors.pop(next(name for name in tensors if ".1." in name)))
     with pytest.raises(TowerError, match=r"is not the whole of a vision encoder \(ViTModel\): 1 tensors are missing"):
         build_encoder(VisionSpec(source=f"local-dir:{tmp_path / 'vit'}"))
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./student", "runs/gone", "a/b/c", "~/student"])
+def test_a_folder_that_is_not_there_is_told_at_once(tmp_path, monkeypatch, name):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", None)  # asking would fail
+    with pytest.raises(TowerError, match=f"no image-text model can be loaded from '{name}': there is no folder {name} here"):
+        Tower.load(name)
+
+
+def test_the_hub_is_asked_once_for_an_id(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(self, name, timeout):
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    for _ in range(2):
+        with pytest.raises(TowerError, match="there is no folder some-lab/some-vlm here .*Name or service not known"):
+            Tower.load("some-lab/some-vlm")
+    assert asked == ["some-lab/some-vlm"]

@@ -368,6 +368,29 @@ def test_micro_batches_give_the_same_weights(data, kind):
     assert any((found[0][name] - start[name]).abs().max() > 1e-3 for name in start)
 
 
+def test_ktos_reference_point_is_taken_without_dropout_however_a_step_is_split(data, monkeypatch):
+    from mmkd.runs.towers import build_student
+    from mmkd.terms.preferences import KTOPair
+
+    taken, values = [], KTOPair.values
+    monkeypatch.setattr(KTOPair, "values", lambda self, signals: taken.append(signals.step_sums) or values(self, signals))
+    first = {}
+    for dropout in (0.0, 0.5):
+        for micro in (4, 2):
+            taken.clear()
+            name = f"split{micro}{dropout}"
+            spec = recipe(data, {"kto_pair": 1.0}, name, micro)
+            teacher, student = the_teacher(spec), build_student(spec, None, [])
+            for module in student.model.modules():
+                if hasattr(module, "attention_dropout"):
+                    module.attention_dropout = dropout
+            train(spec, "student", student, teacher, data / name)
+            first[dropout, micro] = taken[-4 * (4 // micro)]  # of the first of four steps
+    assert first[0.0, 4] is None  # the batch's own pass tells it
+    torch.testing.assert_close(first[0.5, 4], first[0.5, 2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first[0.5, 4], first[0.0, 2], rtol=1e-5, atol=1e-5)
+
+
 def test_an_attached_kl_needs_the_whole_step_at_once(data):
     distill(recipe(data, {"kto_pair": {"detach_kl": False}}, control=False))
     with pytest.raises(DataError, match=r"terms.kto_pair.detach_kl is false, but a step is 2 micro-batches in 1 processes"):

@@ -70,7 +70,8 @@ def _write_page(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     names = [name for name in models if any(name in found for found in evaluations.values())]
-    slugs = {name: name if name in MARKED else f"m{number}" for number, name in enumerate(names)}
+    others = [name for name in models if name not in names]  # trained, but not evaluated or no longer
+    slugs = {name: name if name in MARKED else f"m{number}" for number, name in enumerate([*names, *others])}
     benchmarks = [benchmark_entry(name, found) for name, found in evaluations.items()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

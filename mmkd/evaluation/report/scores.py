@@ -31,6 +31,7 @@ def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
         "difference": difference,
         "best_control": best,
         "verdict": verdict(difference, best) if difference else None,
+        "over_hard_answers": comparison["over_hard_answers"],
         "remarks": [f"{role}: {said}" for role, cell in comparison["models"].items() for said in cell.get("remarks", ())],
         "pairs": _shown_pairs(comparison["differences"], list(models)),
         "categories": _category_bars(models),
@@ -143,7 +144,7 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     facts = [(key.replace("_", " "), plain(results[key])) for key in keys if results.get(key) is not None]
     for role, model in models.items():
         own = model["results"]
-        parts = [f"{own['n']} scored", f"{own.get('n_skipped', 0)} skipped"]
+        parts = [f"{own.get('n', 0)} scored", f"{own.get('n_skipped', 0)} skipped"]
         parts += [f"{count} × {reason}" for reason, count in own.get("skipped", {}).items()]
         parts += own.get("remarks", [])
         parts += [f"{percent(own['unparsed_share'])} unparsed"] if "unparsed_share" in own else []
