@@ -138,6 +138,10 @@ class Chat:
         between = [_between(asked, talk[: talk.index(START)]) for talk in talks]
         lead = next((text for text in between if text is not None and not text.strip()), None)
         behind = lead is None
+        if not generation:  # nothing stands before answers; what separates the turns of a talk is not theirs
+            lead = ""
+        elif lead is None:  # what is changed stands further ahead
+            lead = next((space for talk in talks if (space := _space_behind(generation, talk[: talk.index(START)]))), None)
         if self._thinking:
             lead = next((text for text in reversed(between) if text and holds_thinking(text)), lead)
             if lead is None and ends_within(generation):
@@ -155,6 +159,14 @@ class Chat:
 def _between(asked: str, before: str) -> str | None:
     """What a conversation writes between the generation prompt and the answer; None where it does not go on as that does."""
     return before[len(asked) :] if before.startswith(asked) else None
+
+
+def _space_behind(generation: str, before: str) -> str:
+    """The white space at the end of `before`, where the generation prompt stands before it; else "" (as where there is none)."""
+    for length in range(len(before) - len(before.rstrip()), 0, -1):
+        if before[:-length].endswith(generation):
+            return before[-length:]
+    return ""
 
 
 def closing_of(generation: str) -> str:

@@ -280,7 +280,7 @@ def test_arguments_of_a_template_are_known_to_it_and_saved_with_it(tmp_path):
     asked = [{"role": "user", "content": [{"type": "text", "text": "What colour is it?"}]}]
     text = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     assert text == tower.preparer.prompt_text(PLAIN)
-    again = Tower(tower.model, tower.processor, reading=Reading(template={"enable_thinking": False}))
+    again = Tower(tower.model, tower.processor, max_length=4096, reading=Reading(template={"enable_thinking": False}))
     assert again.processor_fingerprint() == tower.processor_fingerprint()
     assert tower.processor_fingerprint() != thinking_tower("qwen3.5").processor_fingerprint()
     with pytest.raises(TowerError, match="no variable 'enable_thinkin'; did you mean 'enable_thinking'"):
@@ -307,6 +307,8 @@ def test_paligemma_needs_no_template_of_its_own(refs):
     sample = Sample("s", refs[:1], (user("What colour is it?", 1), answer("red")))
     decoded = tower.tokenizer.decode(tower.encode(sample, with_answer=False).input_ids)
     assert decoded.replace("<image>", "") == "<bos>What colour is it?\n"
+    targets = tower.encode(sample).targets
+    assert tower.tokenizer.decode(targets[targets != IGNORE]) == "red" + tower.tokenizer.eos_token
     text = tower.encode(sample.without_images(), with_answer=False)
     assert tower.tokenizer.decode(text.input_ids) == "<bos>What colour is it?\n" and not text.pixels
 
