@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import yaml
-
 
 def add_recipe(parser: argparse.ArgumentParser, recipe: str, overrides: str | None) -> None:
     """A recipe and its overrides, which may stand before, between and after options; with the help of both."""
@@ -38,6 +36,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 def values(text: str) -> dict[str, Any]:
     """Values by name, each in YAML, with commas between them."""
+    import yaml  # for help, nothing is imported
+
     found = {}
     for part in names(text):
         name, equals, value = part.partition("=")
