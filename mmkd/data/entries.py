@@ -88,10 +88,13 @@ def layout_of(spec: Any) -> str:
     return format_of(fields["format"]).layout(fields["split"], fields["files"])
 
 
-def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0) -> Sequence[Sample]:
+def read_samples(
+    spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0, tally: Tally | None = None
+) -> Sequence[Sample]:
     """The training samples of one data entry, its subset drawn by `seed`; of a stream its first ones. Raises DataError.
 
     allowed: the share of rows, rounded up, that may be left out since they cannot be used; what was left out is logged.
+    tally: gets what was left out, but of a stream.
     """
     stream = stream_of(spec, seed, data_root, allowed)
     fields = resolve(spec)
@@ -100,7 +103,7 @@ def read_samples(spec: Any, seed: int, data_root: str | None = None, allowed: fl
         samples = stream.head()
         _check_stream(samples, stream.tally, fields, name)
         return samples
-    tally = Tally()
+    tally = Tally() if tally is None else tally
     items = read_split(
         fields["format"],
         folder_of(fields, data_root),

@@ -14,6 +14,7 @@ from mmkd.data.lazy import Lazy, is_lazy, joined
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample
 from mmkd.data.spec import DataSpec
+from mmkd.data.tally import Tally
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.terms.spec import build_terms
@@ -40,6 +41,22 @@ def stage_parts(recipe: Recipe, stage: StageSpec) -> list[Sequence[Sample]]:
 
 def entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool = False) -> Sequence[Sample]:
     """The samples of a data entry. one_answer: a sample for each of its answers. Raises DataError."""
+    return _entry(recipe, spec, one_answer)[0]
+
+
+def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """By stage how many rows of its data cannot be used, for which reason; stages that use all of theirs are left out."""
+    found: dict[str, dict[str, int]] = {}
+    for name, stage in recipe.stages.items():
+        for tally in (_entry(recipe, spec, bool(stage.one_answer))[1] for spec in stage.data):
+            for reason, places in tally.dropped.items():
+                counts = found.setdefault(name, {})
+                counts[reason] = counts.get(reason, 0) + len(places)
+    return found
+
+
+def _entry(recipe: Recipe, spec: DataSpec, one_answer: bool) -> tuple[Sequence[Sample], Tally]:
+    """The samples of a data entry, and what was left out."""
     state = json.dumps(fingerprint(spec, recipe.data_root))
     return _read_once(spec.model_dump_json(), recipe.seed, recipe.data_root, recipe.guards.max_skipped, one_answer, state)
 
@@ -47,11 +64,12 @@ def entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool = False) -> S
 @lru_cache(maxsize=8)  # stages, the control, the student and checks before them read the same data one after another
 def _read_once(
     entry: str, seed: int, data_root: str | None, allowed: float, one_answer: bool, state: str
-) -> Sequence[Sample]:
-    samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed)
-    if not one_answer:
-        return samples
-    return AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
+) -> tuple[Sequence[Sample], Tally]:
+    tally = Tally()
+    samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed, tally)
+    if one_answer:
+        samples = AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
+    return samples, tally
 
 
 class AnswersApart(Lazy[Sample]):

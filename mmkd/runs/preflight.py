@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from mmkd.base.distributed import world_size
+from mmkd.data.samples import Sample
 from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts
@@ -18,6 +19,7 @@ from mmkd.towers.experts import sparse_blocks
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import sparse_config
 from mmkd.train.distiller import term_errors
+from mmkd.train.guards import blind_error
 from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec
 from mmkd.train.streaming import stage_stream
@@ -25,6 +27,7 @@ from mmkd.train.trainable import lora_errors
 from mmkd.train.trainer import split_evenly
 
 SHOWN = 16  # findings that a message lists
+SOME = 8  # samples whose pictures are exchanged
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ def preflight(
     processes: that train together; None for those that were started together.  writes: whether the output folder is asked, too.
 
     Terms against towers and teachers, tokenizers, samples of every data entry prepared by student and teachers, pictures that
-    are not there, batch sizes, experts, adapters, the output folder and the room on its disk.
+    are not there or that do not reach a tower, batch sizes, experts, adapters, the output folder and the room on its disk.
     """
     found = fit_errors(recipe, student, teachers, world_size() if processes is None else processes)
     found += room_errors(recipe, student) if writes else []
@@ -110,10 +113,22 @@ def _data_errors(
         entries.append(look(entry, samples, student, needed, terms, known.get(key)))
         known.setdefault(key, entries[-1])
     wrong = _left_out_errors(recipe, entries)
+    if recipe.guards.pixels_matter and name == next(iter(recipe.stages)):
+        towers = {"student": student, **{n: t.tower for n, t in needed.items() if t.tower is not None and not t.stored}}
+        wrong += [error for role, tower in towers.items() if (error := blind_error(role, tower, _pictured(parts))) is not None]
     count, batch = sum(map(len, parts)), stage.optimiser.batch_size
     if not streamed and count < batch:
         wrong.append(f"optimiser: {count} samples, fewer than batch_size {batch}")
     return [f"stages.{name}.{error}" for error in wrong]
+
+
+def _pictured(parts: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """Some samples with pictures, spread over those of a stage."""
+    found = []
+    for part in parts:
+        step = max(1, len(part) // SOME)
+        found += [sample for place in range(0, len(part), step) if (sample := part[place]).images]
+    return found[:: max(1, len(found) // SOME)][:SOME]
 
 
 def _left_out_errors(recipe: Recipe, entries: Sequence[Survey]) -> list[str]:

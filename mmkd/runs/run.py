@@ -24,7 +24,7 @@ from mmkd.evaluation.statistics import compare_runs
 from mmkd.recipes.recipe import CHANGEABLE, Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.control import FACTS, train_controls
-from mmkd.runs.data import all_samples, files_of, texts_of
+from mmkd.runs.data import all_samples, files_of, rows_left_out, texts_of
 from mmkd.runs.dates import with_day
 from mmkd.runs.evaluate import add_importance
 from mmkd.runs.preflight import preflight
@@ -143,6 +143,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
     skipped = {role: counts for role in ("control", "student") if (counts := skipped_counts(run, role))}
     if skipped:
         summary["skipped"] = skipped
+    if rows := rows_left_out(recipe):
+        summary["rows_left_out"] = rows
     write_whole(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -182,6 +184,10 @@ def _active(entry: dict[str, Any], role: str) -> str:
     return f", {active:,} active" if active < entry["parameters"][role] else ""
 
 
+def _counts(reasons: dict[str, int]) -> str:
+    return "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
 def table(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal."""
     lines = []
@@ -203,9 +209,10 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"  {entry['over_hard_answers']}")
     if "experts" in summary:
         lines.append(experts_table(summary["experts"]))
+    for stage, reasons in summary.get("rows_left_out", {}).items():
+        lines.append(f"rows of stage {stage} that cannot be used: {sum(reasons.values())} ({_counts(reasons)})")
     for role, stages in summary.get("skipped", {}).items():
         for stage, reasons in stages.items():
-            counts = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-            lines.append(f"left out of the {role}'s stage {stage}: {sum(reasons.values())} samples ({counts})")
+            lines.append(f"left out of the {role}'s stage {stage}: {sum(reasons.values())} samples ({_counts(reasons)})")
     lines.append(f"{summary['seconds']:.0f} seconds")
     return "\n".join(lines)

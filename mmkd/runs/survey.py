@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mmkd.data.entries import layout_of
+from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.data.spec import DataSpec
 from mmkd.errors import MmkdError
@@ -24,9 +25,10 @@ from mmkd.train.collate import PairDataset, encode_whole
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.skips import LEFT_OUT, Skip, in_words
 
-LOOKED_AT, SECONDS = 512, 10.0  # samples of a data entry that are prepared, and how long that may take
+LOOKED_AT = 512  # samples of a data entry that are prepared
+SECONDS, SECONDS_OF_LARGE = 10.0, 4.0  # how long that may take, where they are all samples of the entry, and else
 AGAIN = 3  # samples of an entry that another stage has, too
-PICTURES = 10_000  # samples of a data entry whose pictures are looked for
+PICTURES = 4096  # samples of a large set whose pictures are looked for; of others all
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -118,7 +120,8 @@ def look(
     try:
         _look_for_pictures(found, samples)
         places = _spread(len(samples), AGAIN if known else LOOKED_AT)
-        _prepare(found, kind([samples[place] for place in places], student, teachers, terms, memory=0), places)
+        seconds = SECONDS if len(places) == len(samples) else SECONDS_OF_LARGE
+        _prepare(found, kind([samples[place] for place in places], student, teachers, terms, memory=0), places, seconds)
     except MmkdError as error:
         found.error = str(error)
     if known is not None and not found.error and not found.skips:
@@ -133,7 +136,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 def _look_for_pictures(found: Survey, samples: Sequence[Sample]) -> None:
     there: dict[str, bool] = {}
-    for place in sorted(_spread(len(samples), PICTURES)):
+    for place in sorted(_spread(len(samples), PICTURES if is_lazy(samples) else len(samples))):
         found.searched += 1
         absent = ""
         for ref in samples[place].images:
@@ -144,13 +147,13 @@ def _look_for_pictures(found: Survey, samples: Sequence[Sample]) -> None:
         found.first_missing = found.first_missing or absent
 
 
-def _prepare(found: Survey, dataset: PairDataset, places: Sequence[int]) -> None:
+def _prepare(found: Survey, dataset: PairDataset, places: Sequence[int], seconds: float) -> None:
     """places: of the data set's samples in the entry."""
     towers = {"student": dataset.student, **{n: t.body for n, t in dataset.teachers.items() if not t.stored}}
     found.lengths = {role: Lengths(tower.max_length) for role, tower in towers.items()}
     started = time.monotonic()
     for number, place in enumerate(places):
-        if found.tried >= AGAIN and time.monotonic() - started > SECONDS:
+        if found.tried >= AGAIN and time.monotonic() - started > seconds:
             break
         pair = dataset.look(number)
         found.tried += 1

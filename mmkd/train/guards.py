@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import RowTerm, row_losses
-from mmkd.errors import GuardError, NotFiniteError
+from mmkd.errors import DataError, GuardError, NotFiniteError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
@@ -151,6 +152,21 @@ def check_pixels(role: str, tower: Tower, samples: Sequence[Sample], encoded: Se
     places = list(range(len(exchange.places)))
     _picture_losses(role, tower, own, answer_rows(tower, own), replace(exchange, places=places))
     return True
+
+
+def blind_error(role: str, tower: Tower, samples: Sequence[Sample]) -> str | None:
+    """What `run_guards` would stop for where pictures never reach a tower, from a few samples; None where nothing is found."""
+    prepared = []
+    for sample in samples:
+        with suppress(DataError):  # what cannot be prepared is told of elsewhere
+            prepared.append((sample, tower.encode(sample)))
+    exchange = exchanged(tower, [sample for sample, _ in prepared], [encoded for _, encoded in prepared])
+    try:
+        if exchange.probe:
+            _check_probe(role, tower, exchange)
+    except GuardError as error:
+        return str(error)
+    return None
 
 
 def _picture_losses(role: str, tower: Tower, inputs: TowerInputs, hidden: Tensor, exchange: Exchange) -> dict[str, float]:

@@ -11,6 +11,7 @@ from layouts import CARDS, picture
 
 from mmkd.data.formats import format_of
 from mmkd.errors import DataError
+from mmkd.evaluation import benchmarks
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.runs.evaluate import evaluate
 
@@ -88,3 +89,15 @@ def test_every_format_tells_its_layout(card: str) -> None:
     found = format_of(benchmark.format)
     keys = [f"{key}: " for key in (*found.files, *found.images)] or ["a folder a task" if card == "mme" else "?"]
     assert any(key in told for key in keys) and "{split}" not in told
+
+
+def test_a_benchmark_without_any_picture_is_refused_unless_that_is_said(benchmark_of, data: Path, caplog) -> None:
+    path = data / "tiny" / "test.jsonl"
+    benchmarks._tell.cache_clear()  # a line is told once a process
+    with caplog.at_level("INFO"):
+        benchmark_of().read(data)
+    assert "tiny: pictures in 30 of 32 samples" in caplog.text
+    path.write_text(path.read_text(encoding="utf-8").replace('"image"', '"image_path"'), encoding="utf-8")
+    with pytest.raises(DataError, match="pictures in 0 of 32 samples; keys or columns not used: image_path"):
+        benchmark_of().read(data)
+    assert len(benchmark_of(text_only=True).read(data)) == 32

@@ -10,8 +10,10 @@ from mmkd.errors import DataError
 from mmkd.recipes.reading import load_recipe
 from mmkd.runs.estimate import estimate
 from mmkd.runs.plan import plan
-from mmkd.runs.run import distill
+from mmkd.runs.run import distill, table
+from mmkd.towers.inputs import Seen
 from mmkd.towers.prepare import Preparer
+from mmkd.towers.tower import Tower
 
 COUNT = 24
 
@@ -73,8 +75,9 @@ def test_the_dry_run_shows_how_long_samples_are_in_each_tower(recipe_of):
     assert f"{COUNT} samples, all prepared" in text
 
 
-def test_a_sample_that_is_too_long_is_named_and_left_out(recipe_of, tmp_path, caplog):
-    recipe = recipe_of({5: {"question": "what? " * 40}}, "guards.max_skipped_images=0.05")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_is_too_long_is_named_and_left_out(recipe_of, tmp_path, caplog, workers):
+    recipe = recipe_of({5: {"question": "what? " * 40}}, "guards.max_skipped_images=0.05", f"workers={workers}")
     text = plan(recipe)
     assert "1 over max_length 120" in text and "row5" in text
     assert "in the student: sample 'row5' has" in text
@@ -85,6 +88,14 @@ def test_a_sample_that_is_too_long_is_named_and_left_out(recipe_of, tmp_path, ca
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "log" / "student_skipped.jsonl").read_text().splitlines()]
     assert row["id"] == "row5" and row["stage"] == "only" and row["index"] == 5
     assert "left out 1 samples" in caplog.text or any("row5" in r.message for r in caplog.records)
+
+
+def test_rows_that_cannot_be_used_are_in_the_record(recipe_of):
+    recipe = recipe_of({5: {"video": "a.mp4"}})
+    assert f"{COUNT - 1} samples, all prepared" in plan(recipe)
+    summary = distill(recipe)
+    assert summary["rows_left_out"] == {"only": {"key 'video' names a video; video is not supported": 1}}
+    assert "rows of stage only that cannot be used: 1" in table(summary)
 
 
 def test_the_cause_comes_first_where_only_one_tower_cuts_an_answer(recipe_of):
@@ -135,3 +146,17 @@ def test_pictures_that_are_not_there_are_found_before_training(recipe_of, tmp_pa
     assert "those of 1 of 24 samples" in text and str(tmp_path / "data" / "gone.png") in text
     with pytest.raises(DataError, match="those of 12 of 24 samples, the first is .*images/0.png. Looked for is"):
         plan(recipe_of({n: {"image": f"images/{n}.png"} for n in range(0, COUNT, 2)}))
+
+
+def test_a_tower_that_no_picture_reaches_is_found_before_training(recipe_of, monkeypatch):
+    see = Tower.see
+
+    def grey(self, inputs):
+        seen = see(self, inputs)
+        blind = self.model.config.text_config.hidden_size == 32  # the teacher's
+        return Seen(seen.features, [token * 0 for token in seen.tokens]) if blind else seen
+
+    monkeypatch.setattr(Tower, "see", grey)
+    with pytest.raises(DataError, match=r"stages.only.permuting the pictures changes nothing that the teacher computes"):
+        plan(recipe_of())
+    assert "tokens" in plan(recipe_of({}, "guards.pixels_matter=false"))
