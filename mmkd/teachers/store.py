@@ -12,7 +12,6 @@ the hash of its header and its index, which holds a hash of every entry: all is 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from mmkd.base.checksums import sums_in
 from mmkd.base.files import room_for, sync_folder, write_whole
 from mmkd.data.samples import ImageRef, Sample
 from mmkd.errors import DataError, one_line
-from mmkd.teachers.shard_hashes import hash_of_tensors, name_of_shard
+from mmkd.teachers.shard_hashes import hash_of_tensors, locked, name_of_shard
 
 FORMAT = 2  # 2: with hashes
 # Bits of a row's kind; a row may be of several.
@@ -270,12 +269,10 @@ class ShardWriter:
         self._entries: list[tuple[bytes, bytes, StoredRows]] = []
         self._size, self._since = 0, time.monotonic()
         self._lock = (self.folder / f".rank_{rank}.lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not locked(self._lock):
             raise DataError(
                 f"another process writes to {self.folder} as number {rank}; give each process its RANK and all of them WORLD_SIZE"
-            ) from error
+            )
 
     def add(self, key: bytes, text: bytes, stored: StoredRows) -> None:
         self._entries.append((key, text, stored))

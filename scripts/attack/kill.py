@@ -80,7 +80,8 @@ def commands(folder: Path, place: Path) -> dict[str, list[str]]:
         "preference": ["distill", str(folder / "preference.yaml"), out],
         "cache": ["cache", str(folder / "distill.yaml"), f"teacher.cache={place / 'cache'}", "--batch-size", "5"],
         "evaluate": [
-            "evaluate", str(folder / "student"), str(folder / "card.yaml"), "--output", str(place / "out"), "--batch-size", "1",
+            "evaluate", str(folder / "student"), "--benchmarks", str(folder / "card.yaml"), "--output", str(place / "out"),
+            "--batch-size", "1",
         ],
         "rank": ["rank", str(folder / "rank.yaml"), out],
     }  # fmt: skip
