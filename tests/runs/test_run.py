@@ -169,7 +169,7 @@ def test_two_processes_are_one(recipe, undisturbed, tmp_path):
 
 def test_micro_batches_give_the_same_weights(recipe, undisturbed, tmp_path):
     smaller = [f"stages.{stage}.optimiser.micro_batch_size={size}" for stage, size in (("second", 4), ("first", 1))]
-    done = run(recipe, tmp_path / "out", *smaller, "control=false")
+    done = run(recipe, tmp_path / "out", *smaller, "controls=[]")
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = weights(undisturbed[0]), weights(tmp_path / "out")
     for name, tensor in expected.items():
@@ -177,7 +177,7 @@ def test_micro_batches_give_the_same_weights(recipe, undisturbed, tmp_path):
 
 
 def test_a_teacher_ahead_gives_the_same_weights(recipe, tmp_path):
-    common = ("control=false", "evaluation.benchmarks=[]", "stages.second.terms.vsd.path=student")
+    common = ("controls=[]", "evaluation.benchmarks=[]", "stages.second.terms.vsd.path=student")
     for name, ahead in (("plain", "false"), ("ahead", "true")):
         done = run(recipe, tmp_path / name, *common, f"teacher.ahead={ahead}")
         assert done.returncode == 0, done.stderr[-3000:]
