@@ -39,7 +39,7 @@ from mmkd.retrieval.trainer import PairTrainer, freeze_unreached
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import device_of_process
 from mmkd.train.checkpoints import last_checkpoint
-from mmkd.train.stop_at_step import train_or_stop
+from mmkd.train.stop_at_step import ends_when_asked
 from mmkd.train.trainer import split_evenly, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,8 @@ def train_model(model: nn.Module, dataset: PairDataset, training: TrainingSpec, 
         logger.info("%s: going on from %s", role, resume)
     set_seed(seed)
     trainer = PairTrainer(model, dataset, training.optimiser, arguments, run / "log" / f"{role}.jsonl")
-    train_or_stop(trainer, resume, role)
+    with ends_when_asked(trainer, role):
+        trainer.train(resume_from_checkpoint=resume)
     trainer.finite.look()
     check_trained(model.state_dict().items(), role)
 

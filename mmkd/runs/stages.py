@@ -34,7 +34,7 @@ from mmkd.train.guards import freeze_unreached, run_guards
 from mmkd.train.reference import fill_reference
 from mmkd.train.sharded import make_whole, spreads_weights
 from mmkd.train.skips import in_words, skipped_file
-from mmkd.train.stop_at_step import train_or_stop
+from mmkd.train.stop_at_step import ends_when_asked
 from mmkd.train.streaming import StreamDataset, stage_stream
 from mmkd.train.trainer import DistillTrainer, split_evenly, training_arguments
 
@@ -57,7 +57,8 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
         if not (folder / "model").exists():
             stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
             started = time.monotonic()
-            train_or_stop(trainer, resume, f"{role}, stage {name}")
+            with ends_when_asked(trainer, f"{role}, stage {name}"):
+                trainer.train(resume_from_checkpoint=resume)
             if is_main_process():
                 _add_seconds(folder, time.monotonic() - started)
             _finish(stage, trainer, run, folder)

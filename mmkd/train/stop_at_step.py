@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
@@ -22,10 +24,11 @@ class StopWhenAsked(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def train_or_stop(trainer: Any, resume: str | None, what: str) -> None:
-    """Trains to the end. Raises Terminated where this was asked for, when the checkpoint is written."""
+@contextmanager
+def ends_when_asked(trainer: Any, what: str) -> Iterator[None]:
+    """For a training loop. Raises Terminated behind it where its end was asked for, when the checkpoint is written."""
     with stopping.until_saved():
-        trainer.train(resume_from_checkpoint=resume)
+        yield
     if trainer.stop.agreed and trainer.state.global_step < trainer.state.max_steps:
         raise Terminated(f"{what} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, in a checkpoint")
     if stopping.asked():

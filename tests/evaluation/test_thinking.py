@@ -50,7 +50,7 @@ def test_letters_by_likelihood_have_no_thinking(ask, data: Path, benchmark_of, f
     (data / "tiny" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     tower = fake_tower({str(n): "B" for n in range(4)})
     tower.opens_thinking = lambda sample: True
-    card = benchmark_of(prompt_style="letter", parser="letter", metric="accuracy")
+    card = benchmark_of(prompt_style="letter", parser="letter", metric="accuracy", text_only=True)
     assert ask(tower, card, choices="likelihood")[0]["score"] == 1.0
 
 

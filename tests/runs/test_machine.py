@@ -4,7 +4,8 @@ Devices are simulated: PyTorch is told of two GPUs, and what would be put on one
 """
 
 import os
-from pathlib import Path
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,6 @@ from mmkd.runs.towers import build_student, load_student, load_teachers
 from mmkd.towers import loading
 from mmkd.towers.loading import device_of_process
 from mmkd.train.optimisers import OPTIMISERS, build_optimiser
-from mmkd.train.trainer import training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -127,32 +127,39 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, devices):
         device_of_process()
 
 
-def test_batches_go_where_the_towers_are(tmp_path, teacher, monkeypatch):
-    """Two forked processes: the trainer's device, which its batches are moved to, is that of teacher and student."""
-    recipe = load_recipe(recipe_of(tmp_path, teacher, optimiser={"batch_size": 4}))
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-                code = int(not _on_one_device(recipe, tmp_path, rank))
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+PROCESS = """
+import sys
+from pathlib import Path
+
+import torch
+
+from mmkd.recipes.reading import load_recipe
+from mmkd.towers.loading import device_of_process
+
+folder, recipe, rank = Path(sys.argv[1]), load_recipe(sys.argv[2]), int(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+chosen = []
+torch.cuda.set_device = lambda device: chosen.append(torch.device("cuda", device) if isinstance(device, int) else device)
+own = device_of_process()
+arguments = training_arguments(recipe.stages["only"], "only", folder / "stage", 0, 2)
+print(arguments.device, own, *{str(device) for device in chosen})
+torch.distributed.destroy_process_group()
+"""
 
 
-def _on_one_device(recipe, folder: Path, rank: int) -> bool:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 2
-    chosen = []
-    torch.cuda.set_device = lambda device: chosen.append(torch.device("cuda", device) if isinstance(device, int) else device)
-    own = device_of_process()
-    arguments = training_arguments(recipe.stages["only"], "only", folder / "stage", 0, 2)
-    return arguments.device == own == torch.device("cuda", rank) and set(chosen) == {own}
+def test_batches_go_where_the_towers_are(tmp_path, teacher):
+    """Two processes: the trainer's device, which its batches are moved to, is that of teacher and student."""
+    recipe = recipe_of(tmp_path, teacher, optimiser={"batch_size": 4})
+    started = []
+    for rank in ("0", "1"):
+        own = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | own | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        command = [sys.executable, "-c", PROCESS, str(tmp_path), str(recipe), rank]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    for rank, process in enumerate(started):
+        assert process.communicate(timeout=240)[0].split() == [f"cuda:{rank}"] * 3
 
 
 # ---- what a machine cannot do ----------------------------------------------------------------------------------------

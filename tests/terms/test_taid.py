@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 
 from mmkd.losses import TAIDSchedule
 from mmkd.terms.taid import TAIDState
+from mmkd.train.checkpoints import last_checkpoint
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.spec import StageSpec
-from mmkd.train.trainer import WEIGHTS, DistillTrainer, last_checkpoint, training_arguments
+from mmkd.train.trainer import WEIGHTS, DistillTrainer, training_arguments
 
 
 def reference(t):

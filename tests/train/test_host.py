@@ -1,8 +1,9 @@
 """Nothing in a step waits for the accelerator: "meta" tensors have no values, so whatever asks for one raises."""
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from mmkd.engine.positions import gathered, spread
 from mmkd.terms.term import Schedule
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
-from mmkd.train.trainer import DistillTrainer
 
 TERMS = {
     "divergences": [("cross_entropy", "prompt", "student"), ("forward_kl", "visual", "student"), ("dbild", "response", "switch")],
@@ -53,18 +53,29 @@ def test_rows_are_gathered_in_order_and_spread_back():
     assert torch.equal(spread(rows, places)[places], rows) and not spread(rows, places)[~places].any()
 
 
+PROCESS = """
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from mmkd.train.trainer import DistillTrainer
+
+rank = int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=rank, world_size=2)
+trainer = object.__new__(DistillTrainer)
+trainer.args, trainer.stop = SimpleNamespace(world_size=2), SimpleNamespace()
+samples = [{"batch": SimpleNamespace(counts=torch.full((3,), 1.0 + rank))}] * 2
+for _ in range(2):
+    counts = trainer._get_num_items_in_batch(samples, torch.device("meta"))
+print(counts.tolist())
+torch.distributed.destroy_process_group()
+"""
+
+
 def test_counts_are_added_up_between_the_cpus_of_processes(tmp_path):
-    """Forked processes join a group of their own; each has the sum over both and over its two micro-batches."""
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2)
-            trainer = object.__new__(DistillTrainer)
-            trainer.args = SimpleNamespace(world_size=2)
-            samples = [{"batch": SimpleNamespace(counts=torch.full((3,), 1.0 + rank))}] * 2
-            for _ in range(2):
-                counts = trainer._get_num_items_in_batch(samples, torch.device("meta"))
-            os._exit(0 if counts.tolist() == [6.0] * 3 else 1)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    """Each of two processes has the sum over both and over its two micro-batches."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    started = [subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    assert [process.communicate(timeout=240)[0].strip() for process in started] == ["[6, 6, 6]"] * 2

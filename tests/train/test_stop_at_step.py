@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from mmkd.base import stopping
 from mmkd.base.stopping import Terminated
 from mmkd.train.checkpoints import last_checkpoint
-from mmkd.train.stop_at_step import train_or_stop
+from mmkd.train.stop_at_step import ends_when_asked
 
 
 @pytest.fixture
@@ -38,16 +38,19 @@ def towers():
 
 def test_training_stops_in_a_checkpoint_and_goes_on_to_the_same_weights(tmp_path, listening):
     undisturbed = tiny_trainer(tmp_path / "a", towers(), steps=5)
-    train_or_stop(undisturbed, None, "student")
+    with ends_when_asked(undisturbed, "student"):
+        undisturbed.train(resume_from_checkpoint=None)
     stopped = tiny_trainer(tmp_path / "b", towers(), steps=5)
     stopped.add_callback(Asks(2))
-    with pytest.raises(Terminated, match="student, stage sft stopped at step 3 of 5"):
-        train_or_stop(stopped, None, "student, stage sft")
+    told = pytest.raises(Terminated, match="student, stage sft stopped at step 3 of 5")
+    with told, ends_when_asked(stopped, "student, stage sft"):
+        stopped.train(resume_from_checkpoint=None)
     checkpoint = last_checkpoint(tmp_path / "b" / "stages")
     assert checkpoint.endswith("checkpoint-3")
     stopping._asked = False
     again = tiny_trainer(tmp_path / "b", towers(), steps=5)
-    train_or_stop(again, checkpoint, "student")
+    with ends_when_asked(again, "student"):
+        again.train(resume_from_checkpoint=checkpoint)
     expected, found = undisturbed.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

@@ -29,6 +29,8 @@ def write_scienceqa(root: Path) -> None:
         str(count): {"question": "Which?", "choices": _words(count), "answer": count - 1, "split": "test", "image": None}
         for count in COUNTS
     }
+    problems[str(COUNTS[0])]["image"] = "image.png"
+    picture(root / "images" / "test" / str(COUNTS[0]) / "image.png")
     (root / "problems.json").write_text(json.dumps(problems), encoding="utf-8")
     (root / "pid_splits.json").write_text(json.dumps({"test": list(problems)}), encoding="utf-8")
 
