@@ -11,7 +11,7 @@ from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts
 from mmkd.runs.room import room_errors
-from mmkd.runs.survey import Survey, look
+from mmkd.runs.survey import LOOKED_AT, Survey, look
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import Term, terms_of_teacher
@@ -33,13 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 def preflight(
-    recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None, *, writes: bool = True
-) -> dict[str, list[Survey]]:
+    recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], processes: int | None = None, *, writes: bool = True,
+    most: int = LOOKED_AT,
+) -> dict[str, list[Survey]]:  # fmt: skip
     """Checks every stage against the student as it is before the first one. Raises DataError with all findings.
 
     Returns by stage what was found in each of its data entries: lengths, and samples that will be left out.
 
     processes: that train together; None for those that were started together.  writes: whether the output folder is asked, too.
+    most: samples of a data entry that are prepared.
 
     Terms against towers and teachers, tokenizers, samples of every data entry prepared by student and teachers, pictures that
     are not there or that do not reach a tower, batch sizes, experts, adapters, the output folder and the room on its disk.
@@ -49,7 +51,7 @@ def preflight(
     surveys: dict[str, list[Survey]] = {}
     if not found:  # towers that do not fit would fail on every sample, too
         known: dict[str, Survey] = {}
-        found = [error for name in recipe.stages for error in _data_errors(recipe, name, student, teachers, surveys, known)]
+        found = [error for name in recipe.stages for error in _data_errors(recipe, name, student, teachers, surveys, known, most)]
     if len(found) == 1:
         raise DataError(found[0])
     if found:
@@ -97,7 +99,7 @@ def _upcycle_errors(stage: StageSpec, student: Tower, sparse: bool) -> list[str]
 
 def _data_errors(
     recipe: Recipe, name: str, student: Tower, teachers: Mapping[str, Teacher], surveys: dict[str, list[Survey]],
-    known: dict[str, Survey],
+    known: dict[str, Survey], most: int,
 ) -> list[str]:  # fmt: skip
     """surveys: gets what is found in the stage's data.  known: what was found in each data entry, in any stage."""
     stage = recipe.stages[name]
@@ -110,7 +112,7 @@ def _data_errors(
     entries = surveys[name] = []
     for entry, samples in zip(stage.data, parts, strict=True):
         key = entry.model_dump_json()
-        entries.append(look(entry, samples, student, needed, terms, known.get(key)))
+        entries.append(look(entry, samples, student, needed, terms, known.get(key), most))
         known.setdefault(key, entries[-1])
     wrong = _left_out_errors(recipe, entries)
     if recipe.guards.pixels_matter and name == next(iter(recipe.stages)):

@@ -29,6 +29,7 @@ from mmkd.runs.dates import with_day
 from mmkd.runs.evaluate import add_importance
 from mmkd.runs.preflight import preflight
 from mmkd.runs.stages import train
+from mmkd.runs.survey import AT_START
 from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.teachers.teacher import Teacher
@@ -60,7 +61,7 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         student = build_student(recipe, teachers, texts)
         recipe = with_teacher_answers(with_day(recipe, day_of(run), student, teachers), teachers)
         recipe = with_answers_apart(recipe, student, teachers)
-        preflight(recipe, student, teachers)
+        preflight(recipe, student, teachers, most=AT_START)
         towers = teachers_to_score(recipe, teachers)
         if recipe.controls and teachers:
             towers |= train_controls(recipe, lambda: build_student(recipe, teachers, texts), teachers, run)

@@ -64,9 +64,11 @@ def test_both_scores_stand_in_the_results(data: Path, tmp_path: Path, benchmark_
     rows = [{"id": str(n), "question": "?", "answer": answer} for n, answer in enumerate(["Yes", "No", "No", "1200", "Art"])]
     (data / "tiny" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     tower = fake_tower({"0": "Yes.", "1": "It does not.", "2": "perhaps", "3": "1,200"})
-    found = evaluate(tower, benchmark_of(metric="relaxed_accuracy", text_only=True), tmp_path / "out", data_root=data, progress=False)
+    card = benchmark_of(metric="relaxed_accuracy", text_only=True)
+    found = evaluate(tower, card, tmp_path / "out", data_root=data, progress=False)
     assert (found["score"], found["score_lenient"]) == (1 / 5, 4 / 5)
     assert found["ci95_lenient"][0] < 4 / 5 <= found["ci95_lenient"][1]
     assert found["neither_share"] == 1 / 3  # of the questions whose answer is yes or no
-    other = evaluate(fake_tower(), benchmark_of(split="test", parser="identity", text_only=True), tmp_path / "b", data_root=data, progress=False)
+    card = benchmark_of(split="test", parser="identity", text_only=True)
+    other = evaluate(fake_tower(), card, tmp_path / "b", data_root=data, progress=False)
     assert "neither_share" not in other and "score_lenient" not in other
