@@ -135,6 +135,7 @@ import torch
 
 from mmkd.recipes.reading import load_recipe
 from mmkd.towers.loading import device_of_process
+from mmkd.train.trainer import training_arguments
 
 folder, recipe, rank = Path(sys.argv[1]), load_recipe(sys.argv[2]), int(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
