@@ -2,7 +2,7 @@
 """Seconds from the command `mmkd distill RECIPE` to the end of its first training step, by part.
 
     python scripts/bench/start.py                                           # tiny towers, 200 scenes of the embedded sample
-    python scripts/bench/start.py scripts/recipes/quickstart.yaml           # a recipe as it stands (its data must be there)
+    python scripts/bench/start.py scripts/recipes/sample_labelled.yaml      # a recipe as it stands (its data must be there)
     python scripts/bench/start.py RECIPE key=value --repeats 9 --json start.json
 
 Every start is a process of its own that runs the command's code and ends after the step. Its time is the CPU's (user and
@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-TINY = ROOT / "scripts" / "recipes" / "quickstart.yaml"
+TINY = ROOT / "scripts" / "recipes" / "sample_labelled.yaml"
 FLOORS = {
     "import torch": "import torch",
     "import of transformers' trainer and models": "from transformers import Trainer, AutoModelForImageTextToText, AutoProcessor",
@@ -49,7 +49,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("recipe", nargs="?", help="default: the quickstart on a sample of --scenes scenes")
+    parser.add_argument("recipe", nargs="?", help="default: sample_labelled.yaml on a sample of --scenes scenes")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--scenes", type=int, default=200, help="of each data set of the small sample")
     parser.add_argument("--repeats", type=int, default=5)
