@@ -45,7 +45,7 @@ def test_the_page_runs_from_top_to_bottom(checkout, capsys):
     assert names["hidden"].shape[:2] == names["inputs"].targets.shape and len(names["seen"].tokens) == 1
     assert torch.isfinite(names["student"].grad).all() and names["student"].grad.abs().sum() > 0
     assert names["first_word"] is registry("metrics")._objects["first_word"]
-    assert "points over the control" in capsys.readouterr().out
+    assert "points over the best control" in capsys.readouterr().out
 
 
 def test_the_public_names():
