@@ -20,18 +20,22 @@ def learnt_answers(role: str) -> bool:
 
 def in_words(role: str) -> str:
     """A role as it is shown: "control_equal_compute" is "control (equal compute)"."""
-    name = role.removeprefix("control_")
-    return f"control ({name.replace('_', ' ')})" if name != role else role.replace("_", " ") if learnt_answers(role) else role
+    if role.startswith("control_"):
+        return f"control ({role.removeprefix('control_').replace('_', ' ')})"
+    return role.replace("_", " ") if learnt_answers(role) else role
 
 
 def ordered(roles: Iterable[str]) -> list[str]:
     """Several teachers by their names first, then the teacher, controls, hard answers, the student."""
-    def rank(role: str) -> int:
-        if role in (TEACHER, STUDENT):
-            return {TEACHER: 1, STUDENT: 4}[role]
-        return 2 if is_control(role) else 3 if learnt_answers(role) else 0
+    return sorted(sorted(roles), key=_rank)
 
-    return sorted(sorted(roles), key=rank)
+
+def _rank(role: str) -> int:
+    if is_control(role):
+        return 2
+    if learnt_answers(role):
+        return 3
+    return {TEACHER: 1, STUDENT: 4}.get(role, 0)
 
 
 def best_control(scores: Mapping[str, float]) -> str | None:

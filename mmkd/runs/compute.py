@@ -13,7 +13,6 @@ from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_samples
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
-from mmkd.train.batch import Pair
 from mmkd.train.build_stage import build_stage
 
 SAMPLES = 16  # of a stage that are counted
@@ -31,12 +30,7 @@ def operations(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher]) 
         samples = stage_samples(recipe, spec)
         some = list(itertools.islice(samples, 0, None, max(1, len(samples) // SAMPLES)))[:SAMPLES]
         stage = build_stage(name, spec, settings, student, teachers, some)
-        if stage.of_pairs:
-            stage.dataset.reference.zero_()
-        stage.dataset.skips.allowed = len(some)  # the preflight has counted them
-        pairs = [pair for i in range(len(some)) if isinstance(pair := stage.dataset[i], Pair)]
-        micro = min(spec.optimiser.micro_batch_size or len(pairs), len(pairs))
-        batch = stage.dataset.collator(pairs[:micro])["batch"].to(stage.student.device)
+        batch = stage.batch_of(spec.optimiser.micro_batch_size or SAMPLES)
         stage.distiller.train()
         half = spec.precision == "bfloat16"
         with (

@@ -84,6 +84,17 @@ def _without_teacher(stage: StageSpec) -> dict[str, TermSpec]:
     return kept if learns else kept | CONTROL_TERMS
 
 
+def control_errors(recipe: Recipe) -> list[str]:
+    """Why controls cannot be trained."""
+    found = []
+    for name, control in recipe.controls.items() if recipe.teacher_specs else ():
+        try:
+            control_recipe(recipe, control)
+        except DataError as error:
+            found.append(f"controls.{name}: {error}")
+    return found
+
+
 def control_key(recipe: Recipe, student: Tower) -> str:
     """What defines a control, given its own recipe: untrained weights and processor, stages with their data, seed, version."""
     stages = recipe.model_dump(mode="json", include={"stages", "seed", "max_length"})

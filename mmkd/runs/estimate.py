@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import statistics
@@ -28,7 +27,7 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
 from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Tower
-from mmkd.train.batch import Batch, Pair
+from mmkd.train.batch import Batch
 from mmkd.train.build_stage import Stage, build_stage
 from mmkd.train.distiller import Distiller
 from mmkd.train.optimisers import OPTIMISERS
@@ -110,11 +109,7 @@ def stage_estimate(
     micro = min(spec.optimiser.micro_batch_size or batch, batch)
     stage = build_stage(name, spec, recipe, student, teachers, _longest(samples, micro))
     distiller, student = stage.distiller, stage.student
-    if stage.of_pairs:
-        stage.dataset.reference.zero_()
-    stage.dataset.skips.allowed = len(stage.dataset)  # the preflight has counted them
-    usable = (pair for i in range(len(stage.dataset)) if isinstance(pair := stage.dataset[i], Pair))
-    taken = stage.dataset.collator(list(itertools.islice(usable, micro)))["batch"].to(student.device)
+    taken = stage.batch_of(micro)
     seconds, activations = _measure(distiller, taken, spec)
     rows = _row_count(taken, stage.terms)
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)

@@ -9,6 +9,7 @@ from mmkd.base.distributed import world_size
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.control import control_errors
 from mmkd.runs.data import stage_parts
 from mmkd.runs.room import room_errors
 from mmkd.runs.survey import LOOKED_AT, Survey, look
@@ -47,6 +48,7 @@ def preflight(
     are not there or that do not reach a tower, batch sizes, experts, adapters, the output folder and the room on its disk.
     """
     found = fit_errors(recipe, student, teachers, world_size() if processes is None else processes)
+    found += control_errors(recipe)
     found += room_errors(recipe, student) if writes else []
     surveys: dict[str, list[Survey]] = {}
     if not found:  # towers that do not fit would fail on every sample, too

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError
@@ -16,6 +17,7 @@ from mmkd.terms.spec import build_terms
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt
+from mmkd.train.batch import Batch, Pair
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.experts import upcycled
@@ -46,6 +48,14 @@ class Stage:
     def of_pairs(self) -> bool:
         """Whether its samples are pairs of a chosen and a rejected answer."""
         return any(t.needs_pairs for t in self.terms)
+
+    def batch_of(self, count: int) -> Batch:
+        """A micro-batch of at most `count` of its samples, on the student's device, to be measured and not trained on."""
+        if self.of_pairs:
+            self.dataset.reference.zero_()
+        self.dataset.skips.allowed = len(self.dataset)  # the preflight has counted them
+        usable = (pair for i in range(len(self.dataset)) if isinstance(pair := self.dataset[i], Pair))
+        return self.dataset.collator(list(islice(usable, count)))["batch"].to(self.student.device)
 
     def leave(self) -> None:
         """Takes away what only this stage adds to its student, for who does not train it."""

@@ -7,9 +7,10 @@ import pytest
 from tiny import tiny_picture, tiny_tower
 
 from mmkd.errors import DataError
+from mmkd.recipes.controls import ControlSpec
 from mmkd.recipes.reading import validate
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.control import control_recipe
+from mmkd.runs.control import control_errors, control_recipe
 from mmkd.runs.data import stage_samples
 from mmkd.runs.run import distill
 from mmkd.runs.teacher_answers import all_by_teacher, with_teacher_answers
@@ -116,6 +117,8 @@ def test_a_stage_without_labels_has_no_control_without_a_teacher(folder, tmp_pat
     unlabelled = recipe.model_copy(update={"stages": {"only": stage.model_copy(update={"data": stage.data[1:]})}})
     with pytest.raises(DataError, match="nothing to learn from; take"):
         control_recipe(unlabelled, unlabelled.controls["equal_steps"])
+    both = unlabelled.model_copy(update={"controls": {**unlabelled.controls, "hard_answers": ControlSpec(kind="hard_answers")}})
+    assert [error.split(":")[0] for error in control_errors(both)] == ["controls.equal_steps", "controls.equal_compute"]
 
 
 def test_a_run_is_held_against_hard_answers(folder, tmp_path):
