@@ -139,6 +139,12 @@ class Recipe(RunSpec, TrainSpec):
         ahead = [spec for spec in self.teacher_specs.values() if spec.ahead]
         if any(spec.cache is not None for spec in ahead):
             raise ValueError("teacher.ahead: a cached teacher made its passes already; take teacher.ahead or teacher.cache out")
+        generating = [name for name, stage in self.stages.items() if stage.generates]
+        if ahead and generating:
+            raise ValueError(
+                f"teacher.ahead: the answers of stage {generating[0]} are generated within the step, so none can be read before; "
+                "take teacher.ahead out"
+            )
         switched = [key for key, term in self.all_terms().items() if term.switched]
         if ahead and switched:
             raise ValueError(

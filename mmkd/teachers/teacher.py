@@ -20,6 +20,7 @@ from torch import Tensor
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import Head
 from mmkd.errors import TowerError
+from mmkd.towers.inputs import with_answer_ids
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
 
 
@@ -113,6 +114,14 @@ class Teacher(ABC):
         encoded: the sample as the student prepares it.  alike: whether the teacher's processor makes the same of it.
         Raises DataError, ImageError.
         """
+
+    def ask(self, sample: Sample, encoded: Encoded, *, alike: bool) -> Encoded:
+        """A sample's prompt as it reads it, to which `answered` puts an answer. encoded: as the student prepares it."""
+        return encoded if alike else self.body.encode(sample, with_answer=False)
+
+    def answered(self, sample: Sample, prompt: Encoded, ids: Sequence[int]) -> Any:
+        """What stands for a sample in `collate` where its answer is these tokens of this teacher. prompt: of `ask`."""
+        return with_answer_ids(prompt, ids)
 
     @abstractmethod
     def collate(self, prepared: Sequence[Any]) -> Any:

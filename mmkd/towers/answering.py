@@ -17,7 +17,7 @@ from transformers import BatchFeature
 
 from mmkd.errors import TowerError
 from mmkd.towers.families import GRIDS
-from mmkd.towers.greedy import Prompt, check_logits, greedy
+from mmkd.towers.greedy import Prompt, check_logits, generated
 from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
 from mmkd.towers.modes import evaluating
 from mmkd.towers.one_sample import preparing
@@ -57,7 +57,7 @@ def generate(
         by_sample = tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
         keys = [tuple(ref.key for ref in sample.images) for sample in samples]
         prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
-        out = greedy(tower, prompts, max_new_tokens)  # [B, new]
+        out = generated(tower, prompts, max_new_tokens)  # [B, new]
     answers = decode_answers(tower.tokenizer, out.tolist())
     return [answer.strip() for answer in answers]  # templates may leave a space before the answer
 
@@ -154,6 +154,16 @@ def _see(tower: TowerLike, encoded: list[Encoded]) -> list[list[Tensor]]:
         return []
     tokens = tower.see(tower.collate(encoded).to(tower.device)).tokens
     return tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
+
+
+def see_prompts(tower: TowerLike, prompts: Sequence[tuple[Encoded, Any]]) -> list[Prompt]:
+    """Prepared prompts, each with what names its pictures, as generation takes them; pictures of one name are seen once."""
+    first: dict[Any, Encoded] = {}
+    for encoded, key in prompts:
+        if encoded.images:
+            first.setdefault(key, encoded)
+    tokens = dict(zip(first, _see(tower, list(first.values())), strict=True))
+    return [Prompt(_without_pixels(encoded), tokens.get(key, []) if encoded.images else [], key) for encoded, key in prompts]
 
 
 def _without_pixels(encoded: Encoded) -> Encoded:

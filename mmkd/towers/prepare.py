@@ -430,6 +430,7 @@ class Preparer:
             pixels={} if self.family.tokenless else self._joined([e.pixels for e in encoded]),
             images=[e.images for e in encoded],
             each=[e.pixels for e in encoded] if self.family.tokenless else [],
+            own=[e.own for e in encoded] if any(e.own for e in encoded) else [],
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

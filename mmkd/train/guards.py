@@ -87,7 +87,10 @@ def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
     A pooler that nobody reads, or encoder layers behind the feature layer, would otherwise only suffer weight decay, and
     data-parallel training would wait for their gradients without end.
     """
-    batch = dataset.collator(_some(dataset, 2)[1])["batch"].to(distiller.tower.device)
+    pairs = _some(dataset, 2)[1]
+    if dataset.generates:  # rows of both kinds: answers of the data, and the same as the student's own
+        pairs += [dataset.answered(pair, pair.student.targets[pair.student.targets >= 0].tolist()) for pair in pairs]
+    batch = dataset.collator(pairs)["batch"].to(distiller.tower.device)
     distiller.train()
     loss, _ = distiller(batch)
     if not loss.requires_grad:

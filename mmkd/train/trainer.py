@@ -103,7 +103,11 @@ class DistillTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
+            step = self.state.global_step
+            self._answers.begin(step, progress_at(step, self.state.max_steps))
             samples = self._answers.take(epoch_iterator, num_batches)
+            for name, seen in self._answers.observed().items():
+                self._add(name, torch.tensor(seen, device=device))
             self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
             self._sum_over_step(samples)
@@ -185,11 +189,15 @@ class DistillTrainer(Trainer):
         self._count_experts(model, inputs["batch"])
         for name, (total, count) in terms.items():
             seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
-            self._sums[name] = self._sums[name] + seen if name in self._sums else seen
+            self._add(name, seen)
             if name in self._stateful:
                 self._step[name] = self._step[name] + seen if name in self._step else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients; our counts are global already
         return (loss, terms) if return_outputs else loss
+
+    def _add(self, name: str, seen: Tensor) -> None:
+        """To what goes into the log. seen: [2] sum and count."""
+        self._sums[name] = self._sums[name] + seen if name in self._sums else seen
 
     def _note(self, batch: Batch, loss: Tensor, terms: Log, counts: Tensor | None, progress: float) -> None:
         """For the case that one of these values is not finite."""
