@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmkd.base.schema import is_default
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
+from mmkd.teachers.view import View, ViewSpec
 from mmkd.towers.spec import Attention, ReadingSpec
 
 
-class TeacherSpec(ReadingSpec):
-    model: str
+class TeacherSpec(ReadingSpec, ViewSpec):
+    model: str | None = Field(None, exclude_if=is_default(None))  # a folder or hub id
+    # In place of a model the student itself: as the stage began, as a moving average of its weights, or as it is at each step.
+    self: Literal["start", "ema", "current"] | None = Field(None, exclude_if=is_default(None))
+    decay: float = Field(0.999, ge=0, le=1, exclude_if=is_default(0.999))  # of the moving average, a step
     # A name of the registry (`mmkd list teachers`); None: "stored" where a cache is given, else "live".
     kind: str | None = Field(None, exclude_if=is_default(None))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -36,7 +40,26 @@ class TeacherSpec(ReadingSpec):
             raise ValueError(f"there is no kind of teacher {value!r}; {did_you_mean(value, registry('teachers'))}")
         return value
 
+    @model_validator(mode="after")
+    def one_origin(self) -> TeacherSpec:
+        if self.self is None and self.model is None:
+            raise ValueError("model: it must be given (a folder or hub id), or `self: start`, `ema` or `current`")
+        if self.self is None and self.decay != 0.999:
+            raise ValueError("decay belongs to `self: ema`; take it out")
+        if self.self is not None:
+            allowed = {"self", "prompt", "images", *(["decay"] if self.self == "ema" else [])}
+            if other := sorted(self.model_dump(exclude_defaults=True).keys() - allowed):
+                raise ValueError(f"self: {self.self} is the student, which has no {', '.join(other)} of its own; take it out")
+        if self.cache is not None and self.view is not None:
+            raise ValueError("prompt and images are a live teacher's own view; a cache has the student's; take `cache` out")
+        return self
+
+    @property
+    def view(self) -> View | None:
+        """What it sees of a sample; None for what the student sees."""
+        return View(self.prompt, self.images) if self.prompt is not None or self.images is not None else None
+
     @property
     def registered(self) -> str:
         """The kind's name in the registry."""
-        return self.kind or ("live" if self.cache is None else "stored")
+        return self.kind or ("self" if self.self else "live" if self.cache is None else "stored")
