@@ -102,6 +102,7 @@ class Teacher(ABC):
     body: Tower
     tower: Tower | None = None  # the model itself, where it can be run here
     stored: bool = False  # what it says is on disk already
+    remote: bool = False  # it runs elsewhere and is asked for what it says
     of_student: bool = False  # it is made of the student, so it is no better at first and is not scored beside it
     view_of_sample: View | None = None  # what it sees of a sample; None for what the student sees
 
@@ -122,9 +123,13 @@ class Teacher(ABC):
         """A sample's prompt as it reads it, to which `answered` puts an answer. encoded: as the student prepares it."""
         return encoded if alike else self.body.encode(self.view(sample), with_answer=False)
 
-    def answered(self, sample: Sample, prompt: Encoded, ids: Sequence[int]) -> Any:
-        """What stands for a sample in `collate` where its answer is these tokens of this teacher. prompt: of `ask`."""
+    def answered(self, sample: Sample, prompt: Encoded, ids: Sequence[int]) -> Encoded:
+        """The sample with these tokens of this teacher as its answer. prompt: of `ask`."""
         return with_answer_ids(prompt, ids)
+
+    def prepared(self, sample: Sample, own: Encoded) -> Any:
+        """What stands for a sample in `collate`. own: the sample as this teacher's processor prepares it."""
+        return own
 
     @abstractmethod
     def collate(self, prepared: Sequence[Any]) -> Any:

@@ -19,7 +19,7 @@ from mmkd.towers.samples import Picture
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a prompt may name beside the keys of a question's `categories`.
+# What a prompt may name beside the keys of a question's `told` and `categories`.
 FIELDS = {
     "prompt": "the student's last question as it is asked",
     "answer": "the answer of the data, as it is trained",
@@ -34,7 +34,7 @@ FIELDS = {
 class ImagesSpec(Strict):
     """Which pictures a teacher sees in place of the student's.
 
-    crop: the key of `categories` that holds a box "left, top, right, bottom", in pixels or, if none is above 1, in shares of the
+    crop: the key of `told` that holds a box "left, top, right, bottom", in pixels or, if none is above 1, in shares of the
     picture; a sample without one keeps its picture.  keep: the whole picture stays, before its crop.
     """
 
@@ -64,7 +64,7 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
         raise ValueError(f"prompt {template!r}: {error}; write {{{{ and }}}} for braces") from error
     wrong = [name for _, name, form, conversion in found if name is not None and (not name.isidentifier() or form or conversion)]
     if wrong:
-        raise ValueError(f"prompt: {{{wrong[0]}}} names no field; there are {', '.join(FIELDS)} and the keys of `categories`")
+        raise ValueError(f"prompt: {{{wrong[0]}}} names no field; there are {', '.join(FIELDS)} and what the data tell")
     if not any(name for _, name, _, _ in found):
         raise ValueError("prompt names no field, so the teacher would be asked the same of every sample; begin with {prompt}")
     return [(text, name) for text, name, _, _ in found]
@@ -103,9 +103,10 @@ class View:
             "reference": question.choices[index] if index is not None and question.choices else question.answer,
             "choices": "\n".join(question.choices), "ocr": ", ".join(question.ocr_tokens),
         }  # fmt: skip
-        value = known[name] if name in known else question.categories.get(name)
+        more = question.categories | question.told
+        value = known[name] if name in known else more.get(name)
         if value is None:
-            has = [*FIELDS, *question.categories]
+            has = [*FIELDS, *more]
             raise SampleError(f"sample {sample.id!r} has no {name!r}, which teacher.prompt names; {did_you_mean(name, has)}")
         if not value and name in ("answer", "reference"):
             raise SampleError(f"sample {sample.id!r} has no {name}, which teacher.prompt names; leave it out, or give it one")
@@ -115,7 +116,7 @@ class View:
         if self.images is None or not sample.images:
             return sample
         question = sample.meta.get("question")
-        text = question.categories.get(self.images.crop) if question is not None else None
+        text = question.told.get(self.images.crop) if question is not None else None
         if not text:
             return sample
         try:

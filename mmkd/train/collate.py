@@ -189,7 +189,7 @@ class PairDataset(Dataset):
         self._check(name, sample, student, own)
         count = self.student.visual_count(student)
         switch = teacher.body.with_visual_count(own, count) if switched else None
-        return TeacherPart(None if teacher.stored else own, switch)
+        return TeacherPart(None if teacher.stored else teacher.prepared(sample, own), switch)
 
     def _check(self, name: str, sample: Sample, student: Encoded, own: Encoded) -> None:
         """The compared rows of both towers must be the same tokens, one for one, unless every term compares pieces of text."""

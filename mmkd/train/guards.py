@@ -42,7 +42,7 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     facts: dict[str, float] = {}
     for name, part in batch.teachers.items():
         teacher = distiller.teachers[name]
-        if not teacher.stored:
+        if not teacher.stored and not teacher.remote:
             towers[name] = (teacher.running(), part.inputs)
             encoded[name] = [pair.teachers[name].inputs for pair in pairs]
         elif (loss := teacher.answer_loss(part.inputs)) is not None:  # its pictures were checked when it was written

@@ -127,7 +127,7 @@ def question(folder, **keys):
 
 
 def test_a_prompt_names_what_the_data_have(tmp_path):
-    sample = render(question(tmp_path, categories={"lecture": "dogs bark"}, ocr_tokens=("X", "Y")), "letter", with_answer=True)
+    sample = render(question(tmp_path, told={"lecture": "dogs bark"}, ocr_tokens=("X", "Y")), "letter", with_answer=True)
     view = View("Told: {reference}. {lecture}. {ocr} ({answer})\n{prompt}")
     assert view(sample).turns[0].text == "Told: a dog. dogs bark. X, Y (B)\n" + sample.turns[0].text
     assert view(sample).turns[1] == sample.turns[1]
@@ -145,7 +145,7 @@ def test_pictures_in_the_prompt_keep_their_places(tmp_path):
 
 @pytest.mark.parametrize(("box", "size"), [("2, 3, 12, 9", (10, 6)), ("0.5 0.5 1 1", (10, 8)), ("-5,0,40,40", (20, 16))])
 def test_a_teacher_sees_the_crop_by_its_box(tmp_path, box, size):
-    sample = render(question(tmp_path, categories={"box": box}), "letter", with_answer=True)
+    sample = render(question(tmp_path, told={"box": box}), "letter", with_answer=True)
     seen = View(images=ImagesSpec(crop="box"))(sample)
     assert seen.images[0].load().size == size and seen.images[0].key != sample.images[0].key
     both = View(images=ImagesSpec(crop="box", keep=True))(sample)
@@ -157,13 +157,13 @@ def test_boxes_that_are_none_are_refused_and_samples_without_one_keep_their_pict
     assert view(plain) == plain
     for text in ("1,2,3", "a b c d", "5,5,2,9"):
         with pytest.raises(SampleError, match="not a box"):
-            view(render(question(tmp_path, categories={"box": text}), "letter", with_answer=True))
+            view(render(question(tmp_path, told={"box": text}), "letter", with_answer=True))
     with pytest.raises(SampleError, match="no pixel"):
-        view(render(question(tmp_path, categories={"box": "50,50,60,60"}), "letter", with_answer=True)).images[0].load()
+        view(render(question(tmp_path, told={"box": "50,50,60,60"}), "letter", with_answer=True)).images[0].load()
 
 
 def test_the_crop_reaches_the_teacher(tmp_path):
-    asked = question(tmp_path, categories={"box": "0,0,5,5"})
+    asked = question(tmp_path, told={"box": "0,0,5,5"})
     samples = [render(replace(asked, id=f"q{n}"), "letter", with_answer=True) for n in range(4)]
     stage = stage_of(tmp_path, SelfTeacher("start", view=View(images=ImagesSpec(crop="box"))), samples=samples)
     batch = stage.batch_of(2)
