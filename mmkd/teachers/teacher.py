@@ -20,6 +20,7 @@ from torch import Tensor
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import Head
 from mmkd.errors import TowerError
+from mmkd.teachers.view import View
 from mmkd.towers.inputs import with_answer_ids
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
 
@@ -101,6 +102,9 @@ class Teacher(ABC):
     body: Tower
     tower: Tower | None = None  # the model itself, where it can be run here
     stored: bool = False  # what it says is on disk already
+    remote: bool = False  # it runs elsewhere and is asked for what it says
+    of_student: bool = False  # it is made of the student, so it is no better at first and is not scored beside it
+    view_of_sample: View | None = None  # what it sees of a sample; None for what the student sees
 
     @property
     @abstractmethod
@@ -117,11 +121,15 @@ class Teacher(ABC):
 
     def ask(self, sample: Sample, encoded: Encoded, *, alike: bool) -> Encoded:
         """A sample's prompt as it reads it, to which `answered` puts an answer. encoded: as the student prepares it."""
-        return encoded if alike else self.body.encode(sample, with_answer=False)
+        return encoded if alike else self.body.encode(self.view(sample), with_answer=False)
 
-    def answered(self, sample: Sample, prompt: Encoded, ids: Sequence[int]) -> Any:
-        """What stands for a sample in `collate` where its answer is these tokens of this teacher. prompt: of `ask`."""
+    def answered(self, sample: Sample, prompt: Encoded, ids: Sequence[int]) -> Encoded:
+        """The sample with these tokens of this teacher as its answer. prompt: of `ask`."""
         return with_answer_ids(prompt, ids)
+
+    def prepared(self, sample: Sample, own: Encoded) -> Any:
+        """What stands for a sample in `collate`. own: the sample as this teacher's processor prepares it."""
+        return own
 
     @abstractmethod
     def collate(self, prepared: Sequence[Any]) -> Any:
@@ -134,6 +142,31 @@ class Teacher(ABC):
         host: the same batch on the CPU.  shared: what the student's encoder saw, where it is the teacher's own.
         differentiable: whether gradients pass through its modules in this step (the visual switch).
         """
+
+    def view(self, sample: Sample) -> Sample:
+        """A sample as it is shown to it. Raises SampleError."""
+        return sample if self.view_of_sample is None else self.view_of_sample(sample)
+
+    def alike(self, student: Tower) -> bool:
+        """Whether it reads every sample as the student does, so that it need be prepared only once."""
+        return self.view_of_sample is None and same_processor(student, self.body)
+
+    # ---- of one that is made of the student; others do nothing ----
+
+    def meet(self, student: Tower) -> None:  # noqa: B027
+        """The student is built, not yet trained."""
+
+    def begin(self, student: Tower) -> None:  # noqa: B027
+        """A stage begins with this student."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """An optimiser step has been made."""
+
+    def save_state(self, folder: Path) -> None:  # noqa: B027
+        """Writes what it carries from step to step into a checkpoint."""
+
+    def load_state(self, folder: Path) -> None:  # noqa: B027
+        """Reads it again."""
 
     def check(self, samples: Sequence[Sample]) -> None:  # noqa: B027  most teachers can read any sample
         """Before step 1: raises DataError where it has nothing to say of some samples."""

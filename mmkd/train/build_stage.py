@@ -84,6 +84,8 @@ def build_stage(
     if spec.lora is not None:
         add_lora(student, spec.lora)
     set_trainable(student, spec)
+    for teacher in needed.values():
+        teacher.begin(student)
     kind = PreferenceDataset if any(t.needs_pairs for t in terms) else PairDataset
     skipped = allowance(settings.guards.max_skipped, len(samples))
     if spec.generates:

@@ -19,7 +19,7 @@ from mmkd.data.samples import Sample
 from mmkd.engine.positions import COUNTS
 from mmkd.errors import DataError, SampleError, TowerError
 from mmkd.teachers.live import as_teachers
-from mmkd.teachers.teacher import Teacher, check_vocabularies, same_processor
+from mmkd.teachers.teacher import Teacher, check_vocabularies
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.inputs import with_answer_ids
 from mmkd.towers.one_sample import preparing
@@ -52,7 +52,7 @@ class PairDataset(Dataset):
         self.generates = generates
         self.samples = samples
         self.student, self.teachers = student, as_teachers(teachers)
-        self.alike = {name: same_processor(student, teacher.body) for name, teacher in self.teachers.items()}
+        self.alike = {name: teacher.alike(student) for name, teacher in self.teachers.items()}
         self.terms = terms
         self.terms_of = {name: terms_of_teacher(terms, name, self.teachers) for name in self.teachers}
         for teacher in self.teachers.values():
@@ -185,11 +185,11 @@ class PairDataset(Dataset):
         if teacher.stored and not switched:
             return TeacherPart()
         if own is None:
-            own = student if self.alike[name] else _encode(name, teacher.body, sample)
+            own = student if self.alike[name] else _encode(name, teacher.body, teacher.view(sample))
         self._check(name, sample, student, own)
         count = self.student.visual_count(student)
         switch = teacher.body.with_visual_count(own, count) if switched else None
-        return TeacherPart(None if teacher.stored else own, switch)
+        return TeacherPart(None if teacher.stored else teacher.prepared(sample, own), switch)
 
     def _check(self, name: str, sample: Sample, student: Encoded, own: Encoded) -> None:
         """The compared rows of both towers must be the same tokens, one for one, unless every term compares pieces of text."""
