@@ -42,21 +42,25 @@ class Prompt:
     key: Hashable
 
 
-def greedy(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int) -> Tensor:
-    """New tokens of every prompt, padded behind their end. [B, new]"""
+def greedy(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int, watch: LogitsProcessor | None = None) -> Tensor:
+    """New tokens of every prompt, padded behind their end. [B, new]  `watch` is shown each step's logits."""
     way = _shared if _shares(tower, prompts) else _apart
-    return way(tower, prompts, max_new_tokens)
+    return way(tower, prompts, max_new_tokens, watch)
 
 
-def _apart(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
+def _apart(
+    tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None, watch: LogitsProcessor | None = None
+) -> Tensor:
     """Every prompt read whole, left-padded. New tokens [B, new], or with None the logits of the first [B, V]."""
     inputs = tower.collate([prompt.encoded for prompt in prompts], padding_side="left").to(tower.device)
     tokens = [token for prompt in prompts for token in prompt.tokens]
     visual = {"mm_encoder_outputs": tower.encoder_outputs(tokens), **tower.layout(inputs)}
-    return _generate(tower, inputs.input_ids, inputs.attention_mask, max_new_tokens, **visual)
+    return _generate(tower, inputs.input_ids, inputs.attention_mask, max_new_tokens, watch, **visual)
 
 
-def _shared(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None) -> Tensor:
+def _shared(
+    tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None, watch: LogitsProcessor | None = None
+) -> Tensor:
     """The same, with what stands before the questions read once a picture."""
     length = _prefix_length(tower, prompts[0])
     first: dict[Hashable, Prompt] = {}
@@ -77,10 +81,12 @@ def _shared(tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | N
     tails = tower.collate([_cut(p.encoded, slice(length, None)) for p in prompts], padding_side="left").to(tower.device)
     ids = torch.cat([heads.input_ids[rows], tails.input_ids], dim=1)  # [B, L]
     mask = torch.cat([heads.attention_mask[rows], tails.attention_mask], dim=1)  # [B, L]
-    return _generate(tower, ids, mask, max_new_tokens, past_key_values=cache)
+    return _generate(tower, ids, mask, max_new_tokens, watch, past_key_values=cache)
 
 
-def _generate(tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int | None, **inputs: Any) -> Tensor:
+def _generate(
+    tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int | None, watch: LogitsProcessor | None, **inputs: Any
+) -> Tensor:
     largest = _Largest()
     out = tower.model.generate(
         input_ids=ids,
@@ -93,7 +99,7 @@ def _generate(tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int |
         eos_token_id=sorted(tower.stop_ids),
         return_dict_in_generate=True,
         output_logits=max_new_tokens is None,
-        logits_processor=LogitsProcessorList([largest]),
+        logits_processor=LogitsProcessorList([largest] if watch is None else [largest, watch]),
     )
     largest.check()
     return out.logits[0] if max_new_tokens is None else out.sequences[:, ids.shape[1] :]

@@ -29,6 +29,7 @@ from mmkd.towers.experts import idle_parameters
 from mmkd.towers.export import merged
 from mmkd.towers.families import GRIDS, LANGUAGE_NAMES, REFUSED, VISION_NAMES, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, Seen, TowerInputs, VisualTokens, split_features, split_tokens
+from mmkd.towers.likelihood import Likelihood
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.one_sample import preparing
@@ -424,3 +425,23 @@ class Tower:
         """The likeliest of each sample's options, in one forward pass. Raises TowerError (see `answering.choose`)."""
         with blamed(f"answering with {type(self.model).__name__}"):
             return answering.choose(self, samples, options, vision_cache)
+
+    def answer_with_likelihood(
+        self,
+        samples: Sequence[Sample],
+        options: Sequence[Sequence[str] | None],
+        references: Sequence[str | None],
+        *,
+        max_new_tokens: int,
+        vision_cache: MutableMapping | None = None,
+    ) -> tuple[list[str], list[Likelihood]]:
+        """`answer`, and how likely each answer, the sample's choices and its reference are (see `Likelihood`)."""
+        with blamed(f"answering with {type(self.model).__name__}"):
+            return answering.generate_with_likelihood(self, samples, options, references, max_new_tokens, vision_cache)
+
+    def choose_with_likelihood(
+        self, samples: Sequence[Sample], options: Sequence[Sequence[str]], *, vision_cache: MutableMapping | None = None
+    ) -> tuple[list[int], list[Likelihood]]:
+        """`choose`, and the logits of all options."""
+        with blamed(f"answering with {type(self.model).__name__}"):
+            return answering.choose_with_likelihood(self, samples, options, vision_cache)
