@@ -17,6 +17,7 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import terms_of_teacher
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.fresh import draw_vision_anew
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.reading import AS_SAVED
 from mmkd.towers.spec import AssembleSpec
@@ -59,7 +60,10 @@ def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | No
 def _build_student(recipe: Recipe, teachers: Mapping[str, Teacher], texts: Iterable[str]) -> Tower:
     spec = recipe.student
     if spec.model is not None:
-        return load_student(recipe, spec.model)
+        tower = load_student(recipe, spec.model)
+        if spec.fresh:
+            draw_vision_anew(tower, recipe.seed)
+        return tower
     parts = spec.assemble
     if parts.import_module:
         import_modules([parts.import_module])
