@@ -22,8 +22,9 @@ class JsonLines(Format):
 
     Only `question` must be there; rows without answers can be predicted, not trained on. With choices, `answer` is an index
     (from 0) or one of the choices, word for word. `categories` is an object of strings, and so is `told`, what a teacher may be
-    told. Where a file has other names, `files` says so: {"field.question": "text", "field.answer": "label"}, and {"field.categories": "type, level"} names the keys whose
-    values are the categories. "images" is the folder or zip that the rows' names are in.
+    told. Where a file has other names, `files` says so: {"field.question": "text", "field.answer": "label"}, and
+    {"field.categories": "type, level"} names the keys whose values are the categories. "images" is the folder or zip that the
+    rows' names are in.
     """
 
     own_data = True
