@@ -157,8 +157,23 @@ class Recipe(RunSpec, TrainSpec):
             tokenizer = self.student.assemble.tokenizer if self.student.assemble else None
             if tokenizer is not None and tokenizer.source == "teacher":
                 raise ValueError("the student's tokenizer is the teacher's, but no teacher is given")
+        self._made_of_student()
         self._teachers_are_named({key: term for key, term in terms.items() if term.needs_teacher})
         return self
+
+    def _made_of_student(self) -> None:
+        """Raises ValueError for what a teacher that is the student itself, or on a server, cannot do."""
+        own = [name for name, spec in self.teacher_specs.items() if spec.self]
+        if not own and not any(spec.served for spec in self.teacher_specs.values()):
+            return
+        tokenizer = self.student.assemble.tokenizer if self.student.assemble else None
+        if tokenizer is not None and tokenizer.source == "teacher" and next(iter(self.teacher_specs)) in own:
+            raise ValueError("the student's tokenizer is the teacher's, which is the student itself; name another source")
+        if asked := [f"stages.{name}" for name, s in self.stages.items() if any(d.target == "teacher" for d in s.data)]:
+            raise ValueError(
+                f"{', '.join(asked)}: `target: teacher` asks a model in this process, and the teacher is the student itself or "
+                "on a server; give answers from a file (`answers: FILE`), or let the student answer in training"
+            )
 
     def _teachers_are_named(self, terms: dict[str, Term]) -> None:
         known = self.teacher_specs
@@ -185,6 +200,12 @@ class Recipe(RunSpec, TrainSpec):
         ahead = [spec for spec in self.teacher_specs.values() if spec.ahead]
         if any(spec.cache is not None for spec in ahead):
             raise ValueError("teacher.ahead: a cached teacher made its passes already; take teacher.ahead or teacher.cache out")
+        generating = [name for name, stage in self.stages.items() if stage.generates]
+        if ahead and generating:
+            raise ValueError(
+                f"teacher.ahead: the answers of stage {generating[0]} are generated within the step, so none can be read before; "
+                "take teacher.ahead out"
+            )
         switched = [key for key, term in self.all_terms().items() if term.switched]
         if ahead and switched:
             raise ValueError(

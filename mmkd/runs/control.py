@@ -54,7 +54,8 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
     """
     stages, free = {}, control is None or control.kind != HARD_ANSWERS
     for name, stage in recipe.stages.items():
-        own = stage.model_copy(update={"terms": stage.control_terms or _without_teacher(stage), "control_terms": None})
+        terms = {n: _on_responses(spec) for n, spec in (stage.control_terms or _without_teacher(stage)).items()}
+        own = stage.model_copy(update={"terms": terms, "control_terms": None, "answers": {"data": 1.0}})
         keys = control.stages.get(name, {}) if control is not None else {}
         if free and "data" not in keys:
             own = own.model_copy(update={"data": _labelled(name, stage)})
@@ -62,6 +63,11 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
             own = own.model_copy(update=_times(own, longer[name]))
         stages[name] = changed(own, keys)
     return recipe.model_copy(update={"stages": stages, "teacher": None, "teachers": {}})
+
+
+def _on_responses(spec: TermSpec) -> TermSpec:
+    """A term where all answers are the data's."""
+    return spec.model_copy(update={"positions": "response"}) if spec.positions == "given" else spec
 
 
 def _labelled(name: str, stage: StageSpec) -> list[DataSpec]:

@@ -86,7 +86,7 @@ def teachers_to_score(recipe: Recipe, teachers: Mapping[str, Teacher]) -> dict[s
     """The teachers that answer the benchmarks: those whose model is loaded for themselves."""
     for name in (n for n, teacher in teachers.items() if teacher.stored):
         logger.info("the %s is a cache: it is not evaluated; see `mmkd evaluate %s`", name, recipe.teacher_specs[name].model)
-    return {name: teacher.running() for name, teacher in teachers.items() if not teacher.stored}
+    return {n: t.running() for n, t in teachers.items() if not (t.stored or t.remote or t.of_student)}
 
 
 def check_benchmarks(recipe: Recipe) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from mmkd.answers import answer_source
 from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole, write_whole
@@ -125,9 +124,13 @@ def prepare_stage(
     sizes = [len(part) for part in stage_parts(recipe, spec)]
     log = run / "log" / f"{role}.jsonl"
     trainer = DistillTrainer(
-        stage.distiller, dataset, spec, arguments, log, ahead=ahead, sizes=sizes, answers=answer_source(spec.answers),
+        stage.distiller, dataset, spec, arguments, log, stage.collator, ahead=ahead, sizes=sizes, answers=stage.answers,
         where=Where(run, role, name, recipe.model_dump(mode="json")),
     )  # fmt: skip
+    if stage.answers.generates and stage.distiller.lockstep:
+        raise DataError(
+            f"stage {name}: a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone"
+        )
     _watch(recipe, role, stage, trainer, run, folder, resume)
     return stage, trainer, resume
 

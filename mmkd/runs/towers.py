@@ -50,7 +50,15 @@ def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
 
 def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | None, texts: Iterable[str]) -> Tower:
     """The student before its first stage. `texts` train its tokenizer where the recipe asks for one."""
-    spec, teachers = recipe.student, as_teachers(teachers)
+    teachers = as_teachers(teachers)
+    student = _build_student(recipe, teachers, texts)
+    for teacher in teachers.values():
+        teacher.meet(student)
+    return student
+
+
+def _build_student(recipe: Recipe, teachers: Mapping[str, Teacher], texts: Iterable[str]) -> Tower:
+    spec = recipe.student
     if spec.model is not None:
         tower = load_student(recipe, spec.model)
         if spec.fresh:

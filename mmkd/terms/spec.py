@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, model_validator
@@ -109,6 +109,17 @@ def _wrong_value(name: str, value: Any, kind: Any) -> str | None:
     return None
 
 
-def build_terms(specs: dict[str, TermSpec]) -> list[Term]:
-    """The terms of a stage by their names in the recipe."""
-    return [spec.build(name) for name, spec in specs.items()]
+def build_terms(specs: dict[str, TermSpec], generated: bool = False) -> list[Term]:
+    """The terms of a stage by their names in the recipe.
+
+    generated: whether some answers of the stage are the student's own; terms that take answers for right then count only
+        the data's.
+    """
+    terms = [spec.build(name) for name, spec in specs.items()]
+    return [_on_given_answers(term) for term in terms] if generated else terms
+
+
+def _on_given_answers(term: Term) -> Term:
+    if not term.learns_answers or term.positions != "response":
+        return term
+    return replace(term, place=replace(term.place, positions="given"))

@@ -17,7 +17,7 @@ from transformers import BatchFeature
 
 from mmkd.errors import TowerError
 from mmkd.towers.families import GRIDS
-from mmkd.towers.greedy import Prompt, check_logits, greedy
+from mmkd.towers.greedy import Prompt, check_logits, generated
 from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
 from mmkd.towers.likelihood import FirstTokens, Likelihood, Recorder, logits_of, of_words
 from mmkd.towers.modes import evaluating
@@ -65,7 +65,7 @@ def _generated(
     by_sample = tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
     keys = [tuple(ref.key for ref in sample.images) for sample in samples]
     prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
-    return greedy(tower, prompts, max_new_tokens, watch).tolist()
+    return generated(tower, prompts, max_new_tokens, [watch] if watch else []).tolist()
 
 
 def _words(tower: TowerLike, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -242,14 +242,22 @@ def _see(tower: TowerLike, encoded: list[Encoded]) -> list[list[Tensor]]:
     return tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
 
 
+def see_prompts(tower: TowerLike, prompts: Sequence[tuple[Encoded, Any]]) -> list[Prompt]:
+    """Prepared prompts, each with what names its pictures, as generation takes them; pictures of one name are seen once."""
+    first: dict[Any, Encoded] = {}
+    for encoded, key in prompts:
+        if encoded.images:
+            first.setdefault(key, encoded)
+    tokens = dict(zip(first, _see(tower, list(first.values())), strict=True))
+    return [Prompt(_without_pixels(encoded), tokens.get(key, []) if encoded.images else [], key) for encoded, key in prompts]
+
+
 def _without_pixels(encoded: Encoded) -> Encoded:
     """Only what tokens are placed by stays: the grids."""
     return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name in GRIDS})
 
 
-def _encode_one(
-    tower: TowerLike, sample: Sample, processed: dict[str, Any] | None
-) -> tuple[Encoded, dict[str, Any] | None]:
+def _encode_one(tower: TowerLike, sample: Sample, processed: dict[str, Any] | None) -> tuple[Encoded, dict[str, Any] | None]:
     """One prompt, and the processor's output for its pictures if it will do in their place.
 
     That is tried at once: a processor that counts its tokens by the picture itself gives other ids without it.

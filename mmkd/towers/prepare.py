@@ -326,9 +326,7 @@ class Preparer:
             return False
         return True
 
-    def _earlier_targets(
-        self, met: _Met, sample: Sample, ids: list[int], borders: list[int | None], guard: Guard
-    ) -> list[int]:
+    def _earlier_targets(self, met: _Met, sample: Sample, ids: list[int], borders: list[int | None], guard: Guard) -> list[int]:
         """Targets of the answers within the prompt `ids`. Each is learned where it was tokenised as it would be given."""
         targets = [IGNORE] * len(ids)
         answers = [turn.text.strip() for turn in sample.prompt_turns if turn.role == "assistant"]
@@ -354,9 +352,7 @@ class Preparer:
                 sample.id,
             )
 
-    def _fit(
-        self, sample: Sample, ids: list[int], targets: list[int], pixels: dict[str, Tensor], with_answer: bool
-    ) -> Encoded:
+    def _fit(self, sample: Sample, ids: list[int], targets: list[int], pixels: dict[str, Tensor], with_answer: bool) -> Encoded:
         """The sample within `max_length`."""
         length, wanted = len(ids), sum(target != IGNORE for target in targets)
         if length > self.max_length:
@@ -430,6 +426,7 @@ class Preparer:
             pixels={} if self.family.tokenless else self._joined([e.pixels for e in encoded]),
             images=[e.images for e in encoded],
             each=[e.pixels for e in encoded] if self.family.tokenless else [],
+            own=[e.own for e in encoded] if any(e.own for e in encoded) else [],
         )
 
     def _joined(self, pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -54,9 +54,7 @@ class Tower:
         self.model = model
         self.processor = configured(processor, model.config.model_type, reading)
         self.tokenizer = processor.tokenizer
-        self.preparer = Preparer(
-            model, self.processor, max_length=max_length, thinking=reading.thinking, day=reading.date
-        )
+        self.preparer = Preparer(model, self.processor, max_length=max_length, thinking=reading.thinking, day=reading.date)
         self._family = family_of(model.config.model_type)
 
     # ---- making, saving ------------------------------------------------------------------------------------------
@@ -370,9 +368,7 @@ class Tower:
         pooled, layers = self._deepstack(tokens)
         stacked = torch.cat(pooled)[None] if self._family.stacked else pooled
         indicators = self._indicators() if self._family.indicators else None
-        return {
-            "image": VisualTokens(pooler_output=stacked, deepstack_features=layers, visual_indicator_features=indicators)
-        }
+        return {"image": VisualTokens(pooler_output=stacked, deepstack_features=layers, visual_indicator_features=indicators)}
 
     def _deepstack(self, tokens: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, ...]] | None]:
         """Visual tokens and what goes to the first layers, one tuple a layer. Tokens of another encoder bring none of that."""
@@ -412,9 +408,7 @@ class Tower:
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
-    def answer(
-        self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None
-    ) -> list[str]:
+    def answer(self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None) -> list[str]:
         """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `VisionCache`)."""
         with blamed(f"answering with {type(self.model).__name__}"):
             return answering.generate(self, samples, max_new_tokens, vision_cache)
