@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 _LENGTHS = {"steps", "epochs"}
+NLL_COLUMNS = {"nll": "NLL", "nll_lead": "NLL over the reference"}
 OWN_LEADS = {"student_minus_best_control": "over its best control", "student_minus_hard_answers": "over hard answers"}
 
 
@@ -247,11 +248,25 @@ def _figures(seeds: dict[int, dict], reference: dict[int, dict], benchmarks: lis
         scores = {seed: _score(summary, name) for seed, summary in seeds.items()}
         paired = [scores[seed] - _score(reference[seed], name) for seed in seeds if seed in reference]
         figures[name] = {"score": spread([*scores.values()]), "lead": spread(paired) if paired else None}
+        doubt = {seed: _nll(summary, name) for seed, summary in seeds.items()}
+        if None not in doubt.values():
+            figures[name]["nll"] = spread([*doubt.values()])
+            known = {seed: value for seed in seeds if seed in reference and (value := _nll(reference[seed], name)) is not None}
+            if known:
+                figures[name]["nll_lead"] = spread([doubt[seed] - value for seed, value in known.items()])
         for lead in OWN_LEADS:
             values = [_lead(summary, name, lead) for summary in seeds.values()]
             if None not in values:
                 figures[name][lead] = spread(values)
     return figures
+
+
+def _nll(summary: dict[str, Any], benchmark: str) -> float | None:
+    """The student's negative log-likelihood on one benchmark or its mean over all; None where it is not known."""
+    entries = summary["benchmarks"]
+    of = entries.values() if benchmark == "mean" else [entries[benchmark]]
+    found = [entry.get("calibration", {}).get("student") for entry in of]
+    return None if None in found else statistics.mean(one["nll"]["value"] for one in found)
 
 
 def _lead(summary: dict[str, Any], benchmark: str, lead: str) -> float | None:
@@ -273,16 +288,18 @@ def ablation_table(result: dict[str, Any]) -> str:
         columns = [*found["benchmarks"], *(["mean"] if len(found["benchmarks"]) > 1 else [])]
         names = [f"`{name}` ({found['benchmarks'][name]:,})" if name in found["benchmarks"] else name for name in columns]
         own = {lead: words for lead, words in OWN_LEADS.items() if any(lead in f[columns[-1]] for f in found["methods"].values())}
-        leads = " | ".join([f"lead over {result['reference']}", *own.values()])
+        doubt = [words for key, words in NLL_COLUMNS.items() if any(key in f[columns[-1]] for f in found["methods"].values())]
+        leads = " | ".join([f"lead over {result['reference']}", *own.values(), *doubt])
         lines += [f"### {data}", "", f"| method | {' | '.join(names)} | {leads} | seeds | parameters |"]
-        lines.append("|---" * (len(columns) + len(own) + 4) + "|")
+        lines.append("|---" * (len(columns) + len(own) + len(doubt) + 4) + "|")
         if found["teacher"]:
             teacher = " | ".join(f"{100 * found['teacher'][name]:.1f}" for name in columns)
-            lines.append(f"| teacher | {teacher} |{' |' * (len(own) + 3)}")
+            lines.append(f"| teacher | {teacher} |{' |' * (len(own) + len(doubt) + 3)}")
         for method, figures in found["methods"].items():
             cells = [_cell(figures[name]["score"]) for name in columns]
             over = ["" if method == result["reference"] else _cell(figures[columns[-1]]["lead"], "+")]
             over += [_cell(figures[columns[-1]].get(lead), "+") for lead in own]
+            over += [_nats(figures[columns[-1]].get(key), "+" * ("lead" in key)) for key in NLL_COLUMNS if doubt]
             active = figures["parameters_active"]
             size = f"{figures['parameters']:,}" + (f" ({active:,} active)" if active < figures["parameters"] else "")
             lines.append(f"| {method} | {' | '.join(cells)} | {' | '.join(over)} | {len(figures['seeds'])} | {size} |")
@@ -299,6 +316,13 @@ def _cell(figures: dict[str, Any] | None, sign: str = "") -> str:
     if "ci95" in figures:
         text += " [" + ", ".join(f"{100 * bound:{sign}.1f}" for bound in figures["ci95"]) + "]"
     return text
+
+
+def _nats(figures: dict[str, Any] | None, sign: str = "") -> str:
+    if figures is None:
+        return ""
+    text = f"{figures['mean']:{sign}.3f}"
+    return text + (f" [{figures['ci95'][0]:{sign}.3f}, {figures['ci95'][1]:{sign}.3f}]" if "ci95" in figures else "")
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from mmkd.terms.term import Term
 from mmkd.towers.families import LANGUAGE_NAMES, VISION_NAMES
 from mmkd.towers.spec import StudentSpec
 from mmkd.train.optimisers import OPTIMISERS
-from mmkd.train.spec import StageSpec
+from mmkd.train.spec import LoopSpec, StageSpec
 
 FOLDER = "models/configs"
 GPU = 80e9  # bytes
@@ -180,6 +180,7 @@ def need_of(recipe: Recipe, spec: StageSpec, student: Shape, teacher: Shape | No
     terms = build_terms(spec.terms)
     compared = any(term.needs_teacher for term in terms)
     teacher_bytes = _teacher_bytes(recipe, teacher) if teacher is not None and compared else 0.0
+    samples *= 2 if any(term.needs_pairs for term in terms) else 1  # a chosen and a rejected answer
     held = samples * recipe.max_length
     saved = _activations(student, spec, held, weight, samples)
     rows = held * len({t.positions for t in terms if t.reads_logits})
@@ -249,7 +250,7 @@ def _line(role: str, shape: Shape) -> str:
 def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, teacher: Shape | None) -> list[str]:
     trained = sum(student.parts[part] for part in spec.train)
     optimiser = spec.optimiser
-    length = f"{spec.steps:,} steps" if spec.steps is not None else f"{spec.epochs or 1:g} epochs"
+    length = _length(spec)
     lines = [
         f"stage {name}: {length} of {optimiser.batch_size}, rate {optimiser.learning_rate:g}, trains {', '.join(spec.train)} "
         f"({trained:,} parameters)" + (f", {student.total:,} in all" if spec.upcycle else ""),
@@ -271,6 +272,12 @@ def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, tea
     return lines
 
 
+def _length(spec: LoopSpec) -> str:
+    if spec.steps is not None:
+        return f"{spec.steps:,} steps"
+    return "1 epoch" if spec.epochs in (None, 1) else f"{spec.epochs:g} epochs"
+
+
 def _weighted(term: Term) -> str:
     schedule = term.place.weight
     weight = f"{schedule.start:g}" if schedule.start == schedule.end else f"{schedule.start:g} to {schedule.end:g}"
@@ -286,14 +293,14 @@ def plan_ranking_offline(recipe: RankingRecipe) -> str:
     """The same for `mmkd rank`: a dual encoder that is assembled, and a cross-encoder with a matching head. Raises DataError."""
     if recipe.student.assemble is None:
         raise DataError("--offline: a student that is put together (student.assemble) has configurations; this one is a model")
-    parts, size = recipe.student.assemble, recipe.student.assemble.vision.image_size
+    parts, side = recipe.student.assemble, recipe.student.assemble.vision.image_size
     vision, text = (dict(part.config or configuration(part.source).config) for part in (parts.vision, parts.text))
-    vision |= {"image_size": size} if isinstance(size, int) else {}
+    vision |= {"image_size": side} if isinstance(side, int) else {}
     counts = {"vision": _count(vision), "text": _count(text)}
     counts["projections"] = parts.embedding * (vision["hidden_size"] + text["hidden_size"])
     teacher = _count(configuration(recipe.teacher.model).config)
     spec = recipe.training
-    length = f"{spec.steps:,} steps" if spec.steps is not None else f"{spec.epochs or 1:g} epochs"
+    length = _length(spec)
     lines = [
         recipe.title, "offline: sizes and memory from configurations alone; no data are read", "",
         f"teacher: {teacher:,} parameters",
@@ -302,11 +309,11 @@ def plan_ranking_offline(recipe: RankingRecipe) -> str:
         f"negatives, valid from {recipe.ranking.threshold:g} on",
     ]  # fmt: skip
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    states = 4 * 4 * sum(counts.values())
+    states, size = 4 * 4 * sum(counts.values()), _SIZES[spec.precision]
     for count in COUNTS:
         held = -(-spec.optimiser.batch_size // count)
         saved = sum(
-            held * tokens * (8 * c["hidden_size"] + 2 * c["intermediate_size"]) * c["num_hidden_layers"] * 4
+            held * tokens * (8 * c["hidden_size"] + 2 * c["intermediate_size"]) * c["num_hidden_layers"] * size
             for c, tokens in ((vision, patches), (text, TEXT_TOKENS))
         )
         total = 4 * teacher + states + saved

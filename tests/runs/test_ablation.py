@@ -149,6 +149,10 @@ def test_a_grid_runs_whole_resumes_and_adds_up(grid_file, tmp_path, capsys):
     assert found["methods"]["sft"]["mean"]["lead"]["values"] == [0.0, 0.0]
     assert 0 <= found["teacher"]["sample_textvqa"] <= 1
     assert "| kd |" in shown and "| teacher |" in shown
+    entries = {key: summary["benchmarks"]["sample_textvqa"] for key, summary in summaries.items()}
+    doubt = {key: entry["calibration"]["student"]["nll"]["value"] for key, entry in entries.items()}
+    assert found["methods"]["kd"]["mean"]["nll_lead"]["values"] == [doubt["kd", seed] - doubt["sft", seed] for seed in (0, 1)]
+    assert "| NLL | NLL over the reference |" in shown
     plot = ElementTree.parse(tmp_path / "grid" / "grid.svg")
     assert [e.text for e in plot.iter("{http://www.w3.org/2000/svg}text")].count("kd") == 1
 

@@ -114,6 +114,8 @@ def test_more_samples_and_fewer_processes_need_more_memory():
     assert two.samples > one.samples and two.training == one.training
     assert need_of(recipe, stage, student, teacher, 1, shards=8).training == pytest.approx(one.training / 8)
     assert one.teacher == 2 * teacher.total  # bfloat16
+    answers, pairs = (need_of(recipe, recipe.stages[name], student, teacher, 1).samples for name in ("d2s", "prefer"))
+    assert pairs > 1.5 * answers
     sparse = upcycled_shape(student, recipe.stages["d2s"])
     assert sparse.parts["mlp"] == pytest.approx(student.parts["mlp"] * (1 + 3 * 18 / 36), rel=1e-3)
 
