@@ -224,8 +224,8 @@ class ServedTeacher(Teacher):
         said = [self.body.tokenizer.decode(ids[place : place + 8]) for ids in (rendered.ids, own)]
         raise DataError(
             f"{where}its prompt has {len(rendered.ids)} tokens, ours {len(own)}; from token {place} on it reads {said[0]!r} "
-            f"where ours reads {said[1]!r}: it has another chat template or tokenizer; start it with that of teacher.model, or set "
-            "teacher.chat_template"
+            f"where ours reads {said[1]!r}: it has another chat template or tokenizer; start it with that of teacher.model, or "
+            "set teacher.chat_template"
         )
 
     # ---- before step 1 ----
