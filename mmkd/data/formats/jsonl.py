@@ -21,9 +21,10 @@ class JsonLines(Format):
     """JSON lines (or a list) of {question, image or images, answer or answers, id, choices, hint, ocr_tokens, categories, told}.
 
     Only `question` must be there; rows without answers can be predicted, not trained on. With choices, `answer` is an index
-    (from 0) or one of the choices, word for word. `categories` is an object of strings, and so is `told`,
-    what a teacher may be told. Where a file has other names, `files` says so: {"field.question": "text", "field.answer": "label"}, and {"field.categories": "type, level"} names the keys whose
-    values are the categories. "images" is the folder or zip that the rows' names are in.
+    (from 0) or one of the choices, word for word. `categories` is an object of strings, and so is `told`, what a teacher may be
+    told. Where a file has other names, `files` says so: {"field.question": "text", "field.answer": "label"}, and
+    {"field.categories": "type, level"} names the keys whose values are the categories. "images" is the folder or zip that the
+    rows' names are in.
     """
 
     own_data = True
