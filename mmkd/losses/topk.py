@@ -44,8 +44,8 @@ class TopKForwardKL:
 def top_k_jsd(student: Tensor, ids: Tensor, log_probs: Tensor, tail: Tensor, beta: float = 0.5) -> Tensor:
     """`jsd` of the two distributions after all tokens but the teacher's k likeliest are put into one bucket; as there, `[R]`.
 
-    A divergence of coarser distributions is never above the full one. beta lies in [0, 1): at 1, reverse KL, what the student finds
-    likely and the teacher does not would all be in the bucket. Arguments as those of `top_k_forward_kl`. Raises ValueError.
+    A divergence of coarser distributions is never above the full one. beta lies in [0, 1): at 1, reverse KL, what the student
+    finds likely and the teacher does not would all be in the bucket. Arguments as those of `top_k_forward_kl`. Raises ValueError.
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta is {beta}; against a top-k teacher it must lie in [0, 1)")

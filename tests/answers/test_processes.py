@@ -37,9 +37,8 @@ def test_two_processes_are_one(tmp_path):
     path.write_text(yaml.safe_dump(recipe))
     assert main(["distill", str(path), f"output={tmp_path / 'one'}"]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmkd.cli"]
-    done = subprocess.run(
-        [*launch, "distill", str(path), f"output={tmp_path / 'two'}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    launch += ["distill", str(path), f"output={tmp_path / 'two'}"]
+    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
