@@ -8,6 +8,7 @@ from functools import partial
 from mmkd.cli.arguments import add_reading, names, positive
 from mmkd.cli.startup import quick_imports
 
+ATTENTION = ["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]  # as in recipes
 LINES = partial(print, flush=True)
 
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-mb", type=int, default=1024, help="room for visual tokens of pictures with open questions")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--quantise", default=None, choices=["8bit", "4bit"])
+    parser.add_argument("--attn-implementation", default=None, choices=ATTENTION, help="how attention is computed")
     parser.add_argument("--trust-remote-code", action="store_true")
     add_reading(parser)
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -150,10 +150,12 @@ def _check_stream(samples: Sequence[Sample], tally: Tally, fields: dict[str, Any
         logger.info("data %s: %s", name, line)
 
 
-def stream_of(spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0) -> Stream | None:
+def stream_of(
+    spec: Any, seed: int, data_root: str | None = None, allowed: float = 0.0, one_answer: bool = False
+) -> Stream | None:  # fmt: skip
     """The stream of a data entry, None for one whose samples are all read. Raises DataError for what a stream cannot do.
 
-    allowed: the share of rows that may be left out since they cannot be used.
+    allowed: the share of rows that may be left out since they cannot be used.  one_answer: a sample for each answer of a talk.
     """
     fields = resolve(spec)
     format = format_of(fields["format"])
@@ -168,7 +170,8 @@ def stream_of(spec: Any, seed: int, data_root: str | None = None, allowed: float
     if not format.hub:
         format.paths(source)  # whether there are any, before training
 
-    return Stream(partial(_stream_samples, format, source, fields, seed, allowed), seed, tally=source.tally)
+    passes = partial(_stream_samples, format, source, fields, seed, allowed)
+    return Stream(partial(_by_answer, passes) if one_answer else passes, seed, tally=source.tally)
 
 
 def _stream_samples(
@@ -188,6 +191,10 @@ def _stream_samples(
             tally.check_stream(allowed)
         if sample is not None:
             yield sample
+
+
+def _by_answer(passes: Callable[[int], Iterator[Sample]], number: int) -> Iterator[Sample]:
+    return (one for sample in passes(number) for one in sample.by_answer())
 
 
 def source_of(fields: dict[str, Any], data_root: str | None) -> Source:

@@ -30,7 +30,7 @@ class Lazy(Sequence[T], Generic[T]):
     def __getitem__(self, index: slice) -> Lazy[T]: ...
     def __getitem__(self, index: int | slice) -> T | Lazy[T]:
         if isinstance(index, slice):
-            return self.taken(np.arange(len(self))[index])
+            return self.taken(np.arange(*index.indices(len(self))))
         first = index = range(len(self))[index]
         while True:
             try:
@@ -73,7 +73,7 @@ class Joined(Sequence[T], Generic[T]):
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         if isinstance(index, slice):
-            return Lazy(self, _same, np.arange(len(self))[index])
+            return Lazy(self, _same, np.arange(*index.indices(len(self))))
         index = range(len(self))[index]
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[part][index - (int(self._ends[part - 1]) if part else 0)]
@@ -81,6 +81,14 @@ class Joined(Sequence[T], Generic[T]):
 
 def _same(entry: T) -> T:
     return entry
+
+
+def taken(items: Sequence[T], places: Sequence[int]) -> Sequence[T]:
+    """The entries at some places: a list, unless entries are made when they are asked for."""
+    if not is_lazy(items):
+        return [items[place] for place in places]
+    chosen = np.array(places, dtype=np.int64)
+    return items.taken(chosen) if isinstance(items, Lazy) else Lazy(items, _same, chosen)
 
 
 def joined(parts: Sequence[Sequence[T]]) -> Sequence[T]:

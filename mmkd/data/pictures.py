@@ -12,6 +12,7 @@ DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG200
 # Decompression bombs: 64 megapixels is beyond any camera picture that a vision encoder reads.
 MAX_PIXELS = 64_000_000
 _SIXTEEN_BITS = 65535
+_LEVELS = {"L;2": 3, "L;4": 15}  # the whitest shade of grey PNGs with two and four bits
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
 
 
@@ -28,12 +29,22 @@ def decode(data: bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, over {MAX_PIXELS:,}; scale it down")
     negative = picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    _scale_transparent_shade(picture)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         return _eight_bits(picture, negative)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         return _on_white(picture)
     return picture.convert("RGB")
+
+
+def _scale_transparent_shade(picture: Image.Image) -> None:
+    """Pillow gives the pixels of these PNGs in eight bits, but their transparent shade or colour as the file has it."""
+    key, stored = picture.info.get("transparency"), picture.tile[0][3] if picture.tile else None
+    if isinstance(key, int) and stored in _LEVELS:
+        picture.info["transparency"] = key * 255 // _LEVELS[stored]
+    elif isinstance(key, tuple) and stored == "RGB;16B":
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
-from mmkd.data.annotations import Row
+from mmkd.data.annotations import Row, shown
 from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import IMAGE_MARKER, ImageRef, Question, Sample
 from mmkd.data.source import Source
 from mmkd.errors import DataError
 
+_DISTANT = re.compile(r"(?:https?|ftp|s3|gs|hf)://|data:", re.IGNORECASE)  # web addresses, and pictures within the text
 LETTERS = ascii_uppercase  # one a choice
 
 # ---- choices and answers -----------------------------------------------------------------------------------------------
@@ -87,7 +89,10 @@ def asked_and_answered(name: str, row: Row, images: tuple[ImageRef, ...]) -> Que
 
 
 def image_names(row: Row) -> list[str]:
-    """`image` (a name or a list of names) or `images` (a list); none where both are absent, null or "". Raises DataError."""
+    """`image` (a name or a list of names) or `images` (a list); none where both are absent, null or "".
+
+    Raises DataError, also for web addresses and pictures that are written into the row.
+    """
     if row.has("image") and row.has("images"):
         raise DataError(f"{row.where}: both 'image' and 'images'; one of them names the pictures")
     key = "images" if row.has("images") else "image"
@@ -96,6 +101,8 @@ def image_names(row: Row) -> list[str]:
     names = row.texts(key) if isinstance(row.get(key), list) else [row.text(key)]
     if "" in names and len(names) > 1:
         raise DataError(f"{row.where}: key {key!r} holds an empty name among others; leave it out")
+    if distant := next((name for name in names if _DISTANT.match(name)), None):
+        raise DataError(f"{row.where}: key {key!r} is {shown(distant)}, no file; save the pictures and give their names")
     return [name for name in names if name]
 
 
@@ -116,11 +123,12 @@ def check_markers(where: str, question: str, answers: Sequence[str], images: int
         )
 
 
-def refuse_video(row: Row) -> None:
-    """Raises DataError for a row with a video, of which a model would see nothing."""
-    found = next((key for key in ("video", "videos") if row.has(key) and row.get(key)), None)
-    if found is not None:
-        raise DataError(f"{row.where}: key {found!r} names a video; video is not supported")
+def refuse_unseen(row: Row) -> None:
+    """Raises DataError for a row with a video or a sound, of which a model would see nothing."""
+    for kind, what in (("video", "video"), ("audio", "sound")):
+        for key in (kind, f"{kind}s", f"{kind}_path", f"{kind}_paths"):
+            if row.has(key) and row.get(key):
+                raise DataError(f"{row.where}: key {key!r} names a {what}; {what} is not supported")
 
 
 # ---- conversations -----------------------------------------------------------------------------------------------------

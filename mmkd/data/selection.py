@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
-
 from mmkd.data.annotations import shown
-from mmkd.data.lazy import Lazy
+from mmkd.data.lazy import taken
 from mmkd.data.samples import Question, Sample
 from mmkd.errors import DataError
 
@@ -57,19 +55,17 @@ def subset(items: Sequence[Item], limit: int | None, image_limit: int | None = N
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise DataError(f"{name} is {value!r}; it must be a whole number of at least 1, or nothing for all")
     if image_limit is not None:
-        keys = list(dict.fromkeys(ref.key for item in items for ref in item.images))
-        random.Random(f"images {seed}").shuffle(keys)
-        kept = set(keys[:image_limit])
-        items = _taken(items, [i for i, item in enumerate(items) if all(ref.key in kept for ref in item.images)])
+        numbers: dict[str, int] = {}
+        pictures = [tuple(numbers.setdefault(ref.key, len(numbers)) for ref in item.images) for item in items]  # one reading
+        order = list(range(len(numbers)))
+        random.Random(f"images {seed}").shuffle(order)
+        kept = set(order[:image_limit])
+        items = taken(items, [i for i, own in enumerate(pictures) if kept.issuperset(own)])
     if limit is not None:
         order = list(range(len(items)))
         random.Random(f"questions {seed}").shuffle(order)
-        items = _taken(items, sorted(order[:limit]))
+        items = taken(items, sorted(order[:limit]))
     return items
-
-
-def _taken(items: Sequence[Item], places: list[int]) -> Sequence[Item]:
-    return items.taken(np.array(places, dtype=np.int64)) if isinstance(items, Lazy) else [items[i] for i in places]
 
 
 def refuse_duplicates(questions: Sequence[Question], where: str) -> None:

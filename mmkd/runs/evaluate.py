@@ -21,7 +21,7 @@ from mmkd.evaluation.suites import average, load_suite, server_scores, suite_tab
 from mmkd.retrieval.benchmark import evaluate_retrieval, is_retrieval, load_retrieval, retrieval_line
 
 BLIND = "_blind"  # ending of the folder of answers without pictures
-NOT_FOR_RETRIEVAL = ("blind", "importance", "submission", "quantise", "choices")
+NOT_FOR_RETRIEVAL = ("blind", "importance", "submission", "quantise", "attn_implementation", "choices")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class EvaluationOptions:
     choices: how multiple choice is answered, "generation" or "likelihood".  submission: also write the test servers' files.
     missing_pictures: the share of a benchmark's pictures that may be missing (their questions are left out and counted); above it
     nothing is asked.  cache_mb: room for visual tokens of pictures with open questions.  dtype, quantise ("8bit", "4bit"),
-    trust_remote_code: how the model is loaded.  processor, chat_template, template: options of its processor, another template,
-    and arguments of that (see `mmkd.towers.reading.Reading`).  show: is given each line for the reader as soon as it is known.
+    attn_implementation (as transformers names it), trust_remote_code: how the model is loaded.  processor, chat_template,
+    template: options of its processor, another template, and arguments of that (see `mmkd.towers.reading.Reading`).  show: is
+    given each line for the reader as soon as it is known.
     """
 
     data_root: str | Path | None = None
@@ -51,6 +52,7 @@ class EvaluationOptions:
     cache_mb: int = 1024
     dtype: str = "auto"
     quantise: str | None = None
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
     processor: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
@@ -114,6 +116,7 @@ def _name_of(model: Any) -> str:
 def _ask(model: Any, benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> dict[str, dict[str, Any]]:
     if options.split is not None:
         benchmarks = [benchmark.on_split(options.split) for benchmark in benchmarks]
+    _check_machine(options)
     _check_data(benchmarks, options)
     processes = Processes.launched()
     if not processes.is_first:
@@ -123,6 +126,14 @@ def _ask(model: Any, benchmarks: Sequence[Benchmark], options: EvaluationOptions
     results = {b.name: _ask_one(tower, b, folder, _name_of(model), options, processes) for b in benchmarks}
     processes.leave()
     return results if processes.is_first else {}
+
+
+def _check_machine(options: EvaluationOptions) -> None:
+    """Raises DataError for what this machine cannot do."""
+    from mmkd.runs.machine import loading_errors
+
+    if wrong := list(loading_errors("", options.attn_implementation, options.dtype, options.quantise)):
+        raise DataError("this machine cannot load the model so: " + "; ".join(wrong))
 
 
 def _check_data(benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> None:
@@ -147,7 +158,8 @@ def _load_tower(model: str | Path, options: EvaluationOptions) -> Answerer:
 
     tower = Tower.load(
         model, dtype=dtype_of(options.dtype), quantise=options.quantise, trust_remote_code=options.trust_remote_code,
-        device=device_of_process(), reading=Reading(options.processor, options.chat_template, options.template),
+        attn_implementation=options.attn_implementation, device=device_of_process(),
+        reading=Reading(options.processor, options.chat_template, options.template),
     )  # fmt: skip
     return to_device(tower)
 
@@ -215,7 +227,7 @@ def _retrieve(model: Any, names: Sequence[str], options: EvaluationOptions) -> d
     defaults = EvaluationOptions()
     unfit = [name for name in NOT_FOR_RETRIEVAL if getattr(options, name) != getattr(defaults, name)]
     if unfit:
-        raise DataError(f"retrieval has no --{unfit[0]}")
+        raise DataError(f"retrieval has no --{unfit[0].replace('_', '-')}")
     if Processes.launched().count > 1:
         raise DataError("retrieval is the work of one process; start it without a launcher")
     cards = [load_retrieval(name) for name in names]

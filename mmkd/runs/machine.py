@@ -42,11 +42,9 @@ def machine_errors(recipe: Recipe) -> Iterator[str]:
     many = len(recipe.teacher_specs) > 1
     for name, spec in recipe.teacher_specs.items():
         key = f"teachers.{name}" if many else "teacher"
-        if spec.cache is None:
-            yield from _attention_errors(key, spec.attn_implementation, spec.dtype, cuda, trained=False)
-        if spec.quantise is not None and find_spec("bitsandbytes") is None:
-            yield f"{key}.quantise: needs bitsandbytes, which is not installed; pip install bitsandbytes"
-    yield from _attention_errors("student", recipe.student.attn_implementation, recipe.student.dtype, cuda, trained=True)
+        attention = spec.attn_implementation if spec.cache is None else None
+        yield from loading_errors(f"{key}.", attention, spec.dtype, spec.quantise)
+    yield from loading_errors("student.", recipe.student.attn_implementation, recipe.student.dtype, None, trained=True)
     for name, stage in recipe.stages.items():
         if stage.precision == "float16" and not cuda:
             yield f"stages.{name}.precision: float16 needs a GPU, and there is none here; take bfloat16 or float32"
@@ -58,14 +56,20 @@ def machine_errors(recipe: Recipe) -> Iterator[str]:
         yield f"tf32: {torch.cuda.get_device_name()} has none; it needs an NVIDIA GPU from Ampere on (A100, RTX 30); take it out"
 
 
-def _attention_errors(key: str, chosen: str | None, dtype: str, cuda: bool, *, trained: bool) -> Iterator[str]:
+def loading_errors(
+    key: str, chosen: str | None, dtype: str, quantise: str | None, *, trained: bool = False
+) -> Iterator[str]:  # fmt: skip
+    """What of a model's attention and quantisation this machine cannot do. key: what stands before the names of the options."""
+    cuda = torch.cuda.is_available()
+    if quantise is not None and find_spec("bitsandbytes") is None:
+        yield f"{key}quantise: needs bitsandbytes, which is not installed; pip install bitsandbytes"
     if chosen in FLASH:
         installed, package = FLASH[chosen]
         if not cuda:
-            yield f"{key}.attn_implementation: {chosen} needs a GPU, and there is none here; take sdpa"
+            yield f"{key}attn_implementation: {chosen} needs a GPU, and there is none here; take sdpa"
         elif not installed() and find_spec("kernels") is None:
-            yield f"{key}.attn_implementation: {chosen} needs {package}, which is not installed; install it or take sdpa"
+            yield f"{key}attn_implementation: {chosen} needs {package}, which is not installed; install it or take sdpa"
         if dtype == "float32":
-            yield f"{key}.attn_implementation: {chosen} computes in half precision, {key}.dtype is float32; take bfloat16 or sdpa"
+            yield f"{key}attn_implementation: {chosen} computes in half precision, {key}dtype is float32; take bfloat16 or sdpa"
     if chosen == "flex_attention" and trained and not cuda:
-        yield f"{key}.attn_implementation: flex_attention has no backward pass without a GPU; take sdpa"
+        yield f"{key}attn_implementation: flex_attention has no backward pass without a GPU; take sdpa"

@@ -7,6 +7,7 @@ on with what is missing.
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import logging
 import os
 import shutil
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from mmkd.base.checksums import sums_in
 from mmkd.base.distributed import is_main_process, rank, world_size
 from mmkd.base.files import room_for, synced
+from mmkd.data.lazy import joined, taken
 from mmkd.data.samplers.length import lengths_of
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import gathered, rows_at
@@ -72,7 +74,7 @@ GIB = 2**30
 class Plan:
     """What is to be kept of which samples."""
 
-    samples: list[Sample]  # of all stages, each once
+    samples: Sequence[Sample]  # of all stages, each once
     positions: list[str]
     features: bool
     precision: str
@@ -165,11 +167,27 @@ def plan_of(recipe: Recipe, top_k: int | None) -> Plan:
     streamed = [stage for stage, spec in rows.items() if stage_stream(spec, recipe.seed, recipe.data_root) is not None]
     if streamed:
         raise RecipeError(f"stages {', '.join(streamed)} read streams, which have no end; write their samples down to cache them")
-    samples = {(text_key(s), tuple(i.key for i in s.images)): s for spec in rows.values() for s in stage_samples(recipe, spec)}
+    samples = each_once([stage_samples(recipe, spec) for spec in rows.values()])
     features = any(t.asks("teacher.features") for t in terms)
     positions = sorted(frozenset().union(*(t.teacher_positions for t in terms)))
     precision = wanted(recipe.teacher_specs[name], opening)["precision"]
-    return Plan(list(samples.values()), positions, features, precision, top_k)
+    return Plan(samples, positions, features, precision, top_k)
+
+
+def each_once(stages: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
+    """The samples of all stages without those that say the same as one before; of large sets only their places are held."""
+    known: set[bytes] = set()
+    parts = []
+    for samples in stages:
+        places = []
+        for place, sample in enumerate(samples):
+            names = "\n".join(image.key for image in sample.images)
+            key = text_key(sample) + hashlib.blake2b(names.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            if key not in known:
+                known.add(key)
+                places.append(place)
+        parts.append(taken(samples, places))
+    return joined(parts)
 
 
 # ---- forecast --------------------------------------------------------------------------------------------------------
@@ -327,8 +345,8 @@ class _Prepared(Dataset):
 
 def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: int, pixels_matter: bool) -> dict[str, Any]:
     # Samples of like length side by side: less padding. The longest first: what does not fit the memory fails at once.
-    order = sorted(range(len(plan.samples)), key=lambda i: lengths_of(plan.samples[i : i + 1])[0], reverse=True)
-    mine = [plan.samples[i] for i in order[rank() :: world_size()]]
+    order = sorted(range(len(plan.samples)), key=lengths_of(plan.samples).__getitem__, reverse=True)
+    mine = taken(plan.samples, order[rank() :: world_size()])
     known = TeacherCache(folder)
     loader = DataLoader(_Prepared(mine, teacher, known, batch_size), batch_size=None, num_workers=workers)
     writer = ShardWriter(folder, rank())

@@ -1,10 +1,10 @@
 """The teacher behind one small interface: a model in this process, a cache on disk, or whatever else answers for one.
 
-    body      configuration and processor of the teacher: prepares samples as it reads them (its weights may be absent)
-    gives     which signals it can give
-    prepare   one sample, in the process that reads data
-    collate   a batch of these
-    say       what the teacher says of the batch, computed when it is asked for
+body      configuration and processor of the teacher: prepares samples as it reads them (its weights may be absent)
+gives     which signals it can give
+prepare   one sample, in the process that reads data
+collate   a batch of these
+say       what the teacher says of the batch, computed when it is asked for
 """
 
 from __future__ import annotations
@@ -250,4 +250,3 @@ def check_vocabularies(student: Tower, teacher: Tower) -> None:
             f"in the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be compared; build the "
             "student on a language model with the teacher's tokenizer"
         )
-

@@ -12,7 +12,8 @@ from typing import Any
 
 CLOSED, UNCLOSED = "closed", "unclosed"
 
-# Opening and closing mark: Qwen, DeepSeek, GLM and many others; Mistral; Kimi; Cohere; Sky-T1 and LLaVA-style data; Seed.
+# Opening and closing mark: Qwen, DeepSeek, GLM and many others; Mistral; Kimi; Cohere; Sky-T1 and LLaVA-style data; Seed;
+# MiniMax; LongCat; others; Gemma 4.
 PAIRS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -23,15 +24,19 @@ PAIRS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<|thought_begin|>", "<|thought_end|>"),
+    ("<|channel>thought", "<channel|>"),
 )
-MARKS = frozenset(mark for pair in PAIRS for mark in pair)
+MARKS = frozenset(mark for pair in PAIRS for mark in pair) | {"<|channel>"}  # the token with which Gemma's mark begins
 _FIRST = frozenset(mark[0] for mark in MARKS)
 
 _OPEN, _CLOSE = (re.compile("|".join(map(re.escape, marks)), re.IGNORECASE) for marks in zip(*PAIRS, strict=True))
-# What stands around the answer that follows a block: DeepSeek-R1's and its kin's, GLM's, Sky-T1's, Cohere's.
+# What stands around the answer that follows a block: DeepSeek-R1's and its kin's, GLM's, Sky-T1's, Cohere's, LLaVA-CoT's.
 _AROUND = re.compile(
     r"<answer>(.*)</answer>|<\|begin_of_box\|>(.*)<\|end_of_box\|>|<\|begin_of_solution\|>(.*)<\|end_of_solution\|>"
-    r"|<\|START_RESPONSE\|>(.*)<\|END_RESPONSE\|>",
+    r"|<\|START_RESPONSE\|>(.*)<\|END_RESPONSE\|>|<conclusion>(.*)</conclusion>",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -45,7 +45,8 @@ def stage_stream(stage: StageSpec, seed: int, data_root: str | None, allowed: fl
 
     allowed: the share of rows that may be left out since they cannot be used.
     """
-    streams = [stream for spec in stage.data if (stream := stream_of(spec, seed, data_root, allowed)) is not None]
+    apart = bool(stage.one_answer)
+    streams = [stream for spec in stage.data if (stream := stream_of(spec, seed, data_root, allowed, apart)) is not None]
     if not streams:
         return None
     wrong = ["further data entries"] * (len(stage.data) > 1) + ["`epochs` (give `steps`)"] * (stage.steps is None)

@@ -8,10 +8,12 @@ import pytest
 from mmkd.data import large, row_files
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import samples_fingerprint
-from mmkd.data.lazy import is_lazy, joined
+from mmkd.data.lazy import is_lazy, joined, taken
+from mmkd.data.samplers.length import ByLength
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
 from mmkd.runs.data import AnswersApart
+from mmkd.runs.write_cache import each_once
 
 COUNT = 300
 
@@ -115,6 +117,19 @@ def test_answers_of_a_large_set_are_taken_apart(tmp_path, as_large):
     as_large()
     apart = AnswersApart(read_samples(spec, 0))
     assert len(apart) == COUNT + len(several) and list(apart) == whole and list(apart[4:9]) == whole[4:9]
+
+
+def test_what_walks_over_a_large_set_finds_what_it_finds_in_a_small_one(tmp_path, as_large):
+    content = rows({n: conversation(n % 5) | {"id": f"again {n}"} for n in range(0, COUNT, 3)})
+    specs = [written(tmp_path / name, json.dumps(content[start:]), "train.json") for name, start in (("data", 0), ("more", 200))]
+    small = [read_samples(spec, 0) for spec in specs]
+    as_large()
+    large = [read_samples(spec, 0) for spec in specs]
+    orders = [list(ByLength().build(joined(sets), (), 8, seed=3)) for sets in (small, large)]
+    assert orders[0] == orders[1] and sorted(orders[0]) == list(range(COUNT + 100))
+    once = [each_once(sets) for sets in (small, large)]
+    assert is_lazy(once[1]) and list(once[1]) == once[0] and COUNT / 2 < len(once[0]) < COUNT
+    assert list(taken(once[1], [5, 2])) == [once[0][5], once[0][2]]
 
 
 def test_large_data_are_known_by_content_too(tmp_path, as_large):

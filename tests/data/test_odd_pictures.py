@@ -5,6 +5,8 @@ MMKD_ODD_PICTURES=1000 draws as many; by default a sample of seconds is drawn.
 
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -60,6 +62,15 @@ class Draw:
         plain = np.asarray(Image.open(buffer).convert("RGB"))
         return self.saved(picture, kind, plain, **options)
 
+    def png(self, depth, colours, rows, key=None):
+        """A PNG that Pillow cannot write, not turned. rows [h, bytes or samples].  key: the chunk of the transparent colour."""
+        height, width = self.shape
+        parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))]
+        parts += [(b"tRNS", key)] if key is not None else []
+        parts += [(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))), (b"IEND", b"")]
+        chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
     # ---- kinds
 
     def rgb(self):
@@ -99,6 +110,29 @@ class Draw:
         key = tuple(int(value) for value in self.colour[0, 0])
         plain = np.where((self.colour == key).all(-1)[..., None], 255, self.colour)
         return self.saved(Image.fromarray(self.colour), "PNG", plain, transparency=key)
+
+    def few_bits_with_a_transparent_shade(self):
+        bits = int(self.rng.choice([1, 2, 4]))
+        values = self.grey >> (8 - bits)
+        key, most = int(values[0, 0]), 2**bits - 1
+        packed = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., -bits:].reshape(len(values), -1), axis=1)
+        plain = three(values * (255 / most))
+        return self.png(bits, 0, packed, key.to_bytes(2, "big")), np.where(values[..., None] == key, 255, plain)
+
+    def sixteen_bit_colour(self):
+        values = self.rng.integers(0, 65536, (*self.shape, 3), dtype=np.uint16).astype(">u2")
+        if self.rng.integers(2):
+            return self.png(16, 2, values), values / 257
+        key = values[0, 0]
+        return self.png(16, 2, values, key.tobytes()), np.where((values == key).all(-1)[..., None], 255, values / 257)
+
+    def sixteen_bits_and_opacity(self):
+        opacity = self.opacity.astype(">u2") * 257
+        if self.rng.integers(2):
+            values = self.rng.integers(0, 65536, self.shape, dtype=np.uint16)
+            return self.png(16, 4, np.dstack([values, opacity]).astype(">u2")), white(three(values / 257), self.opacity)
+        values = self.rng.integers(0, 65536, (*self.shape, 3), dtype=np.uint16)
+        return self.png(16, 6, np.dstack([values, opacity]).astype(">u2")), white(values / 257, self.opacity)
 
     def sixteen_bits(self):
         values = self.rng.integers(0, 65536, self.shape, dtype=np.uint16)
@@ -157,7 +191,7 @@ class Draw:
         return others[int(self.rng.integers(len(others)))], None
 
 
-KINDS = [name for name in vars(Draw) if not name.startswith("_") and name not in ("saved", "lossy")]
+KINDS = [name for name in vars(Draw) if not name.startswith("_") and name not in ("saved", "lossy", "png")]
 if not features.check("jpg_2000"):
     KINDS.remove("jpeg_2000")
 

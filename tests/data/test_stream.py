@@ -14,6 +14,8 @@ from tiny import WORDS, the_teacher, tiny_picture, tiny_tower
 from torch.utils.data import DataLoader
 
 from mmkd.data.entries import read_samples, stream_of
+from mmkd.data.formats.shards import Shards
+from mmkd.data.samples import Sample, Turn
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError, ImageError
 from mmkd.recipes.reading import validate
@@ -22,7 +24,8 @@ from mmkd.runs.stages import train
 from mmkd.runs.towers import build_student
 from mmkd.terms.spec import build_terms
 from mmkd.train.collate import PairDataset
-from mmkd.train.streaming import StreamDataset
+from mmkd.train.spec import StageSpec
+from mmkd.train.streaming import StreamDataset, stage_stream
 from mmkd.train.trainer import DistillTrainer
 
 
@@ -192,6 +195,22 @@ def test_workers_and_beginnings_do_not_change_the_order(root):
 
     assert order(0) == order(2) == names(stream_of(spec(root), 0), 20)
     assert order(2, begin=8)[:12] == order(0)[8:]
+
+
+def test_talks_of_a_stream_are_taught_answer_by_answer(tmp_path, monkeypatch):
+    def talk(number):
+        turns = [turn for n in range(1 + number % 3) for turn in (Turn("user", f"q{n}?"), Turn("assistant", f"a{n}"))]
+        return Sample(f"talk {number}", (), tuple(turns))
+
+    monkeypatch.setattr(Shards, "stream", lambda self, source, seed, number: map(talk, range(6)))
+    monkeypatch.setattr(Shards, "paths", lambda self, source: [])
+    stage = dict(data=[spec(tmp_path, text_only=True)], terms={"cross_entropy": 1.0}, steps=2)
+    whole = stage_stream(StageSpec(**stage), 0, None)
+    apart = stage_stream(StageSpec(**stage, one_answer=True), 0, None)
+    assert sorted(sample.answers for sample in itertools.islice(whole, 6)) == [1, 1, 2, 2, 3, 3]
+    found = list(itertools.islice(apart, 12))
+    assert all(sample.answers == 1 for sample in found) and len({sample.id for sample in found}) == 12
+    assert sorted(sample.answer for sample in found) == ["a0"] * 6 + ["a1"] * 4 + ["a2"] * 2
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 1, "steps": None}, {"group_by_length": True}])

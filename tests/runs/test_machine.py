@@ -204,6 +204,18 @@ def test_each_reason_on_a_machine_with_gpus(tmp_path, teacher, devices, monkeypa
     assert devices.events == []
 
 
+def test_evaluate_takes_the_attention_that_this_machine_has(tmp_path, teacher, capsys):
+    tower = _load_tower(teacher, EvaluationOptions(attn_implementation="eager"))
+    assert {tower.language.config._attn_implementation, tower.model.config._attn_implementation} == {"eager"}
+    asked = ["evaluate", str(teacher), "--benchmarks", "jsonl", "--data-root", str(tmp_path), "--dtype", "float32"]
+    assert main([*asked, "--attn-implementation", "flash_attention_2"]) == 2
+    said = capsys.readouterr().err
+    assert "attn_implementation: flash_attention_2 needs a GPU" in said and "dtype is float32" in said and "Traceback" not in said
+    with pytest.raises(SystemExit):
+        main([*asked, "--attn-implementation", "flash"])
+    assert "flash_attention_2" in capsys.readouterr().err
+
+
 def test_what_a_gpu_can_do_is_let_through(tmp_path, teacher, devices, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     before = torch.get_float32_matmul_precision()

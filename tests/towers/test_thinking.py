@@ -36,6 +36,8 @@ def test_a_block_of_every_kind(opening: str, closing: str) -> None:
         ("[THINK]A[/THINK]B[THINK]", (None, UNCLOSED)),
         ("<think>A</think>\n<answer> B </answer>", ("B", CLOSED)),
         ("<think>A</think><|begin_of_box|>B<|end_of_box|>", ("B", CLOSED)),
+        ("<REASONING>A or B?</REASONING>\n<CONCLUSION>B</CONCLUSION>", ("B", CLOSED)),
+        ("<|channel>thought\n<channel|>B", ("B", CLOSED)),
         ("a < b and think > d", ("a < b and think > d", None)),
     ],
 )

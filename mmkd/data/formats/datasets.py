@@ -11,7 +11,7 @@ from typing import Any
 
 from mmkd.data.annotations import Row, one_line, shown
 from mmkd.data.formats import Format
-from mmkd.data.reading import asked_and_answered, refuse_video
+from mmkd.data.reading import asked_and_answered, refuse_unseen
 from mmkd.data.samples import ImageRef, Question
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -85,7 +85,7 @@ class ImageBytes(ImageRef):
 
 
 def _question(source: Source, columns: Mapping[str, str], row: Row) -> Question:
-    refuse_video(row)
+    refuse_unseen(row)
     name = f"{source.split}-{row.number}"
     return asked_and_answered(name, row, tuple(_images(source, row, row.get("image")) if row.has("image") else ()))
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
-from mmkd.data.reading import check_markers, choice_index, choices_of, named_images, refuse_video
+from mmkd.data.reading import check_markers, choice_index, choices_of, named_images, refuse_unseen
 from mmkd.data.samples import Question
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -40,7 +40,7 @@ class JsonLines(Format):
 
 
 def _question(source: Source, groups: Sequence[str], row: Row) -> Question:
-    refuse_video(row)
+    refuse_unseen(row)
     choices = choices_of(row) if row.has("choices") else []
     answers = _choice_answers(row, choices) if choices else _answers(row)
     references = tuple(choices[index] for index in answers) if choices else tuple(answers)

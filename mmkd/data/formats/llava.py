@@ -7,7 +7,7 @@ from functools import partial
 
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
-from mmkd.data.reading import marks_picture, named_images, numbered, placed, refuse_video
+from mmkd.data.reading import marks_picture, named_images, numbered, placed, refuse_unseen
 from mmkd.data.samples import IMAGE_MARKER, Sample, Turn
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -41,7 +41,7 @@ class Llava(Format):
 
 
 def _sample(source: Source, row: Row) -> Sample:
-    refuse_video(row)
+    refuse_unseen(row)
     refs = named_images(source, row)
     return Sample(row.identifier("id", default=f"{source.split}-{row.number}"), refs, _turns(row, len(refs)))
 

@@ -9,7 +9,7 @@ from functools import partial
 from mmkd.data.annotations import Row
 from mmkd.data.formats import Format
 from mmkd.data.preference import REJECTED
-from mmkd.data.reading import named_images, numbered, placed, refuse_video
+from mmkd.data.reading import named_images, numbered, placed, refuse_unseen
 from mmkd.data.samples import IMAGE_MARKER, Sample, Turn
 from mmkd.data.source import Source
 from mmkd.errors import DataError
@@ -50,7 +50,7 @@ class Preference(Format):
 
 
 def _pair(source: Source, row: Row) -> Sample:
-    refuse_video(row)
+    refuse_unseen(row)
     refs = named_images(source, row)
     chosen, rejected = _answers(row)
     turns = (*_prompt(row, len(refs)), Turn("assistant", chosen))

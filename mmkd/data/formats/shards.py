@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmkd.data.annotations import Row, parse, shown
 from mmkd.data.formats import Format
-from mmkd.data.reading import asked_and_answered, refuse_video
+from mmkd.data.reading import asked_and_answered, refuse_unseen
 from mmkd.data.samples import MAX_BYTES, ImageRef, Question
 from mmkd.data.source import Source
 from mmkd.errors import DataError, ImageError
@@ -99,7 +99,7 @@ def _row(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> Row:
 
 
 def _question(path: Path, key: str, members: dict[str, tarfile.TarInfo], row: Row) -> Question:
-    refuse_video(row)
+    refuse_unseen(row)
     images = tuple(TarImage(path, m.name, m.offset_data, m.size) for suffix, m in members.items() if suffix in _PICTURES)
     strange = [name for suffix, m in members.items() if suffix not in (*_PICTURES, ".json") and (name := m.name)]
     if strange and not images:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Sampler
 
+from mmkd.data.lazy import Lazy, is_lazy
 from mmkd.data.samplers import SampleOrder
 from mmkd.data.samples import Sample
 from mmkd.registry import register
@@ -23,7 +24,8 @@ class ByLength(SampleOrder):
     def build(
         self, samples: Sequence[Sample], sizes: Sequence[int], batch_size: int, seed: int
     ) -> LengthGroupedSampler:
-        return LengthGroupedSampler(lengths_of(samples), batch_size, seed)
+        lengths = Lazy(samples, length_of) if is_lazy(samples) else lengths_of(samples)  # of many samples window by window
+        return LengthGroupedSampler(lengths, batch_size, seed)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -50,13 +52,18 @@ class LengthGroupedSampler(Sampler[int]):
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         window = WINDOW * self.batch_size
         for start in range(0, len(order), window):
-            chosen = sorted(order[start : start + window], key=lambda i: self.lengths[i])
+            chosen = sorted(order[start : start + window], key=self.lengths.__getitem__)
             batches = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
             rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # incomplete: the end of its window
             shuffled = torch.randperm(len(batches), generator=generator).tolist()
             yield from (i for b in [*(batches[k] for k in shuffled), *rest] for i in b)
 
 
+def length_of(sample: Sample) -> tuple[int, int]:
+    """(images, characters of text): what a sample's length follows from, known before it is prepared."""
+    return len(sample.images), sum(len(turn.text) for turn in sample.turns)
+
+
 def lengths_of(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """(images, characters of text) of each sample: what its length follows from, known before it is prepared."""
-    return [(len(s.images), sum(len(t.text) for t in s.turns)) for s in samples]
+    """`length_of` each sample."""
+    return [length_of(sample) for sample in samples]

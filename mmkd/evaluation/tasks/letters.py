@@ -18,12 +18,17 @@ _STRICT = re.compile(r"The answer is ([A-Z]).")
 
 _WORDS = "AI"  # letters that are also English words
 _HAN = "\u3400-\u9fff"
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_INNER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm)\s*\{([^{}]*)\}")
 _DECORATION = re.compile(r"</?s>|<\|[^|<>]*\|>|[*_`\"]")
 # Full-width letters, brackets and marks -> their plain forms.
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("【"): "(", ord("】"): ")"}
 
 # "the answer is", "the right option is", "choose", unless negated. Simplified and traditional.
-_CHINESE = r"(?:答案|正[确確]的?[选選][项項]|(?<![不别別勿])(?<![不][能要该該应應会會])[选選][择擇]?(?![项項]))"
+_CHINESE = (
+    r"(?:答案|正[确確]的?[选選][项項]|(?<![不别別勿])(?<![不][能要该該应應会會])[选選][择擇]?(?![项項])"
+    r"|[选選][项項](?=\s*[A-Za-z]\s*(?:是|为|為)?(?:正[确確]|对|對)))"
+)
 _CHINESE_FILLER = r"[应應该該当當就选選择擇项項是为為的:\s)“‘(\[「『《]*"
 
 
@@ -66,17 +71,27 @@ def scienceqa_parse_lenient(text: str | None, num_choices: int, choices: Sequenc
     In this order, special tokens and markdown marks being removed and full-width characters made plain from 2. on:
     1. what the strict rule finds;
     2. the text is one of the `choices`, word for word (case and a final period do not matter);
-    3. "答案是X", "故选X", "正确选项为（X）": all that are stated must agree;
-    4. "answer is X", "Answer: (X)", "option X", "选项X": the same;
-    5. a letter at the head: "(B) dog", "B: dog", "b.", "B Because ...", "B是正确的".
-    Small letters, and "A" and "I" (words), count in 4. and 5. only with a delimiter or the end after them.  A letter beyond
+    3. "\\boxed{X}", "\\boxed{\\text{X}}", or a choice in a box: all boxes must agree;
+    4. "答案是X", "故选X", "正确选项为（X）": all that are stated must agree;
+    5. "answer is X", "Answer: (X)", "option X", "选项X": the same;
+    6. a letter at the head: "(B) dog", "[[B]]", "B: dog", "b.", "B Because ...", "B是正确的".
+    Small letters, and "A" and "I" (words), count in 5. and 6. only with a delimiter or the end after them.  A letter beyond
     `num_choices` is None.
     """
     if text is None:
         return None
-    clean = _plain(text)
-    letter = scienceqa_parse(text, num_choices) or _choice_letter(clean, choices) or _found_letter(clean, num_choices)
+    letter = scienceqa_parse(text, num_choices) or _read_letter(_plain(text), num_choices, choices)
     return letter if scienceqa_index(letter, num_choices) >= 0 else None
+
+
+def _read_letter(text: str, num_choices: int, choices: Sequence[str]) -> str | None:
+    if letter := _choice_letter(text, choices):
+        return letter
+    boxes = [_INNER.sub(r"\1", box).strip() for box in _BOXED.findall(text)]
+    boxed = {letter for box in boxes if (letter := _choice_letter(box, choices) or _found_letter(box, num_choices))}
+    if boxed:
+        return boxed.pop() if len(boxed) == 1 else None
+    return _found_letter(text, num_choices)
 
 
 class StrictLetters(Parser):
@@ -117,7 +132,7 @@ def _patterns(letters: str) -> _Patterns:
     plain = "".join(letter for letter in letters if letter not in _WORDS)
     # Letters that are words and small ones need a delimiter after them; Chinese writes no space after it.
     delimited = "".join(letter for letter in letters if letter in _WORDS) + letters.lower()
-    delimiter = rf"(?=\s*(?:[).:,;!\]。、](?![^\W{_HAN}])|\n|$))"
+    delimiter = rf"(?=\s*(?:[).:,;!\]}}>。、](?![^\W{_HAN}])|\n|$))"
     one = rf"(?:([{plain}])(?![\w'])|([{delimited}]){delimiter})"
     any_case = letters + letters.lower()
     several = rf"(?!\s*[、和或与與及]\s*(?:[选選][项項]?)?[{any_case}](?![A-Za-z])|\s*,\s*[{any_case}]\s*(?:[.。]|$))"
@@ -127,7 +142,7 @@ def _patterns(letters: str) -> _Patterns:
             rf"(?:(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*(?i:option|choice)?|[选選][项項]\s*)\s*[(\[]?{one}"
         ),
         leading=re.compile(
-            rf"(?:option|choice)?\s*[(\[]?{one}|[(\[]?([{letters}])(?=\s*(?:[选選]?[项項]|是|[正][确確])|\s+[{_HAN}])"
+            rf"(?:option|choice)?\s*[(\[{{<]{{0,2}}{one}|[(\[]?([{letters}])(?=\s*(?:[选選]?[项項]|是|[正][确確])|\s+[{_HAN}])"
         ),
     )
 

@@ -79,6 +79,19 @@ def test_twelve_choices(text: str, expected: str | None) -> None:
     assert scienceqa_parse_lenient(text, 12, [f"kiwi {n}" for n in range(12)]) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{B}", "B"), (r"First A, then B: $\boxed{\text{B}}$.", "B"), (r"\boxed{(b) land}", "B"),
+        (r"\boxed{North Pole}", "C"),
+        (r"It was A. Hence \boxed{\mathrm{C}}", "C"), (r"\boxed{A} or \boxed{B}", None), (r"\boxed{42}", None),
+        (r"\boxed{42}, so the answer is B", "B"), ("[[B]]", "B"), ("[[A]]", "A"), ("{a}", "A"), ("<C>", "C"), ("<Cat>", None),
+    ],
+)  # fmt: skip
+def test_letters_in_boxes_and_brackets(text: str, expected: str | None) -> None:
+    assert scienceqa_parse_lenient(text, 3, ["sea", "land", "North Pole."]) == expected
+
+
 def test_the_strict_rule_knows_as_many_letters_as_choices() -> None:
     assert [scienceqa_parse(text, 7) for text in ("G", "G. pear", "G.", "g", "H")] == ["G", "G", None, None, None]
     assert scienceqa_parse("F", 5) is None and scienceqa_index("G", 7) == 6 and scienceqa_index("G", 6) == -1
@@ -91,6 +104,7 @@ def test_the_strict_rule_knows_as_many_letters_as_choices() -> None:
         ("【答案】C", "C"), ("【C】", "C"), ("ｃ．", "C"), ("C、鸟", "C"), ("A、猫", "A"), ("A 猫", "A"), ("A是正确的", "A"),
         ("選項C", "C"), ("正確選項為C", "C"), ("图中是鸟，所以答案就是C", "C"), ("鸟。", "C"),
         ("不选A，选C", "C"), ("不应选A，故选C", "C"), ("选项A是猫，选项B是狗，答案是C", "C"),
+        ("选项C正确", "C"), ("選項A是錯的，選項C是對的", "C"), ("选项A是不对的", None), ("选项A对，选项C对", None),
         ("选A和C", None), ("答案是AC", None), ("选A。选C", None), ("答案是A、C", None),
         ("A型血", None), ("C罗在踢球", None), ("选CD机", None), ("答案是鸟类", None), ("这个选项不对", None), ("答案是F", None),
     ],
