@@ -133,7 +133,7 @@ class Recipe(RunSpec, TrainSpec):
         asked += [f"controls.{name}" for name, control in self.controls.items() if control.kind == "hard_answers"]
         if asked:
             raise ValueError(
-                f"{', '.join(asked)}: the teacher's answers (`target: teacher`, hard_answers) are asked of a model in this process, "
+                f"{', '.join(asked)}: the teacher's answers (`target: teacher`, hard_answers) come from a model in this process, "
                 "and the teacher is the student itself or on a server; give answers from a file (`answers: FILE`) or take it out"
             )
 
