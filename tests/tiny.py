@@ -260,3 +260,37 @@ def tiny_family(name: str, seed: int = 0) -> Tower:
     """A tower of a family that transformers knows (a name of FAMILIES), with random weights and its own processor."""
     torch.manual_seed(seed)
     return FAMILIES[name]()
+
+
+def tiny_stage(
+    student: Tower, teacher: Any, samples: Sequence[Sample], terms: dict[str, Any], answers: dict[str, Any] | None = None, *,
+    steps: int = 4, **keys: Any,
+) -> Any:  # fmt: skip
+    """A stage as a run puts it together. keys: further keys of the stage."""
+    from mmkd.train.build_stage import build_stage
+    from mmkd.train.spec import StageSpec, TrainSpec
+
+    chosen = {} if answers is None else {"answers": answers}
+    optimiser = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2} | keys.pop("optimiser", {})
+    keys = {"save_every": 2, "log_every": 2} | keys | chosen
+    spec = StageSpec(data=[{"format": "jsonl"}], terms=terms, steps=steps, optimiser=optimiser, **keys)
+    return build_stage("only", spec, TrainSpec(), student, teacher, samples)
+
+
+def tiny_stage_trainer(folder: Path, stage: Any, seed: int = 0) -> Any:
+    """The trainer of `tiny_stage`, as a run makes it."""
+    from transformers import set_seed
+
+    from mmkd.train.trainer import DistillTrainer, training_arguments
+
+    arguments = training_arguments(stage.spec, "only", folder / "stages", seed, 1)
+    arguments.disable_tqdm = True
+    set_seed(seed)
+    return DistillTrainer(
+        stage.distiller, stage.dataset, stage.spec, arguments, folder / "log.jsonl", stage.collator, answers=stage.answers
+    )
+
+
+def weights_of(tower: Tower) -> dict[str, torch.Tensor]:
+    """Copies of a tower's weights."""
+    return {name: tensor.detach().clone() for name, tensor in tower.model.state_dict().items()}

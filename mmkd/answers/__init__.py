@@ -1,21 +1,42 @@
 """Answer sources: where the answers that a training step learns from come from.
 
-A step asks its source for micro-batches. `data` gives them as the data have them; a source that lets the student or a teacher
-answer generates, and collates the new answers with the same collator, so that rows, targets and counts stay right.
+A step asks its source for micro-batches. `data` gives them as the data have them. A source that generates gives the tokens
+of new answers to prompts; `mmkd.answers.mixed` deals the samples of a step out to the sources by their shares, and the stage puts
+each answer behind its prompt and collates as ever, so that rows, targets and counts stay right.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
-from mmkd.errors import DataError
+from pydantic import Field, ValidationError
+
+from mmkd.base.schema import Strict
+from mmkd.errors import did_you_mean
 from mmkd.registry import registry
+from mmkd.terms.term import Schedule
+from mmkd.towers.inputs import Encoded
+from mmkd.towers.tower import Tower
+
+Log = dict[str, tuple[float, float]]  # what goes into the log: name -> (sum, count)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt that is to be answered: as the student prepares it, what names its pictures, and a seed of its own."""
+
+    prompt: Encoded
+    pictures: tuple[str, ...]
+    seed: int
 
 
 class AnswerSource(ABC):
     """Gives the micro-batches of an optimiser step."""
+
+    generates = False  # whether it makes answers that the data do not have
 
     @abstractmethod
     def take(self, coming: Iterator[Any], count: int) -> list[Any]:
@@ -24,11 +45,108 @@ class AnswerSource(ABC):
         coming: the loader's, each {"batch": Batch}, with the answers of the data.
         """
 
+    def begin(self, step: int, progress: float) -> None:  # noqa: B027  most sources are the same at any time
+        """Before `take`: the optimiser step that is to be made, from 0, and where in the stage that is, 0..1."""
 
-def answer_source(shares: Mapping[str, float]) -> AnswerSource:
-    """The source of a stage's `answers:`. Raises DataError for shares of several sources, which none of them mixes yet."""
-    used = [name for name, share in shares.items() if share > 0]
-    if len(used) != 1:
-        known = ", ".join(registry("answers"))
-        raise DataError(f"answers: {dict(shares)} mixes several sources; give one of {known} the share 1")
-    return registry("answers").get(used[0])()
+    def observed(self) -> Log:
+        """What the last `take` tells the log; the same names in every process."""
+        return {}
+
+
+class GeneratedAnswers(Strict):
+    """A source that generates. Subclasses are registered under "answers"; their fields are the options of a recipe."""
+
+    samples: Annotated[int, Field(ge=1, le=1024)] = 1  # answers to each prompt
+
+    def answer(self, student: Tower, asked: Sequence[Asked]) -> list[list[int]]:
+        """An answer to each prompt, as ids of the student's tokenizer, its end token the last of one that came to its end."""
+        raise TypeError(f"{type(self).__name__} has no answer")
+
+
+class Stage(Protocol):
+    """What a source is told by the stage that it works for (`mmkd.train.rollouts.Rollouts`)."""
+
+    seed: int
+
+    @property
+    def student(self) -> Tower: ...
+    def is_skip(self, pair: Any) -> bool:
+        """Whether what the loader gave is a sample that is left out."""
+
+    def asked(self, pair: Any, seed: int) -> Asked:
+        """The prompt of a pair that the loader gave."""
+
+    def answered(self, pair: Any, ids: Sequence[int], draw: int) -> Any:
+        """The pair with another answer to its prompt, or why it is left out."""
+
+    def batch(self, pairs: Sequence[Any]) -> dict[str, Any]:
+        """A micro-batch."""
+
+
+# ---- shares ------------------------------------------------------------------------------------------------------------
+
+
+def share_of(given: Any) -> Schedule | None:
+    """The share in what a recipe gives a source: a number, or {start, end, over}, alone or as `share`; None where it has none."""
+    if isinstance(given, Mapping) and "share" in given:
+        given = given["share"]
+    if isinstance(given, Mapping):
+        wrong = set(given) - {"start", "end", "over"}
+        if wrong or not {"start", "end"} <= set(given):
+            return None
+        return Schedule(float(given["start"]), float(given["end"]), float(given.get("over", 1.0)))
+    return Schedule(float(given), float(given)) if isinstance(given, int | float) and not isinstance(given, bool) else None
+
+
+def share_errors(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a stage's `answers`."""
+    known = registry("answers")
+    wrong = [f"there is no answer source {name!r}; {did_you_mean(name, known)}" for name in given if name not in known]
+    if wrong:
+        return wrong
+    shares = {name: share_of(value) for name, value in given.items()}
+    wrong = [f"{name} needs a share: a number from 0 to 1, or {{start, end, over}}" for name, s in shares.items() if s is None]
+    wrong += [error for name in given if (error := _option_error(name, given[name]))]
+    if wrong:
+        return wrong
+    ends = [[at(place) for at in (s.at for s in shares.values())] for place in (0.0, 1.0)]
+    moving = any(s.start != s.end for s in shares.values())
+    if any(share < 0 for row in ends for share in row):
+        return [f"the shares {dict(given)} must not be negative and add up to 1"]
+    if moving and "data" not in given:
+        return [] if all(sum(row) <= 1 + 1e-6 for row in ends) else [f"the shares {dict(given)} add up to more than 1"]
+    if moving:
+        return ["with a share that changes, the data have what is left; take `data` out"]
+    return [] if abs(sum(ends[0]) - 1) <= 1e-6 else [f"the shares {dict(given)} must not be negative and add up to 1"]
+
+
+def _option_error(name: str, given: Any) -> str:
+    options, source = _options(given), registry("answers").get(name)
+    if not issubclass(source, GeneratedAnswers):
+        return f"{name} has no options, only a share" if options else ""
+    try:
+        source(**options)
+    except ValidationError as error:
+        known = source.model_fields
+        return "; and ".join(
+            f"{name} has no option {e['loc'][0]!r}; {did_you_mean(str(e['loc'][0]), known)}" if e["type"] == "extra_forbidden"
+            else f"{name}.{'.'.join(map(str, e['loc']))}: {e['msg']}"
+            for e in error.errors()
+        )  # fmt: skip
+    return ""
+
+
+def _options(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or "share" not in given:
+        return {}
+    return {key: value for key, value in given.items() if key != "share"}
+
+
+def generating(given: Mapping[str, Any]) -> dict[str, tuple[Schedule, GeneratedAnswers]]:
+    """The sources of a stage's `answers` that generate, with their shares; those whose share is always 0 are left out."""
+    found = {}
+    for name, value in given.items():
+        share, source = share_of(value), registry("answers").get(name)
+        if issubclass(source, GeneratedAnswers) and max(share.start, share.end) > 0:
+            found[name] = (share, source(**_options(value)))
+    return found

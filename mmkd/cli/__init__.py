@@ -12,10 +12,12 @@ import os
 import shutil
 import sys
 import traceback
+from contextlib import nullcontext
 from importlib import import_module
 from typing import NoReturn
 
 from mmkd.base.distributed import end_process, lost_connection, world_size
+from mmkd.base.peers import watching_peers
 from mmkd.base.stopping import CODE, Terminated, listening
 from mmkd.errors import MmkdError, one_line, printable
 
@@ -34,6 +36,8 @@ COMMANDS = {
     "list": ("mmkd.cli.list", "List cards, or what a recipe can name: terms, formats, metrics and their like."),
     "sample": ("mmkd.sample.command", "Write the embedded sample: two data sets in the benchmarks' own formats."),
 }
+
+SHARED = {"distill", "cache", "rank", "evaluate"}  # what several processes of a launcher do together
 
 # What the file system refuses, and the way out. Any other OSError is a bug and keeps its traceback.
 _ROOM = "make room or take another output folder; the same command then goes on"
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     # bitsandbytes warns at import about a kernel that only 4-bit models on a CPU would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        with listening():
+        with listening(), watching_peers() if arguments.command.prog.split()[-1] in SHARED else nullcontext():
             return arguments.run(arguments)
     except MmkdError as error:
         print(printable(f"mmkd: {error}"), file=sys.stderr)

@@ -225,6 +225,7 @@ class Question:
     shown: tuple[str, ...] = ()  # names of everything in the picture, where that is known (the embedded sample, easy-VQA)
     claims: dict[str, str] = field(default_factory=dict)  # answer -> what it says is in the picture ("is there a circle?")
     categories: dict[str, str] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)  # what else the data say: a lecture, a solution, a box
 
 
 def missing_images(items: Iterable[Question | Sample]) -> tuple[list[str], int]:

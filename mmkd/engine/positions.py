@@ -15,6 +15,8 @@ from mmkd.towers.tower import TowerInputs
 # What each kind of position is. A row may be of several.
 POSITIONS = {
     "response": "rows that predict a token of an answer",
+    "given": "rows that predict a token of an answer of the data",
+    "generated": "rows that predict a token of an answer that the student gave itself (`answers: {student: ...}`)",
     "prompt": "rows that predict a text token of the prompt",
     "visual": "rows at visual tokens",
     "answer": "rows at the answer's tokens (the mask without its shift, as LLaVA-MoD's code has it)",
@@ -24,7 +26,7 @@ POSITIONS = {
 
 # Order of the count vector of a batch. `switch…`: rows of the samples that go through the visual switch.
 COUNTS = ("response", "prompt", "visual", "switch", "image", "pictured", "token", "pair", "sample",
-          "switch_prompt", "switch_visual", "switch_token")  # fmt: skip
+          "switch_prompt", "switch_visual", "switch_token", "given", "generated")  # fmt: skip
 
 
 def rows_at(inputs: TowerInputs, positions: str) -> Tensor:

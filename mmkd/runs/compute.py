@@ -30,13 +30,13 @@ def operations(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher]) 
         samples = stage_samples(recipe, spec)
         some = list(itertools.islice(samples, 0, None, max(1, len(samples) // SAMPLES)))[:SAMPLES]
         stage = build_stage(name, spec, settings, student, teachers, some)
-        batch = stage.batch_of(spec.optimiser.micro_batch_size or SAMPLES)
         stage.distiller.train()
         half = spec.precision == "bfloat16"
         with (
             FlopCounterMode(display=False) as counter,
             torch.autocast(stage.student.device.type, torch.bfloat16) if half else nullcontext(),
         ):
+            batch = stage.batch_of(spec.optimiser.micro_batch_size or SAMPLES)  # with what the answers of the student cost
             stage.distiller(batch)[0].backward()
         stage.distiller.zero_grad()
         stage.leave()

@@ -109,8 +109,11 @@ def stage_estimate(
     micro = min(spec.optimiser.micro_batch_size or batch, batch)
     stage = build_stage(name, spec, recipe, student, teachers, _longest(samples, micro))
     distiller, student = stage.distiller, stage.student
+    begun = time.perf_counter()
     taken = stage.batch_of(micro)
+    generating = time.perf_counter() - begun if stage.answers.generates else 0.0
     seconds, activations = _measure(distiller, taken, spec)
+    seconds += generating
     rows = _row_count(taken, stage.terms)
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
     trained = [p for p in distiller.parameters() if p.requires_grad]

@@ -14,13 +14,13 @@ from mmkd.runs.data import stage_parts
 from mmkd.runs.room import room_errors
 from mmkd.runs.survey import LOOKED_AT, Survey, look
 from mmkd.teachers.teacher import Teacher
-from mmkd.terms.spec import build_terms
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.experts import sparse_blocks
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import sparse_config
 from mmkd.train.distiller import term_errors
 from mmkd.train.guards import blind_error
+from mmkd.train.rollouts import stored_error
 from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec
 from mmkd.train.streaming import stage_stream
@@ -76,6 +76,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
         wrong += [f"lora.{error}" for error in lora_errors(student, stage.lora)] if stage.lora else []
         terms, needed = _terms_of(stage, teachers)
         wrong += [f"terms.{error}" for error in term_errors(student, needed, terms, sparse=sparse)]
+        wrong += [f"answers: {e}" for t in needed.values() if stage.generates and (e := stored_error(t))]
         wrong += [f"optimiser: {error}" for error in split_evenly(stage.optimiser, processes)]
         found += [f"stages.{name}.{error}" for error in wrong]
     return found
@@ -83,7 +84,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
 
 def _terms_of(stage: StageSpec, teachers: Mapping[str, Teacher]) -> tuple[list[Term], dict[str, Teacher]]:
     """The terms of a stage and the teachers that they read in each step."""
-    terms = build_terms(stage.terms)
+    terms = stage.build_terms()
     return terms, {name: teacher for name, teacher in teachers.items() if terms_of_teacher(terms, name, teachers)}
 
 

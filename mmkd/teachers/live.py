@@ -17,6 +17,7 @@ from mmkd.teachers.opening import Opening
 from mmkd.teachers.shared_encoder import sees_alike
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.teachers.teacher import Gives, Teacher, TeacherSignals, read_by
+from mmkd.teachers.view import View
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.recompute import recompute_layers
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
@@ -31,15 +32,15 @@ class LiveTeacher(Teacher):
 
     options: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, tower: Tower, name: str = "teacher"):
+    def __init__(self, tower: Tower, name: str = "teacher", view: View | None = None):
         self.tower = self.body = tower.freeze()
-        self.name = name
+        self.name, self.view_of_sample = name, view
         self._sees_alike: bool | None = None  # found out on the first batch with pictures
 
     @classmethod
     def open(cls, spec: TeacherSpec, opening: Opening) -> LiveTeacher:
         """Loads the model onto this process's device. Raises TowerError."""
-        return cls(load_tower(spec, opening.max_length), opening.name)
+        return cls(load_tower(spec, opening.max_length), opening.name, spec.view)
 
     @property
     def gives(self) -> Gives:
@@ -52,7 +53,7 @@ class LiveTeacher(Teacher):
         return self.tower.fingerprint()
 
     def prepare(self, sample: Sample, encoded: Encoded, *, student: Tower, alike: bool) -> Encoded:
-        return encoded if alike else self.body.encode(sample)
+        return encoded if alike else self.body.encode(self.view(sample))
 
     def collate(self, prepared: Sequence[Encoded]) -> TowerInputs:
         return self.body.collate(prepared)

@@ -1,12 +1,9 @@
-"""Hashes of a cache's shard: of each entry's tensors, and of header and index, which hold the others; and a writer's lock."""
+"""Hashes of a cache's shard: of each entry's tensors, and of header and index, which hold the others."""
 
 from __future__ import annotations
 
-import fcntl
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,16 +29,3 @@ def name_of_shard(path: Path, index: Iterable[np.ndarray]) -> str:
     for tensor in index:
         digest.update(np.ascontiguousarray(tensor).tobytes())
     return digest.hexdigest()
-
-
-def locked(file: Any, seconds: float = 2.0) -> bool:
-    """Whether this process holds the file's lock now. What a killed process started may keep the lock on for a moment."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.05)

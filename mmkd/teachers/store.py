@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,7 +35,7 @@ from mmkd.base.checksums import sums_in
 from mmkd.base.files import room_for, sync_folder, write_whole
 from mmkd.data.samples import ImageRef, Sample
 from mmkd.errors import DataError, one_line
-from mmkd.teachers.shard_hashes import hash_of_tensors, locked, name_of_shard
+from mmkd.teachers.shard_hashes import hash_of_tensors, name_of_shard
 
 FORMAT = 2  # 2: with hashes
 # Bits of a row's kind; a row may be of several.
@@ -44,6 +45,7 @@ TOP_K = ("ids", "log_probs", "tail")  # of top-k mode: [N, k] int32, [N, k] floa
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 60.0  # what a kill may cost
 OPEN_SHARDS = 256  # file handles that a process keeps
+_DYING = 2.0  # seconds that a killed process may still hold its lock
 _BLOCK = 8 * 2**20  # bytes that are hashed at a time
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
@@ -268,11 +270,13 @@ class ShardWriter:
         self.rows = self.bytes = 0  # written so far
         self._entries: list[tuple[bytes, bytes, StoredRows]] = []
         self._size, self._since = 0, time.monotonic()
-        self._lock = (self.folder / f".rank_{rank}.lock").open("w")
-        if not locked(self._lock):
+        self._lock = FileLock(self.folder / f".rank_{rank}.lock", thread_local=False)  # no fork of this process holds it
+        try:
+            self._lock.acquire(timeout=_DYING)
+        except Timeout:
             raise DataError(
                 f"another process writes to {self.folder} as number {rank}; give each process its RANK and all of them WORLD_SIZE"
-            )
+            ) from None
 
     def add(self, key: bytes, text: bytes, stored: StoredRows) -> None:
         self._entries.append((key, text, stored))
@@ -298,7 +302,7 @@ class ShardWriter:
 
     def close(self) -> None:
         self.flush()
-        self._lock.close()
+        self._lock.release()
 
 
 def _packed(entries: Sequence[tuple[bytes, bytes, StoredRows]]) -> dict[str, Tensor]:

@@ -41,8 +41,15 @@ class StoredTeacher(Teacher):
     options: ClassVar[tuple[str, ...]] = ("cache",)
 
     def __init__(
-        self, folder: str | Path, *, max_length: int, trust_remote_code: bool = False, live: Tower | None = None,
-        name: str = "teacher", positions: Iterable[str] = (), features: bool = False,
+        self,
+        folder: str | Path,
+        *,
+        max_length: int,
+        trust_remote_code: bool = False,
+        live: Tower | None = None,
+        name: str = "teacher",
+        positions: Iterable[str] = (),
+        features: bool = False,
     ):
         self.name, self.tower = name, live
         self.cache = TeacherCache(folder)
@@ -71,7 +78,8 @@ class StoredTeacher(Teacher):
         ]  # fmt: skip
         if refused:
             raise DataError(
-                f"these terms cannot run from the {about.mode} cache {folder}:\n  " + "\n  ".join(refused)
+                f"these terms cannot run from the {about.mode} cache {folder}:\n  "
+                + "\n  ".join(refused)
                 + "\nTake them out, or take teacher.cache out to use the live teacher"
             )
         terms = [term for own in opening.terms.values() for term in own]
@@ -153,9 +161,7 @@ class StoredTeacher(Teacher):
     def collate(self, prepared: Sequence[StoredRows]) -> StoredRows:
         return StoredRows.join(prepared)
 
-    def say(
-        self, inputs: StoredRows, host: Any, *, shared: Seen | None = None, differentiable: bool = False
-    ) -> StoredSignals:
+    def say(self, inputs: StoredRows, host: Any, *, shared: Seen | None = None, differentiable: bool = False) -> StoredSignals:
         return StoredSignals(inputs)
 
 

@@ -1,10 +1,10 @@
 """The teacher behind one small interface: a model in this process, a cache on disk, or whatever else answers for one.
 
-    body      configuration and processor of the teacher: prepares samples as it reads them (its weights may be absent)
-    gives     which signals it can give
-    prepare   one sample, in the process that reads data
-    collate   a batch of these
-    say       what the teacher says of the batch, computed when it is asked for
+body      configuration and processor of the teacher: prepares samples as it reads them (its weights may be absent)
+gives     which signals it can give
+prepare   one sample, in the process that reads data
+collate   a batch of these
+say       what the teacher says of the batch, computed when it is asked for
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import Head
 from mmkd.errors import TowerError
+from mmkd.teachers.view import View
+from mmkd.towers.inputs import with_answer_ids
 from mmkd.towers.tower import Encoded, Seen, Tower, TowerInputs
 
 
@@ -100,6 +102,9 @@ class Teacher(ABC):
     body: Tower
     tower: Tower | None = None  # the model itself, where it can be run here
     stored: bool = False  # what it says is on disk already
+    remote: bool = False  # it runs elsewhere and is asked for what it says
+    of_student: bool = False  # it is made of the student, so it is no better at first and is not scored beside it
+    view_of_sample: View | None = None  # what it sees of a sample; None for what the student sees
 
     @property
     @abstractmethod
@@ -114,6 +119,18 @@ class Teacher(ABC):
         Raises DataError, ImageError.
         """
 
+    def ask(self, sample: Sample, encoded: Encoded, *, alike: bool) -> Encoded:
+        """A sample's prompt as it reads it, to which `answered` puts an answer. encoded: as the student prepares it."""
+        return encoded if alike else self.body.encode(self.view(sample), with_answer=False)
+
+    def answered(self, sample: Sample, prompt: Encoded, ids: Sequence[int]) -> Encoded:
+        """The sample with these tokens of this teacher as its answer. prompt: of `ask`."""
+        return with_answer_ids(prompt, ids)
+
+    def prepared(self, sample: Sample, own: Encoded) -> Any:
+        """What stands for a sample in `collate`. own: the sample as this teacher's processor prepares it."""
+        return own
+
     @abstractmethod
     def collate(self, prepared: Sequence[Any]) -> Any:
         """A batch of prepared samples, with `to` and `pin_memory`."""
@@ -125,6 +142,31 @@ class Teacher(ABC):
         host: the same batch on the CPU.  shared: what the student's encoder saw, where it is the teacher's own.
         differentiable: whether gradients pass through its modules in this step (the visual switch).
         """
+
+    def view(self, sample: Sample) -> Sample:
+        """A sample as it is shown to it. Raises SampleError."""
+        return sample if self.view_of_sample is None else self.view_of_sample(sample)
+
+    def alike(self, student: Tower) -> bool:
+        """Whether it reads every sample as the student does, so that it need be prepared only once."""
+        return self.view_of_sample is None and same_processor(student, self.body)
+
+    # ---- of one that is made of the student; others do nothing ----
+
+    def meet(self, student: Tower) -> None:  # noqa: B027
+        """The student is built, not yet trained."""
+
+    def begin(self, student: Tower) -> None:  # noqa: B027
+        """A stage begins with this student."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """An optimiser step has been made."""
+
+    def save_state(self, folder: Path) -> None:  # noqa: B027
+        """Writes what it carries from step to step into a checkpoint."""
+
+    def load_state(self, folder: Path) -> None:  # noqa: B027
+        """Reads it again."""
 
     def check(self, samples: Sequence[Sample]) -> None:  # noqa: B027  most teachers can read any sample
         """Before step 1: raises DataError where it has nothing to say of some samples."""
@@ -208,4 +250,3 @@ def check_vocabularies(student: Tower, teacher: Tower) -> None:
             f"in the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be compared; build the "
             "student on a language model with the teacher's tokenizer"
         )
-

@@ -30,6 +30,8 @@ from mmkd.terms.bridge import Bridge
 from mmkd.terms.signals import Signals
 from mmkd.towers.tower import Tower
 
+TARGETED = ("response", "prompt", "text", "given", "generated")  # kinds of rows that have a target
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -88,6 +90,7 @@ class Term:
     needs: ClassVar[tuple[str, ...]] = ()  # names of mmkd.terms.signals.SIGNALS
     count: ClassVar[str] = "sample"  # which global count divides the sum, see mmkd.engine.positions
     same_tokens: ClassVar[bool] = True  # student and teacher must predict the same answer tokens
+    default_weight: ClassVar[float] = 1.0  # the paper's, where a recipe gives none
     memory_factor: ClassVar[int] = 6  # float32 tensors [rows, V] that a naive computation keeps beside the logits
     origin: ClassVar[str] = ""  # paper and equation, for the table of methods
     status: ClassVar[str] = ""  # "confirmed" by the origin, or "our choice: ..." of what it leaves open
@@ -142,6 +145,11 @@ class Term:
     @property
     def positions(self) -> str:
         return self.place.positions
+
+    @property
+    def learns_answers(self) -> bool:
+        """Whether it takes the tokens of answers for right, as those of the data are and the student's own are not."""
+        return False
 
     @property
     def teacher_positions(self) -> frozenset[str]:
@@ -225,6 +233,10 @@ class RowTerm(Term):
         return True
 
     @property
+    def learns_answers(self) -> bool:
+        return self.positions != "prompt" and (self.reads_targets or not self.teacher_logits)
+
+    @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         own = ("switch.rows", "student.features") if self.place.path == "switch" else ("student.rows",)
         return (*own, "teacher.rows") if self.teacher_logits else own
@@ -244,12 +256,14 @@ class RowTerm(Term):
 
     def errors(self) -> list[str]:
         """Where its rows have no target or cannot be switched, and what its loss refuses of the options."""
-        found = []
+        found, place = [], self.place
         if self.place.path == "switch" and not self.teacher_logits:
             found.append(f"{self.kind} cannot run on the visual switch; use a divergence such as dbild or forward_kl")
         elif self.place.path == "switch" and type(self).extra is not RowTerm.extra:  # the switch would take it for its bridge
             found.append(f"{self.kind} carries a module of its own and cannot run on the visual switch; use forward_kl")
-        if (self.reads_targets or not self.teacher_logits) and self.positions not in ("response", "prompt", "text"):
+        if place.path == "switch" and place.positions in ("given", "generated"):
+            found.append(f"positions: {place.positions} belongs to the student's own path; use response on the visual switch")
+        if (self.reads_targets or not self.teacher_logits) and self.positions not in TARGETED:
             found.append(f"{self.kind} has no target at positions: {self.positions}; choose response, prompt or text")
         try:
             self.row_loss()

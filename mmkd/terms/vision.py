@@ -49,6 +49,7 @@ class Relation(Term):
     origin: ClassVar[str] = "LLaVA-KD (arXiv 2410.16236), RDist"
     status: ClassVar[str] = "confirmed"
     count: ClassVar[str] = "image"
+    default_weight: ClassVar[float] = 0.5
 
     source: Literal["logits", "hidden"] = "logits"
 
@@ -89,6 +90,10 @@ class Contrastive(Term):
     needs: ClassVar[tuple[str, ...]] = ("student.tokens",)
     count: ClassVar[str] = "pictured"
 
+    @property
+    def learns_answers(self) -> bool:
+        return True
+
     def extra(self, pair: Pair) -> nn.Module:
         return Temperature()
 
@@ -125,6 +130,10 @@ class Tags(Term):
     status: ClassVar[str] = "our choice"
     needs: ClassVar[tuple[str, ...]] = ("student.features",)
     count: ClassVar[str] = "pictured"
+
+    @property
+    def learns_answers(self) -> bool:
+        return True
 
     def extra(self, pair: Pair) -> nn.Module:
         head = nn.Linear(pair.student.feature_width, pair.student.vocabulary)

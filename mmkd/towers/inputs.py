@@ -24,6 +24,7 @@ class Encoded:
     pixels: dict[str, Tensor]
     images: int
     truncated: int = 0  # answer tokens that did not fit
+    own: bool = False  # whether the answer is the student's own, not the data's
 
 
 @dataclass
@@ -39,6 +40,7 @@ class TowerInputs:
     images: list[int]  # images of each sample, in order
     # In place of `pixels`, what each sample has of them, for families that read samples apart (`mmkd.towers.tokenless`).
     each: list[dict[str, Tensor]] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)  # of each sample, whether its answer is the student's own; empty: of none
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TowerInputs:
         move = {
@@ -72,6 +74,17 @@ class TowerInputs:
         return self.targets != IGNORE
 
     @property
+    def given(self) -> Tensor:
+        """Rows that predict an answer of the data. [B, L] bool"""
+        return self.response & ~self.generated if self.own else self.response
+
+    @property
+    def generated(self) -> Tensor:
+        """Rows that predict an answer which the student gave itself. [B, L] bool"""
+        own = torch.tensor(self.own or [False] * len(self.ids), device=self.targets.device)
+        return self.response & own[:, None]
+
+    @property
     def prompt(self) -> Tensor:
         """Rows that predict a text token of the prompt. [B, L] bool"""
         text = self.attention_mask.bool() & ~self.visual
@@ -103,6 +116,14 @@ class VisualTokens(BaseModelOutputWithPooling):
     deepstack_features: list[tuple[Tensor, ...]] | None = None  # of each layer one [n_i, D] an image
     router_logits: Tensor | None = None
     visual_indicator_features: Tensor | None = None  # Ovis2's tokens between pictures, the same for all
+
+
+def with_answer_ids(prompt: Encoded, ids: Sequence[int]) -> Encoded:
+    """A prepared prompt with the tokens of an answer behind it, which are its only targets."""
+    answer = torch.tensor(list(ids), dtype=torch.long)
+    nothing = torch.full((len(prompt.input_ids) - 1,), IGNORE)
+    targets = torch.cat([nothing, answer, torch.tensor([IGNORE])])
+    return replace(prompt, input_ids=torch.cat([prompt.input_ids, answer]), targets=targets, own=True)
 
 
 # ---- from transformers' outputs ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkd.data.samples import Sample
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.teacher import TeacherSignals
 from mmkd.towers.tower import Encoded, TowerInputs
@@ -28,6 +29,9 @@ class Pair:
 
     student: Encoded
     teachers: dict[str, TeacherPart] = field(default_factory=dict)
+    # Where answers will be generated: the sample, and its prompt as each of "student" and the teachers prepares it.
+    sample: Sample | None = field(default=None, kw_only=True, repr=False)
+    prompts: dict[str, Encoded] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass

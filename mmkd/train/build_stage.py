@@ -5,15 +5,17 @@ The dry run, `mmkd estimate`, `mmkd cache` and the run itself all use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
+from mmkd.answers import AnswerSource
+from mmkd.answers.mixed import answer_source
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher
-from mmkd.terms.spec import build_terms
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt
@@ -22,6 +24,7 @@ from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.experts import upcycled
 from mmkd.train.preference import PreferenceDataset
+from mmkd.train.rollouts import Rollouts, refuse_stored, wait
 from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec, TrainSpec
 from mmkd.train.trainable import add_lora, remove_lora, set_trainable
@@ -42,6 +45,7 @@ class Stage:
     terms: list[Term]
     dataset: PairDataset
     distiller: Distiller
+    answers: AnswerSource
     receipt: Receipt | None = None
 
     @property
@@ -55,7 +59,13 @@ class Stage:
             self.dataset.reference.zero_()
         self.dataset.skips.allowed = len(self.dataset)  # the preflight has counted them
         usable = (pair for i in range(len(self.dataset)) if isinstance(pair := self.dataset[i], Pair))
-        return self.dataset.collator(list(islice(usable, count)))["batch"].to(self.student.device)
+        (taken,) = self.answers.take(iter([self.collator(list(islice(usable, count)))]), 1)
+        return taken["batch"].to(self.student.device)
+
+    @property
+    def collator(self) -> Callable[[Any], dict[str, Any]]:
+        """Of what the loader reads, what the answer source takes."""
+        return wait if self.answers.generates else self.dataset.collator
 
     def leave(self) -> None:
         """Takes away what only this stage adds to its student, for who does not train it."""
@@ -68,17 +78,23 @@ def build_stage(
     samples: Sequence[Sample],
 ) -> Stage:  # fmt: skip
     """Puts a stage together on `student`, which is changed. Raises DataError, TowerError."""
-    terms, teachers = build_terms(spec.terms), as_teachers(teachers)
+    terms, teachers = spec.build_terms(), as_teachers(teachers)
     needed = {n: teacher for n, teacher in teachers.items() if terms_of_teacher(terms, n, teachers)}
     student, receipt = upcycled(spec, student, settings.seed)
     if spec.lora is not None:
         add_lora(student, spec.lora)
     set_trainable(student, spec)
+    for teacher in needed.values():
+        teacher.begin(student)
     kind = PreferenceDataset if any(t.needs_pairs for t in terms) else PairDataset
     skipped = allowance(settings.guards.max_skipped, len(samples))
-    dataset = kind(samples, student, needed, terms, max_skipped=skipped, workers=settings.workers)
+    if spec.generates:
+        refuse_stored([*needed.values()])
+    options = {"max_skipped": skipped, "workers": settings.workers, "generates": spec.generates}
+    dataset = kind(samples, student, needed, terms, **options)
+    answers = answer_source(spec.answers, Rollouts(dataset, settings.seed))
     distiller = Distiller(student, needed, terms, chunk_bytes=settings.chunk_bytes, compiled=settings.compile)
-    return Stage(name, spec, student, needed, terms, dataset, distiller, receipt)
+    return Stage(name, spec, student, needed, terms, dataset, distiller, answers, receipt)
 
 
 def check_steps(stage: Stage, micro_batches: int, processes: int) -> None:

@@ -7,6 +7,8 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,13 @@ from torch.utils.data import Dataset, get_worker_info
 from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import COUNTS
-from mmkd.errors import DataError, SampleError
+from mmkd.errors import DataError, SampleError, TowerError
 from mmkd.teachers.live import as_teachers
-from mmkd.teachers.teacher import Teacher, same_processor
+from mmkd.teachers.teacher import Teacher, check_vocabularies
 from mmkd.terms.term import Term, terms_of_teacher
+from mmkd.towers.inputs import with_answer_ids
 from mmkd.towers.one_sample import preparing
+from mmkd.towers.sampling import text_of
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
 from mmkd.train.batch import Batch, Pair, TeacherBatch, TeacherPart
 from mmkd.train.skips import LEFT_OUT, Skip, Skips, in_words
@@ -42,10 +46,13 @@ class PairDataset(Dataset):
         max_skipped: int = 0,
         memory: int = 2 * 2**30,
         workers: int = 0,
+        generates: bool = False,
     ):
+        """generates: whether other answers to these prompts will be generated (`answered`)."""
+        self.generates = generates
         self.samples = samples
         self.student, self.teachers = student, as_teachers(teachers)
-        self.alike = {name: same_processor(student, teacher.body) for name, teacher in self.teachers.items()}
+        self.alike = {name: teacher.alike(student) for name, teacher in self.teachers.items()}
         self.terms = terms
         self.terms_of = {name: terms_of_teacher(terms, name, self.teachers) for name in self.teachers}
         for teacher in self.teachers.values():
@@ -116,27 +123,73 @@ class PairDataset(Dataset):
     def prepare(self, sample: Sample, index: int = -1) -> Pair | Skip:
         """A sample as student and teachers get it, or why it is left out. index: -1 for one that is none of the set's own."""
         try:
-            return self._prepare(sample)
+            return self._prepare(sample, keep=index >= 0 and not is_lazy(self.samples))
         except LEFT_OUT as error:
             return Skip.of(sample, error, index)
 
-    def _prepare(self, sample: Sample) -> Pair:
-        student = _encode("student", self.student, sample)
+    def _prepare(self, sample: Sample, *, keep: bool) -> Pair:
+        student = _encode("student", self.student, sample, keep=keep)
         if student.truncated:
             self.truncated[sample.id] = student.truncated
-        return Pair(student, {name: self._part(name, sample, student) for name in self.teachers})
+        pair = Pair(student, {name: self._part(name, sample, student, keep=keep) for name in self.teachers})
+        if self.generates:
+            pair.sample, pair.prompts = sample, self._prompts(sample, student)
+        return pair
 
-    def _part(self, name: str, sample: Sample, student: Encoded) -> TeacherPart:
-        """A sample as one teacher reads it; of a stored one, only what the visual switch needs."""
+    def _prompts(self, sample: Sample, student: Encoded) -> dict[str, Encoded]:
+        own = self.student.encode(sample, with_answer=False)
+        if own.pixels.keys() == student.pixels.keys() and all(torch.equal(own.pixels[n], student.pixels[n]) for n in own.pixels):
+            own = replace(own, pixels=student.pixels)  # kept once
+        return {"student": own} | {name: t.ask(sample, own, alike=self.alike[name]) for name, t in self.teachers.items()}
+
+    def answered(self, pair: Pair, ids: Sequence[int], draw: int = 0) -> Pair | Skip:
+        """A pair with other tokens as its answer, the student's own, or why it is left out. draw: which answer to its prompt."""
+        try:
+            return self._answered(pair, ids, draw)
+        except LEFT_OUT as error:
+            return Skip.of(pair.sample, error, -1)
+
+    def _answered(self, pair: Pair, ids: Sequence[int], draw: int) -> Pair:
+        towers = {"student": self.student} | {name: teacher.body for name, teacher in self.teachers.items()}
+        room = min(towers[role].max_length - len(prompt.input_ids) for role, prompt in pair.prompts.items())
+        if room < 1:
+            raise SampleError(f"sample {pair.sample.id!r}: its prompt leaves no room for an answer within max_length; raise it")
+        ids, prompt = ids[:room], pair.prompts["student"]
+        student = with_answer_ids(prompt if not draw else replace(prompt, id=f"{prompt.id} draw {draw + 1}"), ids)
+        parts = {}
+        for name, teacher in self.teachers.items():
+            theirs = pair.prompts[name]
+            own = student if theirs is prompt else teacher.answered(pair.sample, theirs, self._ids_for(name, pair.sample, ids))
+            parts[name] = self._part(name, pair.sample, student, own)
+        return Pair(student, parts)
+
+    def _ids_for(self, name: str, sample: Sample, ids: Sequence[int]) -> Sequence[int]:
+        """The answer in a teacher's tokens: the same, or of the same words where its tokenizer is another."""
+        body = self.teachers[name].body
+        if self.same_ids[name]:
+            if unknown := [token for token in ids if token >= len(body.tokenizer)]:
+                raise SampleError(f"sample {sample.id!r}: the {name} has no token {unknown[0]}, which the student said")
+            return ids
+        words = body.answer_tokens(sample, text_of(self.student.tokenizer, ids))
+        return words if ids[-1] in self.student.stop_ids else words[:-1]
+
+    @cached_property
+    def same_ids(self) -> dict[str, bool]:
+        """Of each teacher, whether its tokenizer has the student's ids."""
+        return {name: alike or _one_vocabulary(self.student, self.teachers[name].body) for name, alike in self.alike.items()}
+
+    def _part(self, name: str, sample: Sample, student: Encoded, own: Any = None, *, keep: bool = False) -> TeacherPart:
+        """A sample as one teacher reads it; of a stored one, only what the visual switch needs. own: if known already."""
         teacher, terms = self.teachers[name], self.terms_of[name]
         switched = bool(student.images) and any(t.switched for t in terms)
         if teacher.stored and not switched:
             return TeacherPart()
-        own = student if self.alike[name] else _encode(name, teacher.body, sample)
+        if own is None:
+            own = student if self.alike[name] else _encode(name, teacher.body, teacher.view(sample), keep=keep)
         self._check(name, sample, student, own)
         count = self.student.visual_count(student)
         switch = teacher.body.with_visual_count(own, count) if switched else None
-        return TeacherPart(None if teacher.stored else own, switch)
+        return TeacherPart(None if teacher.stored else teacher.prepared(sample, own), switch)
 
     def _check(self, name: str, sample: Sample, student: Encoded, own: Encoded) -> None:
         """The compared rows of both towers must be the same tokens, one for one, unless every term compares pieces of text."""
@@ -159,10 +212,10 @@ class PairDataset(Dataset):
                 )
 
 
-def _encode(role: str, tower: Tower, sample: Sample) -> Encoded:
+def _encode(role: str, tower: Tower, sample: Sample, *, keep: bool) -> Encoded:
     """Raises SampleError that names the tower, ImageError."""
     try:
-        return tower.encode(sample)
+        return tower.encode(sample, keep=keep)
     except SampleError as error:
         raise SampleError(f"in the {role}: {error}") from error
 
@@ -188,7 +241,16 @@ def encode_whole(tower: Tower, sample: Sample) -> Encoded:
 def _encoded_of(pair: Pair) -> list[Encoded]:
     """What a pair holds of prepared samples, each once."""
     parts = [encoded for part in pair.teachers.values() for encoded in (part.inputs, part.switch) if encoded is not None]
+    parts += pair.prompts.values()
     return list({id(encoded): encoded for encoded in (pair.student, *parts)}.values())
+
+
+def _one_vocabulary(student: Tower, teacher: Tower) -> bool:
+    try:
+        check_vocabularies(student, teacher)
+    except TowerError:
+        return False
+    return True
 
 
 def _check_answers(student: Encoded, teacher: Encoded) -> None:
@@ -268,5 +330,7 @@ def counts_of(student: TowerInputs, switch: TowerInputs | None) -> Tensor:
         "switch_prompt": int(switch.prompt.sum()) if switch is not None else 0,
         "switch_visual": int(switch.visual.sum()) if switch is not None else 0,
         "switch_token": int(switch.attention_mask.sum()) if switch is not None else 0,
+        "given": int(student.given.sum()),
+        "generated": int(student.generated.sum()),
     }
     return torch.tensor([float(counts[name]) for name in COUNTS])

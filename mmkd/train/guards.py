@@ -42,7 +42,7 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     facts: dict[str, float] = {}
     for name, part in batch.teachers.items():
         teacher = distiller.teachers[name]
-        if not teacher.stored:
+        if not teacher.stored and not teacher.remote:
             towers[name] = (teacher.running(), part.inputs)
             encoded[name] = [pair.teachers[name].inputs for pair in pairs]
         elif (loss := teacher.answer_loss(part.inputs)) is not None:  # its pictures were checked when it was written
@@ -58,14 +58,15 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
         _check_finite(role, facts)
         if pixels_matter:
             alike = of_student is not None and dataset.alike[role]
-            exchange = of_student if alike else exchanged(tower, tried, encoded[role])
+            shown = tried if role == "student" else [distiller.teachers[role].view(sample) for sample in tried]
+            exchange = of_student if alike else exchanged(tower, shown, encoded[role])
             of_student = exchange if role == "student" else of_student
             facts |= _picture_losses(role, tower, inputs, hidden, exchange)
     if any(t.compares_features for t in distiller.terms):
         for role, (tower, inputs) in towers.items():
             _check_projection(role, tower, inputs)
     if teacher_is_better:
-        for name in batch.teachers:
+        for name in (n for n in batch.teachers if not distiller.teachers[n].of_student):
             _check_teacher(name, facts)
     _log(distiller, facts)
     return facts
@@ -87,7 +88,10 @@ def freeze_unreached(distiller: Distiller, dataset: PairDataset) -> list[str]:
     A pooler that nobody reads, or encoder layers behind the feature layer, would otherwise only suffer weight decay, and
     data-parallel training would wait for their gradients without end.
     """
-    batch = dataset.collator(_some(dataset, 2)[1])["batch"].to(distiller.tower.device)
+    pairs = _some(dataset, 2)[1]
+    if dataset.generates:  # rows of both kinds: answers of the data, and the same as the student's own
+        pairs += [dataset.answered(pair, pair.student.targets[pair.student.targets >= 0].tolist()) for pair in pairs]
+    batch = dataset.collator(pairs)["batch"].to(distiller.tower.device)
     distiller.train()
     loss, _ = distiller(batch)
     if not loss.requires_grad:

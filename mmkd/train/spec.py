@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
+from mmkd.answers import generating, share_errors
 from mmkd.base.schema import Strict, is_default, is_number, one_of
 from mmkd.data.samplers.spec import SamplerSpec
 from mmkd.data.spec import DataSpec
 from mmkd.errors import did_you_mean
-from mmkd.registry import registry
-from mmkd.terms.spec import TermSpec
+from mmkd.terms.spec import TermSpec, build_terms
+from mmkd.terms.term import Term
 from mmkd.towers.spec import PARTS
 from mmkd.train.optimisers import OPTIMISERS
 
@@ -86,6 +88,18 @@ class LoopSpec(Strict):
         return one_of(self, epochs="", steps="")
 
 
+class UntilSpec(Strict):
+    """Ends a stage before its length is over.
+
+    plateau: after `patience` scores in a row on the validation split that are not above the best before; its student is that of
+    the best score. every: steps between two scores; default: `evaluation.every`.
+    """
+
+    kind: Literal["plateau"]
+    patience: int = Field(3, gt=0, le=10**6)
+    every: int | None = Field(None, gt=0, le=10**9)
+
+
 class StageSpec(LoopSpec):
     data: list[DataSpec] = Field(min_length=1)
     upcycle: UpcycleSpec | None = None
@@ -99,8 +113,9 @@ class StageSpec(LoopSpec):
     sampler: SamplerSpec | None = Field(None, exclude_if=is_default(None))  # the order of the samples; default: shuffle
     # Each answer of a talk as a sample of its own, behind what was said before. None: where a tower needs it.
     one_answer: bool | None = Field(None, exclude_if=is_default(None))
-    # Shares of where a step's answers come from; "data": the answers of the data.
-    answers: dict[str, float] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
+    until: UntilSpec | None = Field(None, exclude_if=is_default(None))
+    # Where a step's answers come from: a share, or {share, and what options the source has}; "data": the answers of the data.
+    answers: dict[str, Any] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
 
     @field_validator("terms", "control_terms", mode="before")
     @classmethod
@@ -114,21 +129,42 @@ class StageSpec(LoopSpec):
             long[name] = {"kind": name, **spec} if isinstance(spec, dict) else spec
         return {name: spec for name, spec in long.items() if not (isinstance(spec, dict) and spec.get("weight") == 0)}
 
-    @field_validator("sampler", mode="before")
+    @field_validator("sampler", "until", mode="before")
     @classmethod
     def by_name(cls, given: Any) -> Any:
-        """`sampler: length` means {kind: length}."""
+        """`sampler: length` means {kind: length}, `until: plateau` {kind: plateau}."""
         return {"kind": given} if isinstance(given, str) else given
 
     @field_validator("answers")
     @classmethod
-    def shares(cls, given: dict[str, float]) -> dict[str, float]:
-        unknown = [name for name in given if name not in registry("answers")]
-        if unknown:
-            raise ValueError(f"there is no answer source {unknown[0]!r}; {did_you_mean(unknown[0], registry('answers'))}")
-        if min(given.values(), default=0.0) < 0 or abs(sum(given.values()) - 1) > 1e-6:
-            raise ValueError(f"the shares {given} must not be negative and add up to 1")
+    def shares(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if wrong := share_errors(given):
+            raise ValueError("; and ".join(wrong))
         return given
+
+    @property
+    def generates(self) -> bool:
+        """Whether some of its answers are not the data's."""
+        return bool(generating(self.answers))
+
+    def build_terms(self) -> list[Term]:
+        """Its terms as they are trained."""
+        return build_terms(self.terms, self.generates)
+
+    @model_validator(mode="after")
+    def answers_suit_terms(self) -> StageSpec:
+        terms = self.build_terms()
+        if not self.generates:
+            wrong = [
+                f"terms.{t.name}: positions {t.positions} tells the student's own answers from the data's, but all answers of "
+                "this stage are the data's; use response, or let the student answer (`answers: {student: 0.5, data: 0.5}`)"
+                for t in terms if t.positions in ("given", "generated")
+            ]  # fmt: skip
+        else:
+            wrong = own_answer_errors(terms, self.answers)
+        if wrong:
+            raise ValueError("; and ".join(wrong))
+        return self
 
     @property
     def order(self) -> SamplerSpec:
@@ -147,6 +183,25 @@ class StageSpec(LoopSpec):
                 "constant; add `vision` to `train` or take the switch term out"
             )
         return self
+
+
+def own_answer_errors(terms: Sequence[Term], answers: Mapping[str, Any]) -> list[str]:
+    """Why terms cannot be in a stage some of whose answers are generated."""
+    shares, wrong = [share for share, _ in generating(answers).values()], []
+    of_data = 1 - min(sum(share.at(place) for share in shares) for place in (0.0, 1.0))
+    for term in terms:
+        if term.needs_pairs:
+            wrong.append(f"terms.{term.name}: {term.kind} compares two answers of the data; take `student` out of `answers`")
+        elif term.learns_answers and (term.positions not in ("given", "prompt") or not term.is_row_term):
+            wrong.append(
+                f"terms.{term.name}: {term.kind} takes answers for right (positions: {term.positions}), and the student's own "
+                "need not be; " + ("use positions: given" if term.is_row_term else "take it out")
+            )
+        elif term.positions == "given" and of_data < 1e-6:
+            wrong.append(f"terms.{term.name}: {term.kind} reads the data's answers, of which there are none; give `data` a share")
+    if all(t.positions in ("given", "prompt") for t in terms):
+        wrong.append("no term learns from the student's own answers; add one that compares with a teacher, such as forward_kl")
+    return wrong
 
 
 class GuardSpec(Strict):

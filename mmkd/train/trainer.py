@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mmkd.base.files import write_whole
 from mmkd.base.jsonl import log_rows
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
+from mmkd.teachers.teacher import Teacher
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import half_of
 from mmkd.towers.modes import evaluating, varies_in_training
@@ -103,7 +104,11 @@ class DistillTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
+            step = self.state.global_step
+            self._answers.begin(step, progress_at(step, self.state.max_steps))
             samples = self._answers.take(epoch_iterator, num_batches)
+            for name, seen in self._answers.observed().items():
+                self._add(name, torch.tensor(seen, device=device))
             self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
             self._sum_over_step(samples)
@@ -185,11 +190,19 @@ class DistillTrainer(Trainer):
         self._count_experts(model, inputs["batch"])
         for name, (total, count) in terms.items():
             seen = torch.stack([total.detach().float(), count.to(total.device)])  # [2]
-            self._sums[name] = self._sums[name] + seen if name in self._sums else seen
+            self._add(name, seen)
             if name in self._stateful:
                 self._step[name] = self._step[name] + seen if name in self._step else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients; our counts are global already
         return (loss, terms) if return_outputs else loss
+
+    @property
+    def teachers(self) -> Iterable[Teacher]:
+        return self.accelerator.unwrap_model(self.model_wrapped).teachers.values()
+
+    def _add(self, name: str, seen: Tensor) -> None:
+        """To what goes into the log. seen: [2] sum and count."""
+        self._sums[name] = self._sums[name] + seen if name in self._sums else seen
 
     def _note(self, batch: Batch, loss: Tensor, terms: Log, counts: Tensor | None, progress: float) -> None:
         """For the case that one of these values is not finite."""
@@ -272,12 +285,16 @@ class DistillTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+        for teacher in self.teachers:
+            teacher.save_state(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
+        for teacher in self.teachers:
+            teacher.load_state(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.finite.look()
@@ -357,13 +374,15 @@ def training_arguments(
 
 
 class TermStates(TrainerCallback):
-    """Lets terms that carry something from step to step see each optimiser step."""
+    """Lets terms and teachers that carry something from step to step see each optimiser step."""
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.update_terms()
+        for teacher in self.trainer.teachers:
+            teacher.after_step()
 
 
 class TermLog(TrainerCallback):

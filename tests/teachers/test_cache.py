@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -64,8 +66,12 @@ def recipe(folder, terms=None, **changes):
         "optimiser": {"batch_size": 6, "micro_batch_size": 3},
     }
     raw = {
-        "title": "test", "output": str(folder / "out"), "teacher": {"model": str(folder / "teacher")},
-        "student": {"model": str(folder / "student")}, "stages": {"only": stage}, "guards": {"teacher_is_better": False},
+        "title": "test",
+        "output": str(folder / "out"),
+        "teacher": {"model": str(folder / "teacher")},
+        "student": {"model": str(folder / "student")},
+        "stages": {"only": stage},
+        "guards": {"teacher_is_better": False},
     }
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -357,6 +363,29 @@ def test_a_second_writer_of_a_number_is_refused(about):
     ShardWriter(about, 3).close()
 
 
+def test_what_a_killed_writer_had_started_does_not_hold_its_number(about):
+    script = """
+import os, signal, sys, time
+from pathlib import Path
+from mmkd.teachers.store import ShardWriter
+writer = ShardWriter(Path(sys.argv[1]), 3)
+child = os.fork()  # as a loader of samples is
+if child == 0:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    killed = subprocess.run([sys.executable, "-c", script, str(about)], env=path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert killed.returncode == -signal.SIGKILL
+        ShardWriter(about, 3).close()
+    finally:
+        os.kill(int(killed.stdout), signal.SIGKILL)
+
+
 def test_entries_give_the_rows_that_are_asked_for(about):
     writer = ShardWriter(about)
     for number in range(5):
@@ -479,6 +508,8 @@ def test_a_changed_number_or_head_is_found(folder, cache, tmp_path):
     flipped(head, head.stat().st_size - 9, 3)
     with pytest.raises(DataError, match=f"{head.name} is not what was written"):
         write_cache(recipe(folder), tmp_path / "head")
+
+
 def test_two_data_sets_of_one_teacher_do_not_take_each_others_rows(folder, cache):
     """The check before training and each stage make data sets of their own, with other samples at the same places."""
     spec = recipe(folder, teacher__cache=str(cache))

@@ -18,22 +18,23 @@ _FIELDS = ("id", "question", "image", "images", "answer", "answers", "choices", 
 
 @register("formats", "jsonl")
 class JsonLines(Format):
-    """JSON lines (or a list) of {question, image or images, answer or answers, id, choices, hint, ocr_tokens, categories}.
+    """JSON lines (or a list) of {question, image or images, answer or answers, id, choices, hint, ocr_tokens, categories, told}.
 
     Only `question` must be there; rows without answers can be predicted, not trained on. With choices, `answer` is an index
-    (from 0) or one of the choices, word for word. `categories` is an object of strings. Where a file has other names, `files`
-    says so: {"field.question": "text", "field.answer": "label"}, and {"field.categories": "type, level"} names the keys whose
-    values are the categories. "images" is the folder or zip that the rows' names are in.
+    (from 0) or one of the choices, word for word. `categories` is an object of strings, and so is `told`, what a teacher may be
+    told. Where a file has other names, `files` says so: {"field.question": "text", "field.answer": "label"}, and
+    {"field.categories": "type, level"} names the keys whose values are the categories. "images" is the folder or zip that the
+    rows' names are in.
     """
 
     own_data = True
     pictures_by = "the key `image` or `images` (`files: {field.image: KEY}` names another)"
     files = {"annotations": "{split}.jsonl"}
     images = {"images": ("{split}_images.zip", "images/{split}", "images", ".")}
-    values = {f"field.{key}": "" for key in (*_FIELDS, "categories")}
+    values = {f"field.{key}": "" for key in (*_FIELDS, "categories", "told")}
 
     def read(self, source: Source) -> Sequence[Question]:
-        names = {key: name for key in _FIELDS if (name := source.value(f"field.{key}"))}
+        names = {key: name for key in (*_FIELDS, "told") if (name := source.value(f"field.{key}"))}
         groups = tuple(name.strip() for name in source.value("field.categories").split(",") if name.strip())
         return source.made_of_file(partial(_question, source, groups), names=names)
 
@@ -56,6 +57,7 @@ def _question(source: Source, groups: Sequence[str], row: Row) -> Question:
         hint=row.text("hint", default=""),
         ocr_tokens=tuple(row.texts("ocr_tokens")) if row.has("ocr_tokens") else (),
         categories=_categories(row, groups),
+        told=_strings(row, "told"),
     )
 
 
@@ -86,7 +88,12 @@ def _choice_answers(row: Row, choices: list[str]) -> list[int]:
 def _categories(row: Row, groups: Sequence[str]) -> dict[str, str]:
     if groups:
         return {key: row.identifier(key) for key in groups if row.has(key)}
-    if not row.has("categories"):
+    return _strings(row, "categories")
+
+
+def _strings(row: Row, key: str) -> dict[str, str]:
+    """An object of strings in a row."""
+    if not row.has(key):
         return {}
-    found = Row(row.get("categories"), f"{row.where} categories")
-    return {key: found.text(key) for key in found.value}
+    found = Row(row.get(key), f"{row.where} {key}")
+    return {name: found.text(name) for name in found.value}

@@ -65,6 +65,7 @@ def _question(source: Source, pid: str, row: Row) -> Question:
         answer_index=chosen,
         hint=row.text("hint", default=""),
         categories=_categories(row),
+        told={key: text for key in ("lecture", "solution") if (text := row.text(key, default=""))},
     )
 
 
