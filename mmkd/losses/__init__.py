@@ -28,7 +28,7 @@ from mmkd.losses.span_consistency import SpanConsistency, span_pairs
 from mmkd.losses.spans import sorted_distance, span_events, spans
 from mmkd.losses.swing import Swing
 from mmkd.losses.taid import TAID, TAIDSchedule
-from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
+from mmkd.losses.topk import TopKForwardKL, TopKJSD, top_k_forward_kl, top_k_jsd
 
 __all__ = [
     "BDKD",
@@ -51,6 +51,7 @@ __all__ = [
     "Swing",
     "TAIDSchedule",
     "TopKForwardKL",
+    "TopKJSD",
     "TopKLD",
     "balance_of_layers",
     "calibrated_c",
@@ -79,6 +80,7 @@ __all__ = [
     "spans",
     "tags",
     "top_k_forward_kl",
+    "top_k_jsd",
     "union_of_top",
     "valid_negatives",
 ]

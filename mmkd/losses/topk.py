@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkd.losses.distributions import ABSENT
+from mmkd.losses.divergence import jsd
 from mmkd.losses.numerics import exact, result_dtype
 
 
@@ -38,6 +39,31 @@ class TopKForwardKL:
         ratio = (log_tail - log_rest).clamp(max=_FAR).exp()  # [R]
         grad.mul_(1 - ratio.unsqueeze(-1))
         return values, grad.scatter_(-1, ids, log_q.exp() - log_p.exp())
+
+
+def top_k_jsd(student: Tensor, ids: Tensor, log_probs: Tensor, tail: Tensor, beta: float = 0.5) -> Tensor:
+    """`jsd` of the two distributions after all tokens but the teacher's k likeliest are put into one bucket; as there, `[R]`.
+
+    A divergence of coarser distributions is never above the full one. beta lies in [0, 1): at 1, reverse KL, what the student
+    finds likely and the teacher does not would all be in the bucket. Arguments as those of `top_k_forward_kl`. Raises ValueError.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}; against a top-k teacher it must lie in [0, 1)")
+    if beta == 0:
+        return top_k_forward_kl(student, ids, log_probs, tail)
+    log_q, log_rest = _coarse(exact(student), ids)  # [R, k], [R]
+    own, other = torch.cat([log_q, log_rest[:, None]], -1), torch.cat([exact(log_probs), exact(tail)[:, None]], -1)  # [R, k + 1]
+    return jsd(own, other, beta).to(result_dtype(student))
+
+
+@dataclass(frozen=True)
+class TopKJSD:
+    """`top_k_jsd` as a row loss."""
+
+    beta: float = 0.5
+
+    def __call__(self, student: Tensor, teacher: None, targets: Tensor, ids: Tensor, log_probs: Tensor, tail: Tensor) -> Tensor:
+        return top_k_jsd(student, ids, log_probs, tail, self.beta)
 
 
 _FAR = 80.0  # exp(80) is finite in float32

@@ -169,10 +169,12 @@ class Recipe(RunSpec, TrainSpec):
         tokenizer = self.student.assemble.tokenizer if self.student.assemble else None
         if tokenizer is not None and tokenizer.source == "teacher" and next(iter(self.teacher_specs)) in own:
             raise ValueError("the student's tokenizer is the teacher's, which is the student itself; name another source")
-        if asked := [f"stages.{name}" for name, s in self.stages.items() if any(d.target == "teacher" for d in s.data)]:
+        asked = [f"stages.{name}" for name, s in self.stages.items() if any(d.target == "teacher" for d in s.data)]
+        asked += [f"controls.{name}" for name, control in self.controls.items() if control.kind == "hard_answers"]
+        if asked:
             raise ValueError(
-                f"{', '.join(asked)}: `target: teacher` asks a model in this process, and the teacher is the student itself or "
-                "on a server; give answers from a file (`answers: FILE`), or let the student answer in training"
+                f"{', '.join(asked)}: the teacher's answers (`target: teacher`, hard_answers) come from a model in this process, "
+                "and the teacher is the student itself or on a server; give answers from a file (`answers: FILE`) or take it out"
             )
 
     def _teachers_are_named(self, terms: dict[str, Term]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import rows_at
+from mmkd.errors import shown
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, texts_of
@@ -73,6 +74,8 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
         f"  memory: gradients and optimiser {bytes_text(optimiser)}, losses {bytes_text(ours)} "
         f"(a naive computation: {bytes_text(naive)})",
     ]
+    if spec.generates:
+        lines.insert(1, "  answers: " + ", ".join(f"{name} {shown(given)}" for name, given in spec.answers.items()))
     if any(t.switched for t in stage.terms):
         lines.append("  the visual switch needs the live teacher: a third pass, with gradients through its language model")
     return lines

@@ -155,6 +155,11 @@ def plan_of(recipe: Recipe, top_k: int | None) -> Plan:
     rows = {stage: recipe.stages[stage] for stage, terms in opening.terms.items() if terms}
     if not rows and not any(t.needs_pairs for t in recipe.all_terms().values()):
         raise RecipeError("no term of this recipe compares with the teacher, so there is nothing to keep")
+    if own := [stage for stage, spec in rows.items() if spec.generates]:
+        raise RecipeError(
+            f"stage {', '.join(own)} learns from answers that the student will give, which no cache can hold; train it with the "
+            "teacher itself"
+        )
     terms = [term for own in opening.terms.values() for term in own]
     switched = [f"{stage}.{t.name}" for stage, own in opening.terms.items() for t in own if t.switched]
     if switched:

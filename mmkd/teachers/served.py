@@ -362,5 +362,7 @@ def body_of(spec: TeacherSpec, max_length: int) -> Tower:
         model.generation_config = GenerationConfig.from_pretrained(spec.model)
     except OSError:
         logger.info("%s has no generation configuration; the tokenizer's end token ends answers", spec.model)
-    return Tower(model, processor, max_length=max_length, reading=spec.reading)
+    body = Tower(model, processor, max_length=max_length, reading=spec.reading)
+    body.logit_rule = (1.0, None)  # not asked for: no logits are made of it
+    return body
 

@@ -52,7 +52,8 @@ class Client:
             except urllib.error.HTTPError as error:
                 if error.code not in AGAIN:
                     words = one_line(error.read().decode("utf-8", "replace"), 400)
-                    raise DataError(f"{self.url}{path} refuses the request ({error.code}): {words}") from error
+                    more = ". Start it with --max-logprobs of teacher.top_k, or lower that" if "logprobs" in words else ""
+                    raise DataError(f"{self.url}{path} refuses the request ({error.code}): {words}{more}") from error
                 why = f"answers {error.code}"
             except (OSError, http.client.HTTPException) as error:  # not there, too slow, broken off
                 why = f"does not answer ({type(error).__name__}: {one_line(error, 120)})"

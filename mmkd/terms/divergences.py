@@ -58,6 +58,9 @@ class ReverseKL(RowTerm):
     def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
         return losses.ReverseKL(self.temperature)
 
+    def top_k_loss(self) -> str:
+        return f"{self.kind} weighs tokens by the student, whose likely ones need not be among the teacher's: it needs all logits"
+
 
 @register("terms", "jsd")
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class JSD(RowTerm):
 
     def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
         return losses.JSD(self.beta, self.temperature)
+
+    def top_k_loss(self) -> Callable[..., Any] | str:
+        if self.temperature != 1 or self.beta == 1:
+            return f"{self.kind} with temperature {self.temperature} and beta {self.beta} needs all of the teacher's logits"
+        return losses.TopKJSD(self.beta)
 
 
 @register("terms", "dbild")

@@ -25,6 +25,11 @@ class PolicyGradient(LogitTerm):
 
     gamma: float = 0.0
 
+    @property
+    def positions(self) -> str:
+        """The student's own answers: `response` means them here."""
+        return "generated" if self.place.positions == "response" else self.place.positions
+
     def errors(self) -> list[str]:
         found = [] if 0 <= self.gamma <= 1 else [f"gamma is {self.gamma}; it lies between 0 and 1"]
         if self.positions != "generated":

@@ -233,7 +233,7 @@ def _encode(
     for key, sample in zip(keys, samples, strict=True):
         processed = known[key].processed if key in known else prepared.get(key)
         with preparing(sample):
-            one, seen_now = _encode_one(tower, sample, processed)
+            one, seen_now = _kept_one(tower, sample, processed)
         encoded.append(one)
         if key and key not in known and key not in first:
             first[key], prepared[key] = one, seen_now
@@ -263,6 +263,17 @@ def see_prompts(tower: TowerLike, prompts: Sequence[tuple[Encoded, Any]]) -> lis
 def _without_pixels(encoded: Encoded) -> Encoded:
     """Only what tokens are placed by stays: the grids."""
     return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name in GRIDS})
+
+
+def _kept_one(tower: TowerLike, sample: Sample, processed: dict[str, Any] | None) -> tuple[Encoded, dict[str, Any] | None]:
+    """What `_encode_one` gives, kept where this process keeps prepared samples; without pixels where `processed` is known."""
+    preparer = tower.preparer
+    if preparer.kept is None:
+        return _encode_one(tower, sample, processed)
+    if processed is None:
+        return preparer.kept.once(preparer.known_by, sample, "asked and recorded", lambda: _encode_one(tower, sample, None))
+    asked = lambda: _without_pixels(_encode_one(tower, sample, processed)[0])  # noqa: E731
+    return preparer.kept.once(preparer.known_by, sample, "asked, its pictures known", asked), processed
 
 
 def _encode_one(tower: TowerLike, sample: Sample, processed: dict[str, Any] | None) -> tuple[Encoded, dict[str, Any] | None]:

@@ -222,13 +222,19 @@ class Tower:
         """
         return self.collate([self.encode(sample) for sample in samples], padding_side=padding_side)
 
-    def encode(self, sample: Sample, *, with_answer: bool = True, pictures: list | None = None) -> Encoded:
+    def encode(self, sample: Sample, *, with_answer: bool = True, pictures: list | None = None, keep: bool = False) -> Encoded:
         """One sample, not yet padded; `pictures` stand in for its own, which are then not loaded.
+
+        keep: whether it may come from, and go to, what this process keeps of prepared samples (`Preparer.kept`).
 
         Raises SampleError, which names the sample, for whatever its processor or template refuses; ImageError, DataError.
         """
+        preparer = self.preparer
         with preparing(sample):
-            return self.preparer.encode(sample, with_answer=with_answer, pictures=pictures)
+            if preparer.kept is None or pictures is not None or not keep:
+                return preparer.encode(sample, with_answer=with_answer, pictures=pictures)
+            what = "with its answer" if with_answer else "asked"
+            return preparer.kept.once(preparer.known_by, sample, what, lambda: preparer.encode(sample, with_answer=with_answer))
 
     def collate(self, encoded: Sequence[Encoded], *, padding_side: str = "right") -> TowerInputs:
         """Pads encoded samples into one batch."""

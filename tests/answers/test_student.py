@@ -1,6 +1,7 @@
 """On-policy training: what the student says, that teachers score the very tokens, and that it is the same whatever happens."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from mmkd.answers import Asked
 from mmkd.answers.student import StudentAnswers
 from mmkd.engine.positions import counts_by_name, rows_at
+from mmkd.errors import DataError
+from mmkd.registry import registry
 from mmkd.teachers.live import LiveTeacher
 from mmkd.towers.assemble import train_tokenizer
 from mmkd.towers.inputs import IGNORE
@@ -251,6 +254,40 @@ def test_an_answer_gets_what_room_the_longest_prompt_leaves(tmp_path):
     assert all(n <= room - length for n, length in zip(said, lengths, strict=True))
 
 
+def test_a_cache_is_refused_since_it_has_not_seen_the_answers(tmp_path):
+    class Cache(LiveTeacher):
+        stored = True
+
+        def storage(self):
+            return "3 samples"
+
+    student, teacher = towers()
+    with pytest.raises(DataError, match="3 samples.*has not seen the answers"):
+        tiny_stage(student, Cache(teacher), tiny_samples(tmp_path, 4), KL, OWN)
+
+
+def test_an_answer_that_is_only_an_end_is_learned_and_counted_as_empty(tmp_path, monkeypatch):
+    student, teacher = towers()
+    end = min(student.stop_ids)
+    stage = tiny_stage(student, teacher, tiny_samples(tmp_path, 4), KL, OWN)
+    monkeypatch.setattr(StudentAnswers, "answer", lambda self, student, asked: [[end] for _ in asked])
+    batch = micro_batch(stage)
+    assert batch.student.response.sum(1).tolist() == [1] * 4 and stage.answers.observed()["generated_empty"] == (4, 4)
+    assert torch.isfinite(stage.distiller(batch)[0])
+
+
+def test_no_answer_holds_a_picture_or_a_padding_row_of_the_head(tmp_path):
+    student, _ = towers()
+    student.model.resize_token_embeddings(len(TOKENIZER) + 40)
+    head = student.head.weight
+    with torch.no_grad():  # both far likelier than anything else
+        hidden = head[5].clone()
+        head[len(TOKENIZER) :] = 100 * hidden
+        head[student.image_token_id] = 100 * hidden
+    said = StudentAnswers(max_new_tokens=6, temperature=3.0).answer(student, asked(student, tiny_samples(tmp_path, 6)))
+    assert all(0 <= token < len(TOKENIZER) and token != student.image_token_id for ids in said for token in ids)
+
+
 def stage_spec(terms, answers, **keys):
     return StageSpec(data=[{"format": "jsonl"}], terms=terms, steps=2, answers=answers, **keys)
 
@@ -282,3 +319,18 @@ def test_the_short_form_stays_valid():
     assert stage_spec(KL, {"student": 0.5, "data": 0.5}).generates
     assert not stage_spec(KL, {"data": 1.0}).generates
     assert not stage_spec(KL, {"student": 0, "data": 1}).generates
+
+
+def test_the_page_has_a_source_that_works(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "on_policy.md").read_text(encoding="utf-8")
+    code = page.split("```python\n# my_answers.py\n")[1].split("```")[0]
+    try:
+        exec(compile(code, "my_answers", "exec"), {"__name__": "my_answers"})
+        student, teacher = towers()
+        stage = tiny_stage(student, teacher, tiny_samples(tmp_path, 4), KL, {"echo": {"share": 1, "words": 2}})
+        batch = micro_batch(stage)
+        assert batch.student.response.sum(1).tolist() == [3] * 4
+        with pytest.raises(ValidationError, match="wrds"):
+            stage_spec(KL, {"echo": {"share": 1, "wrds": 2}})
+    finally:
+        registry("answers").remove("echo")

@@ -1,10 +1,11 @@
 """Forward KL on the k likeliest tokens and a bucket of the others."""
 
+import pytest
 import torch
 
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import forward_kl
-from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl
+from mmkd.losses import forward_kl, jsd
+from mmkd.losses.topk import TopKForwardKL, top_k_forward_kl, top_k_jsd
 
 R, V, K = 7, 50, 6
 
@@ -71,3 +72,23 @@ def test_in_the_row_engine_each_row_meets_its_own_tokens():
     expected = top_k_forward_kl(hidden @ weight.T, ids, log_probs, tail)[mask].sum()
     torch.testing.assert_close(sums["kl"], expected.detach())
     torch.testing.assert_close(found, torch.autograd.grad(expected, hidden)[0])
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_is_that_of_the_bucketed_distributions(beta):
+    student, teacher, ids, log_probs, tail = case(3)
+    p, q = bucketed(teacher, ids), bucketed(student, ids)
+    middle = beta * p + (1 - beta) * q
+    expected = (beta * p * (p / middle).log() + (1 - beta) * q * (q / middle).log()).sum(-1)
+    found = top_k_jsd(student, ids, log_probs, tail, beta)
+    torch.testing.assert_close(found, expected)
+    assert (found <= jsd(student, teacher, beta) + 1e-12).all() and (found > 0).all()
+    assert torch.autograd.gradcheck(lambda x: top_k_jsd(x, ids, log_probs, tail, beta), student)
+
+
+def test_the_ends_of_jsd_and_its_zero():
+    student, teacher, ids, log_probs, tail = case(4)
+    assert torch.equal(top_k_jsd(student, ids, log_probs, tail, 0.0), top_k_forward_kl(student, ids, log_probs, tail))
+    with pytest.raises(ValueError, match="beta is 1"):
+        top_k_jsd(student, ids, log_probs, tail, 1.0)
+    torch.testing.assert_close(top_k_jsd(teacher, ids, log_probs, tail), torch.zeros(R, dtype=torch.float64), atol=1e-12, rtol=0)

@@ -141,7 +141,7 @@ class Server:
         number = body["features"]["kept"]
         if self.mixes and self.busy > 1:
             pictured = bool(self.kept[number].images)
-            number = max(n for n, kept in self.kept.items() if n != number and bool(kept.images) == pictured)
+            number = max(n for n, kept in list(self.kept.items()) if n != number and bool(kept.images) == pictured)
         prompt = self.kept[number]
         if self.blind:
             prompt.pixels = {name: torch.zeros_like(pixels) for name, pixels in prompt.pixels.items()}

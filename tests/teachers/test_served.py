@@ -87,7 +87,7 @@ def test_on_policy_from_a_server_is_on_policy_from_the_same_teacher_with_all_its
     weights = []
     with Server(model(), max_logprobs=10**6) as server:
         for teacher in (opened(server, folder, top_k=len(TOKENIZER) - 1), LiveTeacher(model())):
-            stage = tiny_stage(student(), teacher, samples, KL, answers, steps=2)
+            stage = tiny_stage(student(), teacher, samples, KL, answers, steps=2, optimiser={"kind": "sgd"})
             tiny_stage_trainer(tmp_path / type(teacher).__name__, stage).train()
             weights.append(weights_of(stage.student))
     for name in weights[0]:

@@ -48,8 +48,8 @@ def test_an_objective_is_at_most_60_lines(name):
 
 def test_which_caches_serve_a_term():
     served = {name: method_tables.served_by(TermSpec(kind=name).build(name)) for name in NAMES}
-    assert {name for name, word in served.items() if word == "exact, top-k"} == {"feature_match", "first", "forward_kl"}
-    assert {name for name, word in served.items() if word == "no"} == {"spans"}
+    assert {name for name, word in served.items() if word == "exact, top-k"} == {"feature_match", "first", "forward_kl", "jsd"}
+    assert {name for name, word in served.items() if word == "no"} == {"policy_gradient", "spans"}
     assert {name for name, word in served.items() if word == "kept reference"} == {"dpo", "kto_pair"}
     without = {name for name, word in served.items() if word == "needs no teacher"}
     assert without == {"contrastive", "cross_entropy", "load_balance", "pwce", "tags"}
