@@ -166,8 +166,8 @@ def _are_likelihoods(value: Any) -> bool:
 
 
 def answer_of(row: Mapping) -> str | None:
-    """What was answered, without the thinking before it; None for an answer that ends within its thinking."""
-    return row.get("answer") if row.get("thinking") else row["prediction"]
+    """What was answered, without the thinking before it; None for one that ends within its thinking, and for a row without."""
+    return row.get("answer") if row.get("thinking") else row.get("prediction")
 
 
 def group_of(row: Mapping) -> str:
