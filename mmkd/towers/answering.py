@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from mmkd.errors import TowerError
+from mmkd.errors import SampleError, TowerError
 from mmkd.towers.families import GRIDS
 from mmkd.towers.greedy import Prompt, check_logits, generated
-from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
+from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample, with_answer_ids
 from mmkd.towers.likelihood import FirstTokens, Likelihood, Recorder, logits_of, of_words
 from mmkd.towers.modes import evaluating
 from mmkd.towers.one_sample import preparing
@@ -94,7 +94,7 @@ def generate_with_likelihood(
     with evaluating(tower.model), tower.given_tokens():
         rows = _generated(tower, samples, max_new_tokens, cache, recorder)
     own = recorder.own.tolist()
-    asked = [None if r is None else tower.answer_tokens(s, r) for s, r in zip(samples, references, strict=True)]
+    asked = [None if r is None else _answer_tokens(tower, s, r) for s, r in zip(samples, references, strict=True)]
     found = [values if ids and row[: len(ids)] == ids else None for ids, row, values in zip(asked, rows, own, strict=True)]
     todo = [n for n, ids in enumerate(asked) if ids and len(ids) <= max_new_tokens and found[n] is None]
     for n, values in zip(todo, _likelihood_of(tower, [samples[n] for n in todo], [asked[n] for n in todo], cache), strict=True):
@@ -108,11 +108,19 @@ def generate_with_likelihood(
     return _words(tower, rows), [Likelihood(*each) for each in zip(choices, own, found, strict=True)]
 
 
+def _answer_tokens(tower: TowerLike, sample: Sample, answer: str) -> list[int] | None:
+    """Of a reference; None for one that the model's template cannot hold as an answer."""
+    try:
+        return tower.answer_tokens(sample, answer)
+    except (SampleError, TowerError):
+        return None
+
+
 def _told_apart(tower: TowerLike, sample: Sample, options: Sequence[str]) -> FirstTokens | None:
     """The tokens by which options differ; None where the first ones do not tell them apart."""
     try:
         return _first_tokens(tower, sample, options)
-    except TowerError:
+    except (SampleError, TowerError):
         return None
 
 
@@ -124,7 +132,7 @@ def _likelihood_of(
         return []
     with evaluating(tower.model):
         encoded, tokens = _encode(tower, samples, cache)
-        inputs = tower.collate([_extended(one, ids) for one, ids in zip(encoded, words, strict=True)]).to(tower.device)
+        inputs = tower.collate([with_answer_ids(one, ids) for one, ids in zip(encoded, words, strict=True)]).to(tower.device)
         try:
             return list(of_words(tower, inputs, tokens, words))
         except TowerError:

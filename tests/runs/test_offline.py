@@ -138,7 +138,7 @@ def test_every_configuration_is_whole():
 
 
 def test_terms_without_a_weight_have_their_papers():
-    found = {kind: TermSpec(kind=kind).weight for kind in registry("terms")}
-    assert found["relation"] == 0.5 and found["load_balance"] == 0.01
+    found = {kind: registry("terms").get(kind).default_weight for kind in registry("terms")}
+    assert TermSpec(kind="relation").weight == 0.5 and TermSpec(kind="load_balance").weight == 0.01
     assert {weight for kind, weight in found.items() if kind not in ("relation", "load_balance")} == {1.0}
     assert TermSpec(kind="relation", weight=2.0).weight == 2.0

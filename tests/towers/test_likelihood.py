@@ -14,9 +14,9 @@ from mmkd.errors import TowerError
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.sample.sample_set import write_sample_set
 from mmkd.towers import answering
-from mmkd.towers.likelihood import TEMPERATURES, Likelihood, log_probabilities
+from mmkd.towers.likelihood import TEMPERATURES, Likelihood, log_probabilities, logits_of
 from mmkd.towers.tower import Tower
-from tests.tiny import tiny_samples, tiny_tower
+from tests.tiny import FAMILIES, tiny_family, tiny_samples, tiny_tower
 
 TOKENS = 6
 
@@ -64,6 +64,19 @@ def test_words_and_references_are_the_models_own(tower: Tower, tmp_path: Path) -
             assert one.reference is None
         else:
             assert one.reference == pytest.approx(expected(tower, sample, reference), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_references_of_other_families_are_read_as_in_training(name: str, tmp_path: Path) -> None:
+    """PaliGemma reads its prompt in both directions, and must not so read the answer."""
+    tower, samples = tiny_family(name), tiny_samples(tmp_path, 2)
+    _, found = tower.answer_with_likelihood(samples, [None] * 2, ["red", "left of"], max_new_tokens=TOKENS)
+    for sample, reference, one in zip(samples, ["red", "left of"], found, strict=True):
+        inputs = tower.prepare([replace(sample, turns=(*sample.prompt_turns, Turn("assistant", reference)))])
+        with torch.no_grad():
+            logits = logits_of(tower, tower.read(inputs, tower.see(inputs))[0, inputs.response[0]])
+        wanted = log_probabilities(logits, inputs.targets[0, inputs.response[0]]).sum(0)
+        assert one.reference == pytest.approx(wanted.tolist(), abs=5e-3)
 
 
 def test_an_answer_that_is_the_reference_costs_no_pass(tmp_path: Path, monkeypatch) -> None:
