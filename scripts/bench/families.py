@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
 
 from mmkd.towers.templates import CHAT_TEMPLATES  # noqa: E402
 
@@ -60,6 +61,7 @@ class Family:
 
     of: the model whose widths these are.  control: its control tokens, behind the `size` words of `vocabulary` (and `fill`).
     names: what configuration, tokenizer and processor call them.  keys: what a user gives the teacher in the recipe.
+    stop: what ends an answer, where that is not the eos token alone.  adds_bos: whether the tokenizer begins a text with its bos.
     """
 
     of: str
@@ -77,6 +79,7 @@ class Family:
     names: dict[str, str] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    adds_bos: bool = False
 
 
 def _qwen_text(width: int, inner: int, heads: int, pairs: int, **more: Any) -> dict[str, Any]:
@@ -108,7 +111,7 @@ FAMILIES = {
         ("LlavaProcessor", {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}),
         vocabulary="sentencepiece", size=32000, control=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
         ends={"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-        names={"image_token": "<image>"},
+        names={"image_token": "<image>"}, adds_bos=True,
     ),
     "llava-onevision": Family(
         "LLaVA-OneVision-0.5B", "llava_onevision",
@@ -190,7 +193,7 @@ FAMILIES = {
         "gemma3", ("Gemma3ImageProcessor", {"size": {"height": 896, "width": 896}, "image_seq_length": 256}),
         ("Gemma3Processor", {"image_seq_length": 256}), vocabulary="sentencepiece", size=32000, fill=262000,
         control=(*GEMMA.values(), "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
-        ends=GEMMA, stop=("<eos>", "<end_of_turn>"),
+        ends=GEMMA, stop=("<eos>", "<end_of_turn>"), adds_bos=True,
         names={"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
     ),
 }  # fmt: skip
@@ -206,6 +209,9 @@ def build_teacher(family: Family, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     tokenizer = _tokenizer(family.vocabulary, family.size, family.fill, family.control, family.ends, family.names)
+    if family.adds_bos:
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in {**family.ends, **family.names}.items()}
     config = AutoConfig.for_model(family.kind, **_with_ids(family, ids))
     torch.manual_seed(0)

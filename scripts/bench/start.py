@@ -103,7 +103,7 @@ def large_list(folder: Path, rows: int) -> list[str]:
         for number in range(rows):
             turns = []
             for turn in range(6):
-                text = " ".join(words[(number + turn + place) % len(words)] for place in range(32))
+                text = " ".join(words[(number + turn + place) % len(words)] for place in range(48))
                 turns.append({"from": "gpt" if turn % 2 else "human", "value": ("" if turn else "<image>\n") + text})
             row = {"id": f"{number:09}", "image": pictures[number % len(pictures)], "conversations": turns}
             stream.write(("[" if not number else ",\n") + json.dumps(row))
