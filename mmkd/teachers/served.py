@@ -109,7 +109,8 @@ class ServedTeacher(Teacher):
 
     @property
     def gives(self) -> Gives:
-        return Gives(f"the server {self.wire.client.url}", frozenset({"rows"}), POSITIONS, self.top_k, f"its top {self.top_k}")
+        name, why = f"the server {self.wire.client.url}", "a server gives its likeliest tokens at rows of answers alone"
+        return Gives(name, frozenset({"rows"}), POSITIONS, self.top_k, f"its top {self.top_k}", why)
 
     def fingerprint(self) -> str:
         facts = f"{self.wire.client.url} {self.wire.model} {self.top_k} {self.body.processor_fingerprint()}"

@@ -38,6 +38,8 @@ class PolicyGradient(LogitTerm):
 
     def loss(self, signals: Signals) -> Tensor:
         rows = signals["student.rows"]
+        if not len(rows.targets):  # a micro-batch of the data's answers alone
+            return rows.student.sum() * 0.0
 
         def log_probs(hidden: Tensor, head: Head) -> Tensor:
             return row_log_probs(hidden, head, rows.targets, vocabulary=signals.vocabulary, chunk_bytes=signals.chunk_bytes)

@@ -179,6 +179,7 @@ class Preparer:
     def fingerprint(self) -> str:
         """Hash of what turns a sample into inputs: vocabulary, chat template and what it writes, image processor, length."""
         images = {k: v for k, v in self.processor.image_processor.to_dict().items() if "processor" not in k}
+        images |= {f"{k} in every call": v for k, v in vars(self.processor).get("images_kwargs", {}).items()}
         layout = {name: getattr(self.processor, name, None) for name in _TOKEN_COUNTS}
         met = self._met
         probe = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]

@@ -13,6 +13,7 @@ One class wraps every image-text model of transformers; the place of the project
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, reduce
@@ -33,7 +34,7 @@ from mmkd.towers.likelihood import Likelihood
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.one_sample import preparing
-from mmkd.towers.options import configured
+from mmkd.towers.options import configured, not_saved
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
 from mmkd.towers.reading import AS_SAVED, Reading
@@ -41,6 +42,8 @@ from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import ends_within
 from mmkd.towers.tokenless import arguments_of, as_dtype, hidden_states, identity, joined, nothing_of
 from mmkd.towers.whole import blamed
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["IGNORE", "Encoded", "Seen", "Tower", "TowerInputs", "VisualTokens"]
 
@@ -91,6 +94,11 @@ class Tower:
         with merged(self.model) as model:
             model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        if unsaved := not_saved(self.processor):
+            logger.warning(
+                "%s sets %s itself in every call, and %s cannot keep another value: give it again to whoever loads the model",
+                type(self.processor).__name__, ", ".join(unsaved), folder,
+            )  # fmt: skip
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 

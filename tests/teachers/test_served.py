@@ -166,7 +166,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_word(tmp_path, folder):
 def test_what_a_top_k_cannot_serve_is_refused(tmp_path, folder, kind):
     terms = {kind: {"positions": "generated"} if kind == "policy_gradient" else {}}
     answers = {"student": 1} if kind == "policy_gradient" else None
-    with Server(model()) as server, pytest.raises((DataError, TowerError), match=f"{kind}.*(the server|top 8)"):
+    with Server(model()) as server, pytest.raises((DataError, TowerError), match=f"{kind}.*(server|top 8)"):
         tiny_stage(student(), opened(server, folder), samples_of(tmp_path), terms, answers)
 
 
