@@ -9,5 +9,5 @@ from pathlib import Path
 def cache_folder() -> Path:
     """The folder of caches, which may not be there yet."""
     if given := os.environ.get("MMKD_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmkd"
+        return Path(os.path.expanduser(given))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "mmkd"

@@ -49,8 +49,8 @@ def card_folders(kind: str) -> list[Path]:
 
 
 def _user_roots() -> list[Path]:
-    roots = [Path(text).expanduser() for text in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if text]
-    missing = [str(root) for root in roots if not root.is_dir()]
+    roots = [Path(os.path.expanduser(text)) for text in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if text]
+    missing = [str(root) for root in roots if not os.path.isdir(root)]
     if missing:
         raise DataError(
             f"{ENVIRONMENT} names folders that do not exist: {', '.join(missing)}; correct or unset it"

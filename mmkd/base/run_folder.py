@@ -24,6 +24,7 @@ from mmkd.errors import DataError, one_line
 logger = logging.getLogger(__name__)
 
 RECIPE, FACTS = "recipe.yaml", "run.json"
+SKIPPED = "_skipped.jsonl"  # ending of the files in log/ that name the samples that were left out; the others are logs
 UNTRAINED = (RECIPE, FACTS, ".lock", "upcycle.json")  # files of a run in which nothing was trained yet
 
 
@@ -89,7 +90,7 @@ def take_control(shared: Path, run: Path, role: str) -> None:
     if not own.exists():
         copy_whole(shared / "control", own)
     logs.mkdir(parents=True, exist_ok=True)
-    for ending in (".jsonl", "_skipped.jsonl"):  # the second tells which samples were left out
+    for ending in (".jsonl", SKIPPED):
         log = shared / "log" / f"control{ending}"
         if log.exists():
             write_whole(logs / f"{role}{ending}", log.read_text(encoding="utf-8"))
@@ -117,7 +118,7 @@ def day_of(folder: Path) -> dt.date:
 def _has_begun(folder: Path) -> bool:
     """Whether anything stands in a run's folder beside what a claim and the preparation of a stage write."""
     written = (path.name for path in folder.rglob("*") if path.is_file())
-    return any(name not in UNTRAINED and not name.endswith("_skipped.jsonl") for name in written)
+    return any(name not in UNTRAINED and not name.endswith(SKIPPED) for name in written)
 
 
 def _refuse_other_data(folder: Path, data: Mapping[str, Any] | None) -> None:

@@ -14,23 +14,30 @@ from mmkd.cli.startup import quick_imports
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser, "a YAML file, see scripts/recipes", "for example stages.sft.steps=100 seed=1")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
+    parser.add_argument(
+        "--offline", action="store_true", help="with --dry-run: no weights and no data, sizes and memory from configurations"
+    )
     add_restart(parser)
     add_seeds(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     with quick_imports():
+        from mmkd.errors import RecipeError
         from mmkd.recipes.reading import load_recipe, read_raw
 
+    if arguments.offline and not arguments.dry_run:
+        raise RecipeError("--offline is a kind of --dry-run; give both, or leave --offline out")
     if read_raw(arguments.recipe, arguments.overrides).get("kind") == "ablation":
         return _run_grid(arguments)
     with quick_imports():  # a recipe imports what it names, and is refused before the rest is imported
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         from mmkd.runs.run import distill, table
     if arguments.dry_run:
+        from mmkd.runs.offline import plan_offline
         from mmkd.runs.plan import plan
 
-        print(plan(recipe))
+        print(plan_offline(recipe) if arguments.offline else plan(recipe))
         return 0
     if arguments.seeds is not None:
         run_seeds(recipe, arguments.seeds, partial(distill, anew=arguments.restart))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -70,10 +71,10 @@ def resolve(spec: Any) -> dict[str, Any]:
 
 def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
     """Where a data entry's files are: `data_root`/root if that is there, else root itself. Raises DataError."""
-    candidates = [Path(fields["root"]).expanduser()]
+    candidates = [Path(os.path.expanduser(fields["root"]))]
     if data_root is not None:
-        candidates.insert(0, Path(data_root).expanduser() / fields["root"])
-    found = next((folder for folder in candidates if folder.exists()), None)
+        candidates.insert(0, Path(os.path.expanduser(data_root)) / fields["root"])
+    found = next((folder for folder in candidates if os.path.exists(folder)), None)
     if found is None:
         raise DataError(
             f"there is no data folder {' or '.join(map(str, candidates))}; get the data there, or set data_root or the "

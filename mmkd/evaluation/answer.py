@@ -16,12 +16,14 @@ from mmkd.data.prompts import letter_of
 from mmkd.data.samples import Question, Sample
 from mmkd.errors import DataError, ImageError, SampleError
 from mmkd.evaluation.benchmarks import Benchmark
+from mmkd.evaluation.calibration import SHORT, most_common
 from mmkd.evaluation.items import Item, data_fingerprint, items_of, refuse_unscored
 from mmkd.evaluation.processes import ALONE, Processes
 from mmkd.evaluation.results import answer_of
 from mmkd.evaluation.score import Scorer
 from mmkd.evaluation.store import PREDICTIONS, RESULTS, Store, write_atomically, write_object
 from mmkd.evaluation.submission import SUBMISSIONS
+from mmkd.towers.likelihood import Likelihood
 from mmkd.towers.vision_cache import DEFAULT_CACHE_BYTES, VisionCache
 
 ANSWERED_BY = ("generation", "likelihood")
@@ -30,7 +32,8 @@ ANSWERED_BY = ("generation", "likelihood")
 class Answerer(Protocol):
     """What evaluation needs of a tower.
 
-    One whose prompts may end within a thinking block also has `opens_thinking(sample) -> bool`.
+    One whose prompts may end within a thinking block also has `opens_thinking(sample) -> bool`, one that can tell how likely
+    its answers are `answer_with_likelihood` and `choose_with_likelihood` (see `mmkd.towers.tower.Tower`).
     """
 
     def answer(
@@ -65,6 +68,8 @@ def evaluate(
     With several `processes` each answers its share of the same batches, so that their number changes no answer; every one
     must make this call. The first writes the results, all return when they are there. An evaluation can go on with
     another number of processes than it began with.
+
+    Where the tower tells how likely its answers are, `calibration` says how far to trust it (`mmkd.evaluation.calibration`).
 
     Thinking is taken from answers before they are parsed; an answer that ends within it is unparsed. `thinking_share` and
     `unclosed_thinking_share` say how many there are.
@@ -146,31 +151,70 @@ def _batches(items: Sequence[Item], size: int) -> list[list[Item]]:
     return [line[i : i + size] for i in range(0, len(line), size)]
 
 
-_Ask = Callable[[list[Item], VisionCache], list[str]]
+_Answers = dict[str, dict[str, Any]]  # by id: {"prediction", "skipped"}, and "likelihood" where it is known
+_Ask = Callable[[list[Item], VisionCache], _Answers]
 
 
 def _asker(tower: Answerer, benchmark: Benchmark, choices: str) -> _Ask:
     """How a batch is asked: all by generation, or those with choices by likelihood."""
+    ways = _plain_ways(tower) if getattr(tower, "answer_with_likelihood", None) is None else _ways_with_likelihood(tower)
+    generate, choose = ways
 
-    def generate(batch: list[Item], cache: VisionCache) -> list[str]:
-        samples = [item.sample for item in batch]
-        return tower.answer(samples, max_new_tokens=benchmark.max_new_tokens, vision_cache=cache)
-
-    def choose(batch: list[Item], cache: VisionCache) -> list[str]:
-        options = [[letter_of(i) for i in range(len(item.question.choices))] for item in batch]
-        best = tower.choose([item.sample for item in batch], options, vision_cache=cache)
-        return [letters[i] for letters, i in zip(options, best, strict=True)]
-
-    def ask(batch: list[Item], cache: VisionCache) -> list[str]:
+    def ask(batch: list[Item], cache: VisionCache) -> _Answers:
         lettered = [item for item in batch if benchmark.by_letter(item.question)]
+        if choices != "likelihood":
+            return generate(batch, benchmark, cache)
         free = [item for item in batch if not benchmark.by_letter(item.question)]
-        texts: dict[str, str] = {}
-        for part, way in ((lettered, choose), (free, generate)):
-            if part:
-                texts |= zip((item.question.id for item in part), way(part, cache), strict=True)
-        return [texts[item.question.id] for item in batch]
+        chosen = choose(lettered, cache) if lettered else {}
+        return chosen | (generate(free, benchmark, cache) if free else {})
 
-    return ask if choices == "likelihood" else generate
+    return ask
+
+
+def _letters(item: Item) -> list[str]:
+    return [letter_of(i) for i in range(len(item.question.choices))]
+
+
+def _named(batch: Sequence[Item], texts: Sequence[str], likelihoods: Sequence[Likelihood] | None = None) -> _Answers:
+    if len(texts) != len(batch):
+        raise RuntimeError(f"the tower gave {len(texts)} answers to {len(batch)} questions; `answer` owes one each")
+    answers = {item.question.id: {"prediction": text, "skipped": None} for item, text in zip(batch, texts, strict=True)}
+    for answer, likelihood in zip(answers.values(), likelihoods or (), strict=False):
+        if known := likelihood.known():
+            answer["likelihood"] = known
+    return answers
+
+
+def _plain_ways(tower: Answerer) -> tuple[Callable[..., _Answers], Callable[..., _Answers]]:
+    def generate(batch: list[Item], benchmark: Benchmark, cache: VisionCache) -> _Answers:
+        samples = [item.sample for item in batch]
+        return _named(batch, tower.answer(samples, max_new_tokens=benchmark.max_new_tokens, vision_cache=cache))
+
+    def choose(batch: list[Item], cache: VisionCache) -> _Answers:
+        options = [_letters(item) for item in batch]
+        best = tower.choose([item.sample for item in batch], options, vision_cache=cache)
+        return _named(batch, [letters[i] for letters, i in zip(options, best, strict=True)])
+
+    return generate, choose
+
+
+def _ways_with_likelihood(tower: Any) -> tuple[Callable[..., _Answers], Callable[..., _Answers]]:
+    def generate(batch: list[Item], benchmark: Benchmark, cache: VisionCache) -> _Answers:
+        options = [_letters(item) if benchmark.by_letter(item.question) else None for item in batch]
+        short = benchmark.max_new_tokens <= SHORT
+        common = [most_common(item.references) if short else None for item in batch]
+        references = [None if own is not None else reference for own, reference in zip(options, common, strict=True)]
+        texts, likelihoods = tower.answer_with_likelihood(
+            [item.sample for item in batch], options, references, max_new_tokens=benchmark.max_new_tokens, vision_cache=cache
+        )
+        return _named(batch, texts, likelihoods)
+
+    def choose(batch: list[Item], cache: VisionCache) -> _Answers:
+        options = [_letters(item) for item in batch]
+        best, likelihoods = tower.choose_with_likelihood([item.sample for item in batch], options, vision_cache=cache)
+        return _named(batch, [letters[i] for letters, i in zip(options, best, strict=True)], likelihoods)
+
+    return generate, choose
 
 
 def _open_batches(items: Sequence[Item], answers: Mapping[str, dict], batch_size: int) -> list[list[Item]]:
@@ -205,7 +249,7 @@ def _answer_all(
 def _answer_batch(ask: _Ask, batch: list[Item], cache: VisionCache) -> dict[str, dict]:
     """Answers by id; what cannot be read or prepared gives a reason, and the others are asked again."""
     try:
-        texts = ask(batch, cache)
+        return ask(batch, cache)
     except (ImageError, SampleError) as error:
         left_out = {item.question.id: reason for item in batch if (reason := _why_left_out(item.sample, error))}
         if not left_out:
@@ -213,11 +257,6 @@ def _answer_batch(ask: _Ask, batch: list[Item], cache: VisionCache) -> dict[str,
         skipped = {name: {"prediction": None, "skipped": reason} for name, reason in left_out.items()}
         rest = [item for item in batch if item.question.id not in left_out]
         return skipped | (_answer_batch(ask, rest, cache) if rest else {})
-    if len(texts) != len(batch):
-        raise RuntimeError(f"the tower gave {len(texts)} answers to {len(batch)} questions; `answer` owes one each")
-    return {
-        item.question.id: {"prediction": text, "skipped": None} for item, text in zip(batch, texts, strict=True)
-    }
 
 
 def _why_left_out(sample: Sample, error: ImageError | SampleError) -> str | None:

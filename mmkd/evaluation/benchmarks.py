@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -49,12 +50,8 @@ class Benchmark(Strict):
     format: str = Field(description="how the files are laid out: a format of questions, see `mmkd list formats`")
     root: Path = Field(description="the data's folder, absolute or below the data root")
     split: str
-    files: dict[str, str] = Field(
-        default_factory=dict, description="file names that differ from the format's own"
-    )
-    expected_rows: int | None = Field(
-        None, gt=0, description="rows of the official split; a difference is reported"
-    )
+    files: dict[str, str] = Field(default_factory=dict, description="file names that differ from the format's own")
+    expected_rows: int | None = Field(None, gt=0, description="rows of the official split; a difference is reported")
     prompt_style: PromptStyle
     remark: str = Field("", description="a line between question and instruction")
     instruction: str | None = Field(None, description="in place of the style's last line")
@@ -102,8 +99,8 @@ class Benchmark(Strict):
         """
         candidates = [Path(data_root) / self.root, Path(data_root)] if data_root else [self.root]
         for folder in candidates:
-            if folder.expanduser().is_dir():
-                return folder.expanduser()
+            if os.path.isdir(found := os.path.expanduser(folder)):
+                return Path(found)
         raise DataError(
             f"benchmark {self.name!r}: there is no folder {candidates[-1]}; get the data and give its "
             f"folder with --data-root (in a recipe: data_root). The card's notes: {self.notes.strip() or 'none'}"

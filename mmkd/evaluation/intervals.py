@@ -78,6 +78,14 @@ def paired_difference(a: Sequence[float], b: Sequence[float], groups: Sequence[H
     return mean, 2 * low - 1, 2 * high - 1
 
 
+def mean_interval(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Interval:
+    """Mean of values of any size, such as negative log-likelihoods, with its 95 % interval: the variance between pictures and
+    Student's t. Raises DataError as `interval` does."""
+    checked = _checked(values)
+    sums = _sums_by_group(checked, groups)
+    return _t_interval(float(checked.mean()), _variance(sums), _effective(sums[:, 1]))
+
+
 @lru_cache(maxsize=16384)
 def t_quantile(df: float) -> float:
     """The 97.5 % quantile of Student's t with `df` degrees of freedom, at least 1, whole or not; exact to 1e-4 of it.

@@ -18,8 +18,11 @@ def remarks(rows: Sequence[Mapping]) -> list[str]:
     rows: of a predictions.jsonl, without skipped ones. Nothing is said of fewer than 10, but where none or all are right. One
     answer is no remark where nearly as many questions have that as their reference.
     """
-    found = []
-    count = len(rows)
+    return [*_of_texts([row for row in rows if "prediction" in row]), *_of_scores(rows)]
+
+
+def _of_texts(rows: Sequence[Mapping]) -> list[str]:
+    found, count = [], len(rows)
     # Of an answer that ends within its thinking, the thinking: it is not empty, but cannot be parsed.
     texts = [row.get("prediction") if answer_of(row) is None else answer_of(row) for row in rows]
     answers = [" ".join((text or "").split()) for text in texts]
@@ -33,12 +36,14 @@ def remarks(rows: Sequence[Mapping]) -> list[str]:
     if count >= FEWEST and times >= SAME * count and times > _references(rows, answer) + (1 - SAME) / 2 * count:
         shown = answer if len(answer) <= LONGEST else answer[: LONGEST - 1] + "…"
         found.append(f"one answer makes {100 * times / count:.0f} % of {count}: {shown!r}")
+    return found
+
+
+def _of_scores(rows: Sequence[Mapping]) -> list[str]:
     scores = [row.get("score") for row in rows]
     if scores and None not in scores and not any(scores):
-        found.append(f"0 of {count} right")
-    elif scores and all(score == 1 for score in scores):
-        found.append(f"{count} of {count} right")
-    return found
+        return [f"0 of {len(rows)} right"]
+    return [f"{len(rows)} of {len(rows)} right"] if scores and all(score == 1 for score in scores) else []
 
 
 def _references(rows: Sequence[Mapping], answer: str) -> int:

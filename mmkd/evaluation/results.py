@@ -46,6 +46,29 @@ class Importance(_Part):
     neither: Share = 0.0
 
 
+class Number(_Part):
+    value: Annotated[float, Field(allow_inf_nan=False)]
+    ci95: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class AfterTemperature(_Part):
+    temperature: Positive
+    nll: Number
+    ece: Number
+
+
+class Calibration(_Part):
+    """See `mmkd.evaluation.calibration.calibration`."""
+
+    n: int = Field(ge=1)
+    nll: Number
+    ece: Number
+    most_confident_third: Number
+    aurc: Number
+    after_temperature: AfterTemperature
+    curve: list[Annotated[list[Share], Field(min_length=2, max_length=2)]]
+
+
 class Results(_Part):
     """The keys that reports rely on; others may be there."""
 
@@ -72,6 +95,7 @@ class Results(_Part):
     versions: dict[str, str] = {}
     efficiency: Efficiency = Efficiency()
     importance: Importance | None = None
+    calibration: Calibration | None = None
 
 
 def read_results(path: Path | str) -> dict[str, Any]:
@@ -123,6 +147,8 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
         groups = Row(row.get("categories"), f"{where} categories")
         for key in groups.value:
             groups.text(key)
+    if row.has("likelihood") and not _are_likelihoods(row.value["likelihood"]):
+        raise row.wrong("likelihood", "lists of finite numbers by name")
     score = row.value.get("score")
     number = isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
     if score is not None and not (number and 0 <= score <= 1):
@@ -132,9 +158,16 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
     return row.value
 
 
+def _are_likelihoods(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(values, list) and values for values in value.values()):
+        return False
+    numbers = [number for values in value.values() for number in values]
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+
+
 def answer_of(row: Mapping) -> str | None:
-    """What was answered, without the thinking before it; None for an answer that ends within its thinking."""
-    return row.get("answer") if row.get("thinking") else row["prediction"]
+    """What was answered, without the thinking before it; None for one that ends within its thinking, and for a row without."""
+    return row.get("answer") if row.get("thinking") else row.get("prediction")
 
 
 def group_of(row: Mapping) -> str:

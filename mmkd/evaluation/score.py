@@ -11,6 +11,7 @@ from typing import Any
 
 from mmkd.errors import DataError
 from mmkd.evaluation.benchmarks import Benchmark
+from mmkd.evaluation.calibration import calibration
 from mmkd.evaluation.hallucination import NAME as HALLUCINATED
 from mmkd.evaluation.intervals import interval
 from mmkd.evaluation.items import Item
@@ -52,7 +53,12 @@ class Scorer:
             "group": item.group,
             "skipped": item.skipped or (answer or {}).get("skipped"),
         }
-        return row if row["skipped"] else row | self._scored(item, answer["prediction"])
+        if row["skipped"]:
+            return row
+        row |= self._scored(item, answer["prediction"])
+        if "likelihood" in answer and not row.get("thinking"):  # within a thinking block the first words are not the answer's
+            row["likelihood"] = answer["likelihood"]
+        return row
 
     def _scored(self, item: Item, text: str) -> dict[str, Any]:
         question = item.question
@@ -119,6 +125,8 @@ class Scorer:
         if self._has_lenient:
             lenient = _score_of(scored, "score_lenient")
             results |= {"score_lenient": lenient["score"], "ci95_lenient": lenient["ci95"]}
+        if found := calibration(scored):
+            results["calibration"] = found
         return results | further_numbers(benchmark.format, self.parser, self.metric, scored)
 
     def _remarks(self, scored: Sequence[dict]) -> list[str]:

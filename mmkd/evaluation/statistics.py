@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import DataError
+from mmkd.evaluation.calibration import nll_difference, probabilities
 from mmkd.evaluation.intervals import interval, paired_difference
 from mmkd.evaluation.remarks import remarks
 from mmkd.evaluation.results import group_of, read_predictions, same_questions
@@ -36,7 +37,8 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
         models      {name: {"score", "ci95"}}, and "remarks" where answers are degenerate (see `mmkd.evaluation.remarks`)
         differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   student first, then
                                            in the order given; the last two count questions that one has fully right and the
-                                           other has not
+                                           other has not; "nll" where probabilities are known (see
+                                           `mmkd.evaluation.calibration.nll_difference`)
         fidelity    {name: agreement}      with the teacher, where there is one
         beats_teacher {name: ids}          that a model has fully right and the teacher has not, where there is one
         student_beats_teacher              the student's, if both are there
@@ -62,6 +64,7 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
         models[name] = {"score": mean, "ci95": [low, high]}
         if said := remarks([runs[name][i] for i in kept]):
             models[name]["remarks"] = said
+    known = {name: probabilities([run[i] for i in kept]) for name, run in runs.items()}
     best = best_control({name: cell["score"] for name, cell in models.items()})
     differences = {}
     for a, b in _pairs(list(runs)):
@@ -73,6 +76,8 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
             "only_first": len(_won(scores[a], scores[b], kept)),
             "only_second": len(_won(scores[b], scores[a], kept)),
         }
+        if found := nll_difference(known[a], known[b]):
+            differences[f"{a} - {b}"]["nll"] = found
     return {
         "n": len(kept),
         "n_skipped": len(ids) - len(kept),
@@ -147,7 +152,19 @@ def _over_hard_answers(differences: Mapping[str, Any]) -> str | None:
         return None
     low, high = (100 * bound for bound in found["ci95"])
     shown = "more" if low > 0 else "less" if high < 0 else "no difference shown"
-    return f"over the teacher's hard answers: {100 * found['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], {shown}"
+    text = f"over the teacher's hard answers: {100 * found['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], {shown}"
+    return f"{text}; {nll_in_words(found['nll'])}" if "nll" in found else text
+
+
+def nll_in_words(found: Mapping[str, Any]) -> str:
+    """A paired difference of negative log-likelihoods, as `nll_difference` gives it, and whether it is one."""
+
+    def told(difference: Mapping[str, Any]) -> str:
+        low, high = difference["ci95"]
+        shown = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        return f"{difference['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {shown}"
+
+    return f"NLL {told(found)} (each at its best temperature {told(found['after_temperature'])})"
 
 
 def verdict(difference: Mapping | None, control: str = "control") -> str:

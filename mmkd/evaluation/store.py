@@ -116,6 +116,8 @@ def _finished_answers(out: Path, header: dict[str, Any]) -> dict[str, dict]:
         answered = [row for row in rows.values() if not row["skipped"]]
         share = float(results["seconds"]) / max(1, len(answered))
         found = [{"id": row["id"], "prediction": row["prediction"], "skipped": None, "seconds": share} for row in answered]
+        for row, answer in zip(answered, found, strict=True):
+            answer |= {"likelihood": row["likelihood"]} if "likelihood" in row else {}
         return {row["id"]: row for row in map(_checked_answer, found)}
     except (ValueError, KeyError, TypeError):
         return {}  # none there, or not whole: it is answered again and written anew

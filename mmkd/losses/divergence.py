@@ -14,6 +14,7 @@ Numerics. The functions compute in float64 and return float32 (float64 where the
 Convention for `beta`: 0 is the forward KL, KL(teacher || student); 1 the reverse KL, KL(student || teacher).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,14 +85,24 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
     return (-terms.sum(-1) * temperature**2).to(dtype)
 
 
-def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(student)[target] of each row.
+def cross_entropy(student: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log softmax(student)[target] of each row; with label smoothing e, (1 - e) times that and e times its mean over all tokens
+    whose logit is not -inf (Szegedy et al. 2016, "Rethinking the Inception architecture").
 
     student `[R, V]`, targets `[R]` (ids below V; rows without a target are the caller's to leave out);
     returns `[R]`. A target whose logit is -inf costs +inf: that is the value, not an error of rounding.
     """
     log_q = torch.log_softmax(exact(student), -1)  # [R, V]
-    return -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).to(result_dtype(student))
+    values = -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [R]
+    if label_smoothing:
+        values = (1 - label_smoothing) * values - label_smoothing * (log_q * _even(student, log_q.dtype)).nan_to_num(0.0).sum(-1)
+    return values.to(result_dtype(student))
+
+
+def _even(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Equal weights that add up to 1 for what is not -inf. [R, V]"""
+    there = (logits != -math.inf).to(dtype)
+    return there / there.sum(-1, keepdim=True)
 
 
 # ---- the same as callables with a gradient in closed form ----
@@ -99,17 +110,28 @@ def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """`cross_entropy` as a row loss; gradient `q - onehot(target)`."""
+    """`cross_entropy` as a row loss; gradient `q - onehot(target)`, smoothed `q - (1 - e) onehot(target) - e / V`."""
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
 
     def __call__(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-        return cross_entropy(student, targets)
+        return cross_entropy(student, targets, self.label_smoothing)
 
     def value_and_grad(self, student, teacher, targets, shared=None) -> tuple[Tensor, Tensor]:
         q, normaliser = distribution(wide(student), 1.0, "student", shared)  # [R, V], [R]
         column = targets.unsqueeze(-1)  # [R, 1]
         values = (normaliser - student.gather(-1, column).squeeze(-1).to(normaliser.dtype)).to(q.dtype)  # [R]
         grad = q.clone()  # [R, V]
-        grad.scatter_add_(-1, column, torch.full_like(column, -1, dtype=q.dtype))
+        if self.label_smoothing:
+            even = _even(student, q.dtype)  # [R, V]
+            mean = (student.masked_fill(student == -math.inf, 0.0).to(q.dtype) * even).sum(-1)  # [R]
+            values = (1 - self.label_smoothing) * values + self.label_smoothing * (normaliser - mean).to(q.dtype)
+            grad.sub_(even, alpha=self.label_smoothing)
+        grad.scatter_add_(-1, column, torch.full_like(column, -1, dtype=q.dtype) * (1 - self.label_smoothing))
         return values, grad
 
 

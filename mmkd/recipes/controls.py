@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mmkd.base.schema import Strict
+from mmkd.base.schema import Strict, is_default
 from mmkd.train.spec import StageSpec
 
 # Without a teacher: they tell whether distillation helped.
 DEFAULT = ("equal_steps", "equal_compute")
-KINDS = (*DEFAULT, "hard_answers")
+KINDS = (*DEFAULT, "tuned", "hard_answers")
+
+
+class TuningSpec(Strict):
+    """Values that the control `tuned` tries: rates first, then label smoothing at the best rate, then which answers are learnt.
+
+    rates: factors of the stage's learning rates.  label_smoothing: of cross-entropy.  targets: of data with several answers each;
+    null: as the recipe has it; one that changes no answer is left out.
+    """
+
+    rates: list[Annotated[float, Field(gt=0, le=1e3)]] = Field([1.0, 0.5, 2.0], min_length=1)
+    label_smoothing: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.0, 0.1], min_length=1)
+    targets: list[Literal["first", "majority", "sampled"] | None] = Field([None, "majority"], min_length=1)
 
 
 class ControlSpec(Strict):
@@ -19,12 +31,20 @@ class ControlSpec(Strict):
 
     equal_steps: the student's stages, data, order and steps.
     equal_compute: as many steps as the student's training compute buys, counted in floating point operations.
+    tuned: as equal_steps, with the rate, label smoothing and label choice that score best on the validation split.
     hard_answers: as equal_compute, on the teacher's greedy answers to all questions: what is left to its other signals
     (sequence-level distillation, Kim and Rush 2016, "Sequence-level knowledge distillation").
     """
 
     kind: Literal[KINDS]  # type: ignore[valid-type]
+    tries: TuningSpec | None = Field(None, exclude_if=is_default(None))  # of kind tuned
     stages: dict[str, dict[str, Any]] = Field({})  # by stage: keys that this control has otherwise (data, steps, optimiser, ...)
+
+    @model_validator(mode="after")
+    def tuned_alone_tries(self) -> ControlSpec:
+        if self.tries is not None and self.kind != "tuned":
+            raise ValueError(f"tries: only a control of kind `tuned` tries values, this one is of kind `{self.kind}`")
+        return self
 
 
 def named(given: Any) -> Any:

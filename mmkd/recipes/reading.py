@@ -60,9 +60,9 @@ def with_found_paths(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
     def found(value: str, where: str) -> str:
         prefix, colon, name = value.rpartition(":")
-        if (colon and prefix != "local-dir") or not name or Path(name).expanduser().is_absolute() or Path(name).exists():
+        if (colon and prefix != "local-dir") or not name or os.path.isabs(os.path.expanduser(name)) or os.path.exists(name):
             return value
-        there = next((folder / name for folder in folders if (folder / name).exists()), None)
+        there = next((folder / name for folder in folders if os.path.exists(folder / name)), None)
         if there is None:
             return value
         logger.info("%s: there is no %s here, so %s is taken", where, name, there)

@@ -27,12 +27,27 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
+class ValidationSpec(Strict):
+    """The part of the benchmarks' data on which anything is chosen; never that on which the student is scored."""
+
+    split: str
+    limit: int | None = Field(None, gt=0)
+
+
 class EvaluationSpec(Strict):
     benchmarks: list[str] = Field([])
     limit: int | None = Field(None, gt=0)
     batch_size: int = Field(64, gt=0, le=2**16)
     blind: bool = False  # also score the student without its pictures
     every: int | None = Field(None, gt=0)  # also score the student in training, every so many steps
+    # A split of the benchmarks that `every`, `until: plateau` and the control `tuned` ask, in place of that of the final scores.
+    validation: ValidationSpec | None = Field(None, exclude_if=is_default(None))
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def by_split(cls, given: Any) -> Any:
+        """`validation: val` means {split: val}."""
+        return {"split": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def something_to_ask(self) -> EvaluationSpec:
@@ -52,6 +67,9 @@ class RunSpec(Strict):
 
 
 class Recipe(RunSpec, TrainSpec):
+    # Draws questions (`limit`, `image_limit`, fractions of `weight`) and sampled labels; default: the seed. With it given,
+    # several seeds train on the same questions and labels.
+    data_seed: Seed | None = Field(None, exclude_if=is_default(None))
     teacher: TeacherSpec | None = None
     teachers: dict[str, TeacherSpec] = Field({}, exclude_if=is_default({}))  # several by name; a term says `teacher: NAME`
     student: StudentSpec
@@ -91,6 +109,28 @@ class Recipe(RunSpec, TrainSpec):
                 if stage not in self.stages:
                     raise ValueError(f"controls.{name}.stages: there is no stage {stage!r}; {did_you_mean(stage, self.stages)}")
                 changed(self.stages[stage], keys)
+        return self
+
+    @model_validator(mode="after")
+    def choices_are_made_on_validation(self) -> Recipe:
+        """Whoever chooses needs a validation split, and benchmarks that are asked there."""
+        stages = {f"stages.{name}.until": stage.until for name, stage in self.stages.items()}
+        for name, control in self.controls.items():
+            stages |= {
+                f"controls.{name}.stages.{stage}.until": changed(self.stages[stage], keys).until
+                for stage, keys in control.stages.items() if "until" in keys
+            }  # fmt: skip
+        needy = [key for key, until in stages.items() if until is not None]
+        often = [key for key, until in stages.items() if until is not None and until.every is None]
+        needy += [f"controls.{name} (tuned)" for name, control in self.controls.items() if control.kind == "tuned"]
+        spec = self.evaluation
+        if needy and (spec.validation is None or not spec.benchmarks):
+            raise ValueError(
+                f"{', '.join(needy)}: what is chosen is chosen on a validation split; give evaluation.benchmarks and "
+                "evaluation.validation, such as `validation: val`"
+            )
+        if often and spec.every is None:
+            raise ValueError(f"{often[0]}: how often is it scored? Give `every` there, or evaluation.every")
         return self
 
     @property
@@ -150,6 +190,12 @@ class Recipe(RunSpec, TrainSpec):
             wrong += [f"{key}: preference terms have one teacher as their reference, not several" for key in pairs]
         if wrong:
             raise ValueError("; and ".join(wrong))
+
+    @model_validator(mode="after")
+    def keeping_is_possible(self) -> Recipe:
+        if any(spec.keep for spec in self.teachers.values()):
+            raise ValueError("keep: goes with `teacher`, not with `teachers`; write a cache of each by `mmkd cache`")
+        return self
 
     @model_validator(mode="after")
     def ahead_is_possible(self) -> Recipe:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import time
 from collections import Counter
@@ -56,8 +57,8 @@ class RetrievalBenchmark(Strict):
         """`data_root`/`root` if that is a folder, else `data_root` itself, else `root`. Raises DataError."""
         candidates = [Path(data_root) / self.root, Path(data_root)] if data_root else [self.root]
         for folder in candidates:
-            if folder.expanduser().is_dir():
-                return folder.expanduser()
+            if os.path.isdir(found := os.path.expanduser(folder)):
+                return Path(found)
         raise DataError(f"benchmark {self.name!r}: there is no folder {candidates[-1]}; get the data. {self.notes.strip()}")
 
     def read(self, data_root: Path | str | None = None, limit: int | None = None) -> list[Captioned]:

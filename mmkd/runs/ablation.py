@@ -25,6 +25,7 @@ from mmkd.errors import RecipeError
 from mmkd.evaluation.results import read_results
 from mmkd.recipes.reading import read_raw, validate
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.control import role_of
 from mmkd.runs.run import distill, evaluate_all
 from mmkd.runs.seeds import spread
 from mmkd.runs.towers import load_teachers
@@ -32,17 +33,36 @@ from mmkd.runs.towers import load_teachers
 logger = logging.getLogger(__name__)
 
 
+_LENGTHS = {"steps", "epochs"}
+NLL_COLUMNS = {"nll": "NLL", "nll_lead": "NLL over the reference"}
+OWN_LEADS = {"student_minus_best_control": "over its best control", "student_minus_hard_answers": "over hard answers"}
+
+
 class MethodSpec(Strict):
     """Stages of one method. Each starts as a copy of the recipe's last stage; the keys given here replace its keys."""
 
-    stages: dict[str, dict[str, Any]] = Field(min_length=1)  # beside a stage's own keys: share, of the recipe's steps
+    # Beside a stage's own keys: share, of the method's steps. One that gives steps or epochs of its own has no share in them.
+    stages: dict[str, dict[str, Any]] = Field(min_length=1)
+    steps: int | None = Field(None, gt=0, le=10**9)  # in place of the recipe's
+    controls: Any = False  # what the method is held against beside the reference, as `controls` of a recipe
 
     @model_validator(mode="after")
     def shares_add_up(self) -> MethodSpec:
-        shares = [stage.get("share", 1.0) for stage in self.stages.values()]
+        both = [name for name, stage in self.stages.items() if "share" in stage and _LENGTHS & stage.keys()]
+        if both:
+            raise ValueError(f"stage {both[0]}: give either `share` or a length of its own ({', '.join(sorted(_LENGTHS))})")
+        shares = [stage.get("share", 1.0) for stage in self.stages.values() if not _LENGTHS & stage.keys()]
+        if not shares:
+            if self.steps is not None:
+                raise ValueError(f"steps is {self.steps}, but every stage has a length of its own; give one of the two")
+            return self
         if not all(isinstance(share, int | float) and share > 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-            given = ", ".join(f"{name} {share}" for name, share in zip(self.stages, shares, strict=True))
-            raise ValueError(f"the shares of the steps do not add up to 1: {given}; every method gets the recipe's steps")
+            of = [name for name, stage in self.stages.items() if not _LENGTHS & stage.keys()]
+            given = ", ".join(f"{name} {share}" for name, share in zip(of, shares, strict=True))
+            raise ValueError(
+                f"the shares of the steps do not add up to 1: {given}; every method gets the recipe's steps, or those "
+                "that it gives in `steps`"
+            )
         return self
 
 
@@ -110,7 +130,7 @@ def load_grid(path: str | Path, overrides: list[str]) -> tuple[Grid, list[Run]]:
         raise RecipeError("\n".join(problems))
     return grid, [
         Run(data, method, seed, recipe.model_copy(update={
-            "title": f"{method} on {data}", "seed": seed, "control": False,
+            "title": f"{method} on {data}", "seed": seed,
             "output": str(Path(grid.output) / data / method / f"seed_{seed}"),
         }))
         for seed in grid.seeds for (data, method), recipe in recipes.items()
@@ -122,16 +142,17 @@ def _method_recipe(raw: dict[str, Any], spec: MethodSpec, where: str) -> dict[st
     if not isinstance(stages, dict) or not stages or not isinstance(last := [*stages.values()][-1], dict):
         raise RecipeError(f"{where}: the recipe has no stages to copy")
     made = {}
+    whole = {"steps": spec.steps} if spec.steps is not None else {key: last[key] for key in _LENGTHS & last.keys()}
     for name, given in spec.stages.items():
         given = dict(given)
         share = given.pop("share", 1.0)
-        stage = {**last, **given}
-        if "steps" in last:
-            stage["steps"] = round(share * last["steps"])
-        elif "epochs" in last:
-            stage["epochs"] = share * last["epochs"]
+        length = {key: given[key] for key in _LENGTHS & given.keys()} or {key: share * n for key, n in whole.items()}
+        stage = {**{key: value for key, value in last.items() if key not in _LENGTHS}, **given, **length}
+        if isinstance(steps := stage.get("steps"), float):
+            stage["steps"] = round(steps)
         made[name] = stage
-    return {**raw, "stages": made}
+    others = {key: value for key, value in raw.items() if key not in ("control", "controls")}
+    return {**others, "stages": made, "controls": spec.controls}
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -146,7 +167,8 @@ def ablate(grid: Grid, runs: list[Run], name: str = "ablation") -> dict[str, Any
         with _claimed(run.folder) as mine:
             if mine and run.summary is None:
                 logger.info("run %d of %d: %s", number, len(runs), run.name)
-                distill(run.recipe, scored=("student",))
+                controls = [role_of(name, control.kind) for name, control in run.recipe.controls.items()]
+                distill(run.recipe, scored=("student", *controls))
     for data in grid.data:
         _score_teacher(Path(grid.output) / data, next(run.recipe for run in runs if run.data == data))
     result = collect(grid, runs)
@@ -226,7 +248,32 @@ def _figures(seeds: dict[int, dict], reference: dict[int, dict], benchmarks: lis
         scores = {seed: _score(summary, name) for seed, summary in seeds.items()}
         paired = [scores[seed] - _score(reference[seed], name) for seed in seeds if seed in reference]
         figures[name] = {"score": spread([*scores.values()]), "lead": spread(paired) if paired else None}
+        doubt = {seed: _nll(summary, name) for seed, summary in seeds.items()}
+        if None not in doubt.values():
+            figures[name]["nll"] = spread([*doubt.values()])
+            known = {seed: value for seed in seeds if seed in reference and (value := _nll(reference[seed], name)) is not None}
+            if known:
+                figures[name]["nll_lead"] = spread([doubt[seed] - value for seed, value in known.items()])
+        for lead in OWN_LEADS:
+            values = [_lead(summary, name, lead) for summary in seeds.values()]
+            if None not in values:
+                figures[name][lead] = spread(values)
     return figures
+
+
+def _nll(summary: dict[str, Any], benchmark: str) -> float | None:
+    """The student's negative log-likelihood on one benchmark or its mean over all; None where it is not known."""
+    entries = summary["benchmarks"]
+    of = entries.values() if benchmark == "mean" else [entries[benchmark]]
+    found = [entry.get("calibration", {}).get("student") for entry in of]
+    return None if None in found else statistics.mean(one["nll"]["value"] for one in found)
+
+
+def _lead(summary: dict[str, Any], benchmark: str, lead: str) -> float | None:
+    """The student's lead over its own controls of one seed, on one benchmark or on their mean; None without such a control."""
+    entries = summary["benchmarks"]
+    found = [e.get(lead) for e in (entries.values() if benchmark == "mean" else [entries[benchmark]])]
+    return None if None in found else statistics.mean(one["mean"] for one in found)
 
 
 def _score(summary: dict[str, Any], benchmark: str) -> float:
@@ -240,17 +287,22 @@ def ablation_table(result: dict[str, Any]) -> str:
     for data, found in result["data"].items():
         columns = [*found["benchmarks"], *(["mean"] if len(found["benchmarks"]) > 1 else [])]
         names = [f"`{name}` ({found['benchmarks'][name]:,})" if name in found["benchmarks"] else name for name in columns]
-        lines += [f"### {data}", "", f"| method | {' | '.join(names)} | lead over {result['reference']} | seeds | parameters |"]
-        lines.append("|---" * (len(columns) + 4) + "|")
+        own = {lead: words for lead, words in OWN_LEADS.items() if any(lead in f[columns[-1]] for f in found["methods"].values())}
+        doubt = [words for key, words in NLL_COLUMNS.items() if any(key in f[columns[-1]] for f in found["methods"].values())]
+        leads = " | ".join([f"lead over {result['reference']}", *own.values(), *doubt])
+        lines += [f"### {data}", "", f"| method | {' | '.join(names)} | {leads} | seeds | parameters |"]
+        lines.append("|---" * (len(columns) + len(own) + len(doubt) + 4) + "|")
         if found["teacher"]:
             teacher = " | ".join(f"{100 * found['teacher'][name]:.1f}" for name in columns)
-            lines.append(f"| teacher | {teacher} | | | |")
+            lines.append(f"| teacher | {teacher} |{' |' * (len(own) + len(doubt) + 3)}")
         for method, figures in found["methods"].items():
             cells = [_cell(figures[name]["score"]) for name in columns]
-            lead = "" if method == result["reference"] else _cell(figures[columns[-1]]["lead"], "+")
+            over = ["" if method == result["reference"] else _cell(figures[columns[-1]]["lead"], "+")]
+            over += [_cell(figures[columns[-1]].get(lead), "+") for lead in own]
+            over += [_nats(figures[columns[-1]].get(key), "+" * ("lead" in key)) for key in NLL_COLUMNS if doubt]
             active = figures["parameters_active"]
             size = f"{figures['parameters']:,}" + (f" ({active:,} active)" if active < figures["parameters"] else "")
-            lines.append(f"| {method} | {' | '.join(cells)} | {lead} | {len(figures['seeds'])} | {size} |")
+            lines.append(f"| {method} | {' | '.join(cells)} | {' | '.join(over)} | {len(figures['seeds'])} | {size} |")
         lines.append("")
     if result["missing"]:
         lines.append(f"{len(result['missing'])} runs are not finished, first: {'; '.join(result['missing'][:3])}")
@@ -264,6 +316,13 @@ def _cell(figures: dict[str, Any] | None, sign: str = "") -> str:
     if "ci95" in figures:
         text += " [" + ", ".join(f"{100 * bound:{sign}.1f}" for bound in figures["ci95"]) + "]"
     return text
+
+
+def _nats(figures: dict[str, Any] | None, sign: str = "") -> str:
+    if figures is None:
+        return ""
+    text = f"{figures['mean']:{sign}.3f}"
+    return text + (f" [{figures['ci95'][0]:{sign}.3f}, {figures['ci95'][1]:{sign}.3f}]" if "ci95" in figures else "")
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,15 @@ from mmkd.base.run_folder import take_control
 from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError
 from mmkd.evaluation.roles import HARD_ANSWERS
-from mmkd.recipes.controls import ControlSpec, changed
+from mmkd.recipes.controls import ControlSpec, TuningSpec, changed
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.compute import operations
-from mmkd.runs.data import data_state
+from mmkd.runs.data import data_state, stage_samples
+from mmkd.runs.plateau import plateau_facts
 from mmkd.runs.stages import seconds_of, train
 from mmkd.runs.teacher_answers import all_by_teacher
+from mmkd.runs.tuned import tuned
+from mmkd.runs.validation import validation_scores
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import TermSpec
 from mmkd.towers.tower import Tower
@@ -105,26 +108,37 @@ def control_key(recipe: Recipe, student: Tower) -> str:
     """What defines a control, given its own recipe: untrained weights and processor, stages with their data, seed, version."""
     stages = recipe.model_dump(mode="json", include={"stages", "seed", "max_length"})
     data = [data_state(recipe, stage) for stage in recipe.stages.values()]
-    facts = json.dumps([mmkd.__version__, student.fingerprint(), stages, data], sort_keys=True)
+    chosen = [recipe.evaluation.model_dump(mode="json")] if any(stage.until for stage in recipe.stages.values()) else []
+    facts = json.dumps([mmkd.__version__, student.fingerprint(), stages, data, *chosen], sort_keys=True)
     return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
-def train_controls(recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, Teacher], run: Path) -> dict[str, Tower]:
-    """All controls of a recipe by role. fresh: the student before its first stage."""
+def train_controls(
+    recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, Teacher], run: Path,
+    live: Mapping[str, Teacher] | None = None,
+) -> dict[str, Tower]:  # fmt: skip
+    """All controls of a recipe by role.
+
+    fresh: the student before its first stage.  live: the teachers that this run has read once for what it keeps (`teachers` then
+    are what is kept).
+    """
     towers, facts = {}, {}
     counted: dict[str, dict[str, int]] = {}
+    live = teachers if live is None else live
     for name, control in recipe.controls.items():
         longer, of = None, recipe
         if control.kind == HARD_ANSWERS:
-            of = all_by_teacher(recipe, teachers)
-        if control.kind != "equal_steps":
-            counted = counted or _counted(recipe, fresh, teachers)
-            longer = {stage: max(1.0, counted["student"][stage] / counted["control"][stage]) for stage in recipe.stages}
+            of = all_by_teacher(recipe, live)
+        if control.kind in ("equal_compute", HARD_ANSWERS):
+            counted = counted or _counted(recipe, fresh, teachers, live)
+            longer = {stage: _ratio(recipe, stage, counted) for stage in recipe.stages}
         own, role = control_recipe(of, control, longer), role_of(name, control.kind)
         logger.info("control %s: %s", name, ", ".join(f"{stage} {_length(spec)}" for stage, spec in own.stages.items()))
-        towers[role], seconds = _train_control(own, role, fresh(), run)
-        facts[role] = {"name": name, "kind": control.kind, "seconds": round(seconds, 1)}
-        facts[role]["steps"] = {stage: _length(spec) for stage, spec in own.stages.items()}
+        found: dict[str, Any] = {}
+        if control.kind == "tuned":
+            own, found = _tuned(own, control, fresh, run)
+        towers[role], trained = train_control(own, fresh(), run, role)
+        facts[role] = {"name": name, "kind": control.kind} | trained | found
         if longer is not None:
             facts[role]["operations"] = {"of": "one step on the same samples, student and control", **counted}
     if facts and is_main_process():
@@ -132,25 +146,67 @@ def train_controls(recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping
     return towers
 
 
-def _counted(recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, Teacher]) -> dict[str, dict[str, int]]:
-    """Operations of a step by stage, of the student and of its control."""
-    return {
+def _counted(
+    recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, Teacher], live: Mapping[str, Teacher]
+) -> dict[str, dict[str, int]]:
+    """Operations of a step by stage, of the student and of its control; "once" those of the passes that a run keeps."""
+    found = {
         "student": operations(recipe, fresh(), teachers),
         "control": operations(control_recipe(recipe, ControlSpec(kind=HARD_ANSWERS)), fresh(), {}),  # on the same data
     }
+    if live is not teachers:
+        whole = operations(recipe, fresh(), live)
+        found["once"] = {stage: whole[stage] - found["student"][stage] for stage in recipe.stages}
+    return found
+
+
+def _ratio(recipe: Recipe, stage: str, counted: Mapping[str, Mapping[str, int]]) -> float:
+    """How many times its own steps the student's computation in a stage buys a control, at least once.
+
+    What the run keeps is computed once for each sample, however often the stage draws it.
+    """
+    spec = recipe.stages[stage]
+    samples = len(stage_samples(recipe, spec))
+    drawn = spec.steps * spec.optimiser.batch_size if spec.steps is not None else (spec.epochs or 1.0) * samples
+    student = counted["student"][stage] + counted.get("once", {}).get(stage, 0) * samples / drawn
+    return max(1.0, student / counted["control"][stage])
 
 
 def _length(stage: StageSpec) -> str:
     return f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs or 1:g} epochs"
 
 
-def _train_control(own: Recipe, role: str, student: Tower, run: Path) -> tuple[Tower, float]:
-    """A control and the seconds of its training; trained once for all runs beside this one that would train the very same."""
-    shared = run.parent / "controls" / control_key(own, student)
+def _tuned(own: Recipe, control: ControlSpec, fresh: Callable[[], Tower], run: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a control with the values that are best on the validation split."""
+
+    def score(recipe: Recipe, tower: Tower) -> float:
+        folder = shared_folder(recipe, fresh(), run) / "validation"
+        found = validation_scores(recipe, tower, folder, "control", resume=True)
+        return sum(found.values()) / len(found)
+
+    found, tried = tuned(own, control.tries or TuningSpec(), lambda recipe: train_control(recipe, fresh(), run, None), score)
+    return found, {"tuned": tried}
+
+
+def train_control(own: Recipe, student: Tower, run: Path, role: str | None) -> tuple[Tower, dict[str, Any]]:
+    """A control and what is known of its training; trained once for all runs beside this one that would train the very same.
+
+    role: under which the run takes it; None: it is only one that was tried.
+    """
+    shared = shared_folder(own, student, run)
     with alone_in(shared, "the SFT control of this one, too,", wait=True):
         control = train(own, "control", student, {}, shared)
-    if is_main_process():
+    if role is not None and is_main_process():
         take_control(shared, run, role)
         summarise_experts(run)
     wait_for_all()
-    return control, seconds_of(shared, "control")
+    facts: dict[str, Any] = {"seconds": round(seconds_of(shared, "control"), 1)}
+    facts["steps"] = {stage: _length(spec) for stage, spec in own.stages.items()}
+    if ended := plateau_facts(shared, "control"):
+        facts["plateau"] = ended
+    return control, facts
+
+
+def shared_folder(own: Recipe, student: Tower, run: Path) -> Path:
+    """Where a control lies for all runs beside this one."""
+    return run.parent / "controls" / control_key(own, student)

@@ -58,7 +58,8 @@ def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
 def _entry(recipe: Recipe, spec: DataSpec, one_answer: bool) -> tuple[Sequence[Sample], Tally]:
     """The samples of a data entry, and what was left out."""
     state = json.dumps(fingerprint(spec, recipe.data_root))
-    return _read_once(spec.model_dump_json(), recipe.seed, recipe.data_root, recipe.guards.max_skipped, one_answer, state)
+    seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
+    return _read_once(spec.model_dump_json(), seed, recipe.data_root, recipe.guards.max_skipped, one_answer, state)
 
 
 @lru_cache(maxsize=8)  # stages, the control, the student and checks before them read the same data one after another

@@ -142,7 +142,7 @@ def _left_out_errors(recipe: Recipe, entries: Sequence[Survey]) -> list[str]:
     useless = [survey for survey in entries if survey.tried and len(survey.skips) == survey.tried]
     share, of = recipe.guards.max_skipped, sum(survey.samples for survey in entries)
     left_out, allowed = sum(survey.left_out for survey in entries), allowance(share, of)
-    if left_out > allowed:
+    if sum(survey.surely_left_out for survey in entries) > allowed:
         whole = all(survey.tried == survey.samples for survey in entries)
         found = "; ".join(f"{survey.name}: {problem}" for survey in entries for problem in survey.problems())
         wrong.append(

@@ -27,11 +27,14 @@ from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, rows_left_out, texts_of
 from mmkd.runs.dates import with_day
 from mmkd.runs.evaluate import add_importance
+from mmkd.runs.kept import keeps, with_kept_teacher
+from mmkd.runs.plateau import plateau_facts
 from mmkd.runs.preflight import preflight
 from mmkd.runs.stages import train
 from mmkd.runs.survey import AT_START
 from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers
+from mmkd.runs.validation import validation_benchmarks
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
 from mmkd.train.experts import experts_table
@@ -62,9 +65,12 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         recipe = with_teacher_answers(with_day(recipe, day_of(run), student, teachers), teachers)
         recipe = with_answers_apart(recipe, student, teachers)
         preflight(recipe, student, teachers, most=AT_START)
-        towers = teachers_to_score(recipe, teachers)
+        towers, live = teachers_to_score(recipe, teachers), teachers
+        if keeps(recipe):
+            recipe = with_kept_teacher(recipe, live)
+            teachers = load_teachers(recipe)
         if recipe.controls and teachers:
-            towers |= train_controls(recipe, lambda: build_student(recipe, teachers, texts), teachers, run)
+            towers |= train_controls(recipe, lambda: build_student(recipe, live, texts), teachers, run, live)
         towers["student"] = train(recipe, "student", student, teachers, run)
         if not is_main_process():
             return {}
@@ -90,6 +96,8 @@ def check_benchmarks(recipe: Recipe) -> None:
         questions = benchmark.read(recipe.data_root, recipe.evaluation.limit)
         refuse_unscored(benchmark, questions, submission=False)
         refuse_missing_pictures(benchmark, questions, recipe.data_root)
+    for benchmark in validation_benchmarks(recipe):
+        refuse_unscored(benchmark, benchmark.read(recipe.data_root, recipe.evaluation.validation.limit), submission=False)
 
 
 def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[str, dict[str, Any]]:
@@ -127,8 +135,10 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
                 entry.setdefault("remarks", {})[role] = said
         for other in ("control", HARD_ANSWERS, "teacher"):
             if found := compared["differences"].get(f"student - {other}"):
-                entry[f"student_minus_{other}"] = {"mean": found["difference"], "ci95": found["ci95"]}
+                entry[f"student_minus_{other}"] = _lead(found)
         entry |= _controls(compared, facts)
+        if doubt := {role: found for role in roles if (found := by_role[role].get("calibration"))}:
+            entry["calibration"] = {role: {k: v for k, v in found.items() if k != "curve"} for role, found in doubt.items()}
         if BLIND in by_role:
             entry[BLIND] = by_role[BLIND]["score"]
         entry["verdict"] = compared["verdict"]
@@ -139,6 +149,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         benchmarks[name] = entry
     previous = _seconds(run / "summary.json")
     summary = {"title": recipe.title, "seed": recipe.seed, "seconds": round(max(seconds, previous), 1), "benchmarks": benchmarks}
+    if ended := plateau_facts(run, "student"):
+        summary["plateau"] = ended
     if experts := _read(run / "experts.json"):
         summary["experts"] = experts
     skipped = {role: counts for role in ("control", "student") if (counts := skipped_counts(run, role))}
@@ -155,6 +167,7 @@ def _controls(compared: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
     found = {
         facts[role]["name"]: {
             "score": cell["score"], "ci95": cell["ci95"], "seconds": facts[role]["seconds"], "steps": facts[role]["steps"],
+            **{key: facts[role][key] for key in ("plateau", "tuned") if key in facts[role]},
         }
         for role, cell in compared["models"].items() if role in facts
     }  # fmt: skip
@@ -162,7 +175,17 @@ def _controls(compared: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
     if lead is None:
         return {"controls": found} if found else {}
     name = facts.get(compared["best_control"], {}).get("name", compared["best_control"])
-    return {"controls": found, "student_minus_best_control": {"mean": lead["difference"], "ci95": lead["ci95"], "name": name}}
+    return {"controls": found, "student_minus_best_control": {**_lead(lead), "name": name}}
+
+
+def _lead(difference: dict[str, Any]) -> dict[str, Any]:
+    """A paired difference as summary.json has it."""
+    lead = {"mean": difference["difference"], "ci95": difference["ci95"]}
+    if found := difference.get("nll"):
+        after = found["after_temperature"]
+        lead["nll"] = {"mean": found["difference"], "ci95": found["ci95"], "n": found["n"]}
+        lead["nll"]["after_temperature"] = {"mean": after["difference"], "ci95": after["ci95"]}
+    return lead
 
 
 def _seconds(path: Path) -> float:
@@ -189,6 +212,21 @@ def _counts(reasons: dict[str, int]) -> str:
     return "; ".join(f"{count} {reason}" for reason, count in reasons.items())
 
 
+def _doubt(calibration: dict[str, Any], width: int) -> list[str]:
+    """How far each model's probabilities can be trusted, a line each."""
+    if not calibration:
+        return []
+    head = f"  {'':<{width}} {'NLL':>6} {'at its best temperature':>24} {'calibration error':>18} {'surest third right':>19}"
+    lines = [head]
+    for role, found in calibration.items():
+        after = found["after_temperature"]["nll"]["value"]
+        lines.append(
+            f"  {in_words(role):<{width}} {found['nll']['value']:6.3f} {after:24.3f} {100 * found['ece']['value']:16.1f} % "
+            f"{100 * found['most_confident_third']['value']:17.1f} %"
+        )
+    return lines
+
+
 def table(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal."""
     lines = []
@@ -204,6 +242,7 @@ def table(summary: dict[str, Any]) -> str:
             lines += [f"           {said}" for said in entry.get("remarks", {}).get(role, ())]
         if "student_blind" in entry:
             lines.append(f"  student without pictures {100 * entry['student_blind']:.1f} %")
+        lines += _doubt(entry.get("calibration", {}), width)
         if any(is_control(role) for role in entry["parameters"]):
             lines.append(f"  {entry['verdict']}")
         if "over_hard_answers" in entry:

@@ -25,6 +25,9 @@ LEADS = {
 }
 
 
+NLL = "_nll"  # ending of the key of a lead's difference in negative log-likelihood
+
+
 def distill_seeds(recipe: Any, seeds: list[int], run: Callable[[Any], dict[str, Any]] = distill) -> dict[str, Any]:
     """Runs the recipe once a seed, under OUTPUT/seed_N, and writes OUTPUT/seeds.json. `run` makes a recipe its summary.
 
@@ -42,7 +45,10 @@ def distill_seeds(recipe: Any, seeds: list[int], run: Callable[[Any], dict[str, 
 
 
 def over_seeds(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """{benchmark: {role: {mean, values}, lead: {mean, ci95, values}}}, and mean leads over all benchmarks (see `LEADS`)."""
+    """{benchmark: {role: {mean, values}, lead: {mean, ci95, values}}}, and mean leads over all benchmarks (see `LEADS`).
+
+    A lead's key with `NLL` behind it is the paired difference of negative log-likelihoods, below 0 where the student is better.
+    """
     names = list(next(iter(summaries.values()))["benchmarks"])
     result: dict[str, Any] = {"seeds": list(summaries), "benchmarks": {}}
     leads: dict[str, list[list[float]]] = {}
@@ -55,6 +61,8 @@ def over_seeds(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:
             if all(lead in e for e in entries):
                 found[lead] = spread([e[lead]["mean"] for e in entries])
                 leads.setdefault(lead, []).append(found[lead]["values"])
+            if all("nll" in e.get(lead, {}) for e in entries):
+                found[lead + NLL] = spread([e[lead]["nll"]["mean"] for e in entries])
         result["benchmarks"][name] = found
     for lead, values in leads.items():
         result[lead] = spread([statistics.mean(of_seed) for of_seed in zip(*values, strict=True)])
@@ -81,8 +89,10 @@ def seeds_table(result: dict[str, Any]) -> str:
     lines = [f"{len(result['seeds'])} seeds: {', '.join(map(str, result['seeds']))}"]
     for name, found in result["benchmarks"].items():
         lines.append(f"{name} ({found['n']} questions)")
-        rows = {in_words(role): _percent(found[role]) for role in found if role not in ("n", *LEADS)}
+        rows = {in_words(role): _percent(found[role]) for role in found if role != "n" and not role.startswith(tuple(LEADS))}
         rows |= {words: _percent(found[lead], sign="+") for lead, words in LEADS.items() if lead in found}
+        doubt = {words.replace("lead", "NLL", 1): found.get(lead + NLL) for lead, words in LEADS.items()}
+        rows |= {words: _nats(difference) for words, difference in doubt.items() if difference is not None}
         width = max(map(len, rows))
         lines += [f"  {words:<{width}} {text}" for words, text in rows.items()]
     for lead, words in LEADS.items():
@@ -95,3 +105,8 @@ def _percent(spread: dict[str, Any], sign: str = "") -> str:
     if "ci95" in spread:
         text += " [" + ", ".join(f"{100 * bound:{sign}.1f}" for bound in spread["ci95"]) + "]"
     return text + "  (" + ", ".join(f"{100 * v:{sign}.1f}" for v in spread["values"]) + ")"
+
+
+def _nats(spread: dict[str, Any]) -> str:
+    bounds = f" [{spread['ci95'][0]:+.3f}, {spread['ci95'][1]:+.3f}]" if "ci95" in spread else ""
+    return f"{spread['mean']:+.3f}{bounds}  (" + ", ".join(f"{value:+.3f}" for value in spread["values"]) + ")"

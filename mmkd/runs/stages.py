@@ -19,6 +19,7 @@ from mmkd.base.jsonl import JsonLines
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts, stage_samples
+from mmkd.runs.plateau import BEST, Plateau, best_weights
 from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch
 from mmkd.teachers.live import as_teachers
@@ -130,11 +131,24 @@ def prepare_stage(
         raise DataError(
             f"stage {name}: a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone"
         )
-    if recipe.evaluation.every is not None:
-        if spreads_weights(trainer):
-            raise DataError("evaluation.every: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")
-        trainer.add_callback(Watch(recipe, role, name, stage.student, run))
+    _watch(recipe, role, stage, trainer, run, folder, resume)
     return stage, trainer, resume
+
+
+def _watch(
+    recipe: Recipe, role: str, stage: Stage, trainer: DistillTrainer, run: Path, folder: Path, resume: str | None
+) -> None:
+    """Scores the student while it trains, where the recipe asks for it. Raises DataError."""
+    until = stage.spec.until is not None
+    scored = recipe.evaluation.every is not None and not until
+    if (until or scored) and spreads_weights(trainer):
+        key = "until" if until else "evaluation.every"
+        raise DataError(f"{key}: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")
+    if scored:
+        trainer.add_callback(Watch(recipe, role, stage.name, stage.student, run))
+    if until:
+        done = 0 if resume is None else int(resume.rpartition("-")[2])
+        trainer.add_callback(Plateau(recipe, role, stage.name, stage.spec, stage.student, run, folder, done))
 
 
 def _arguments(recipe: Recipe, stage: Stage, folder: Path, *, streamed: bool) -> TrainingArguments:
@@ -160,6 +174,7 @@ def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> N
         cut = len(dataset.truncated)
         logger.warning("stage %s cut the ends of %d answers at max_length %d", stage.name, cut, stage.student.max_length)
     trainer.finite.look()
+    best_weights(stage.student, folder)
     make_whole(trainer)
     if is_main_process():  # it alone has the whole weights of a sharded run
         check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
@@ -167,4 +182,5 @@ def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> N
         save_whole(folder / "model", stage.student.save, stage.student.footprint()["weight_bytes"])
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        (folder / BEST).unlink(missing_ok=True)
     wait_for_all()

@@ -17,10 +17,14 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import terms_of_teacher
 from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, load_tokenizer, train_tokenizer
+from mmkd.towers.fresh import draw_vision_anew
+from mmkd.towers.kept import PreparedSamples
 from mmkd.towers.loading import device_of_process, dtype_of, to_device
 from mmkd.towers.reading import AS_SAVED
 from mmkd.towers.spec import AssembleSpec
 from mmkd.towers.tower import Tower
+
+PREPARED = PreparedSamples()  # shared by all towers that this process trains and compares
 
 
 def openings(recipe: Recipe) -> dict[str, Opening]:
@@ -53,13 +57,17 @@ def build_student(recipe: Recipe, teachers: Mapping[str, Teacher] | Teacher | No
     student = _build_student(recipe, teachers, texts)
     for teacher in teachers.values():
         teacher.meet(student)
+        teacher.body.preparer.kept = PREPARED
     return student
 
 
 def _build_student(recipe: Recipe, teachers: Mapping[str, Teacher], texts: Iterable[str]) -> Tower:
     spec = recipe.student
     if spec.model is not None:
-        return load_student(recipe, spec.model)
+        tower = load_student(recipe, spec.model)
+        if spec.fresh:
+            draw_vision_anew(tower, recipe.seed)
+        return tower
     parts = spec.assemble
     if parts.import_module:
         import_modules([parts.import_module])
@@ -79,7 +87,7 @@ def _build_student(recipe: Recipe, teachers: Mapping[str, Teacher], texts: Itera
         tower = Tower(tower.model, tower.processor, max_length=recipe.max_length, reading=spec.reading)
     if spec.attn_implementation is not None:
         tower.model.set_attn_implementation(spec.attn_implementation)
-    return to_device(tower)
+    return _as_student(tower)
 
 
 def load_student(recipe: Recipe, folder: Any) -> Tower:
@@ -95,7 +103,8 @@ def load_student(recipe: Recipe, folder: Any) -> Tower:
 
 
 def _as_student(tower: Tower) -> Tower:
-    """The tower on its device. Raises TowerError for one that can only be a teacher of rows."""
+    """The tower on its device, sharing prepared samples. Raises TowerError for one that can only be a teacher of rows."""
+    tower.preparer.kept = PREPARED
     if not tower.has_visual_tokens:
         raise TowerError(f"the student {tower.lacks()}, so it can only be a teacher of rows; take another student")
     return to_device(tower)

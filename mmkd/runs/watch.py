@@ -18,6 +18,7 @@ from mmkd.base.jsonl import JsonLines
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.recipes.recipe import Recipe
+from mmkd.runs.validation import validation_benchmarks
 from mmkd.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ FOLDER = "during"  # RUN/during/ROLE/STAGE/STEP/BENCHMARK holds answers and resu
 
 
 class Watch(TrainerCallback):
-    """Every `evaluation.every` optimiser steps: the recipe's benchmarks, their scores as "score NAME" in the role's log.
+    """Every `evaluation.every` optimiser steps: the recipe's benchmarks, on `evaluation.validation` where there is one.
+
+    Their scores are "score NAME" in the role's log.
 
     One process asks, the others wait for it.
     """
@@ -49,14 +52,16 @@ class Watch(TrainerCallback):
     def _score(self, step: int) -> None:
         spec = self.recipe.evaluation
         row: dict[str, Any] = {"stage": self.stage, "step": step}
-        for name in spec.benchmarks:
+        benchmarks = validation_benchmarks(self.recipe) or [load_benchmark(name) for name in spec.benchmarks]
+        for benchmark in benchmarks:
+            name = benchmark.name
             results = evaluate(
                 self.student,
-                load_benchmark(name),
+                benchmark,
                 self.folder / f"{step:06d}" / name,
                 data_root=self.recipe.data_root,
                 batch_size=spec.batch_size,
-                limit=spec.limit,
+                limit=spec.limit if spec.validation is None else spec.validation.limit,
                 resume=False,
                 progress=False,
                 model_name=f"step {step}",

@@ -38,10 +38,19 @@ class TeacherSpec(ReadingSpec, ViewSpec):
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
     gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))
     cache: str | None = None  # a folder that `mmkd cache` wrote; the model itself is then not loaded
+    # A run writes such a folder itself, beside its output, before it trains: each sample is read by the teacher once.
+    keep: bool = Field(False, exclude_if=is_default(False))
     # Its pass over the next micro-batch begins before the student works on this one; on CUDA on a stream of its own.
     ahead: bool = Field(False, exclude_if=is_default(False))
     # For a teacher with another tokenizer: terms of kind `spans` compare pieces of text instead of tokens.
     alignment: Literal["spans"] | None = Field(None, exclude_if=is_default(None))
+
+    @model_validator(mode="after")
+    def kept_once(self) -> TeacherSpec:
+        if self.keep and (self.ahead or self.kind is not None):
+            other = "ahead" if self.ahead else "kind"
+            raise ValueError(f"keep: what is kept is read from the disk in training, where `{other}` has no place; take one out")
+        return self
 
     @field_validator("kind")
     @classmethod

@@ -22,8 +22,10 @@ class CrossEntropy(RowTerm):
     teacher_logits: ClassVar[bool] = False
     memory_factor: ClassVar[int] = 2
 
+    label_smoothing: float = 0.0
+
     def row_loss(self, signals: Signals | None = None) -> Callable[..., Any]:
-        return losses.CrossEntropy()
+        return losses.CrossEntropy(self.label_smoothing)
 
 
 @register("terms", "forward_kl")

@@ -16,7 +16,7 @@ from mmkd.terms.term import Pair, Term
 @register("terms", "load_balance")
 @dataclass(frozen=True)
 class LoadBalance(Term):
-    """Load balance of the experts over a micro-batch's tokens, mean over layers, weighted by tokens.
+    """Load balance of the experts over a micro-batch's tokens, added up over layers, weighted by tokens.
 
     The balance is a product of means, so it is one of this micro-batch (as in the published codes); the mean over micro-batches
     and ranks, weighted by tokens, is our choice. On pairs of answers: that of the chosen plus that of the rejected ones (as in
@@ -27,6 +27,7 @@ class LoadBalance(Term):
     status: ClassVar[str] = "our choice: mean over micro-batches by tokens"
     needs: ClassVar[tuple[str, ...]] = ("student.routing",)
     count: ClassVar[str] = "token"
+    default_weight: ClassVar[float] = 0.01
 
     def check(self, pair: Pair) -> list[str]:
         if pair.sparse:

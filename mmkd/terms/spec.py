@@ -24,13 +24,22 @@ class TermSpec(Strict):
     model_config = ConfigDict(extra="allow")  # the options of the kind: fields of its class
 
     kind: str
-    weight: float | WeightSpec = 1.0
+    weight: float | WeightSpec = 1.0  # default: the kind's own (`default_weight` of its class)
     positions: Literal[tuple(POSITIONS)] = "response"  # type: ignore[valid-type]
     path: Literal["student", "switch"] = "student"
     bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
     # Over rows; "sum": of each sample's rows, and the mean over samples.
     reduction: Literal["mean", "sum"] = Field("mean", exclude_if=is_default("mean"))
     teacher: str | None = Field(None, exclude_if=is_default(None))  # which of several teachers
+
+    @model_validator(mode="before")
+    @classmethod
+    def papers_weight(cls, given: Any) -> Any:
+        """Without a weight a term has that of its paper."""
+        kind = given.get("kind") if isinstance(given, dict) else None
+        if not isinstance(kind, str) or "weight" in given or kind not in registry("terms"):
+            return given
+        return {**given, "weight": getattr(registry("terms").get(kind), "default_weight", 1.0)}
 
     @model_validator(mode="after")
     def known(self) -> TermSpec:

@@ -90,6 +90,7 @@ class Term:
     needs: ClassVar[tuple[str, ...]] = ()  # names of mmkd.terms.signals.SIGNALS
     count: ClassVar[str] = "sample"  # which global count divides the sum, see mmkd.engine.positions
     same_tokens: ClassVar[bool] = True  # student and teacher must predict the same answer tokens
+    default_weight: ClassVar[float] = 1.0  # the paper's, where a recipe gives none
     memory_factor: ClassVar[int] = 6  # float32 tensors [rows, V] that a naive computation keeps beside the logits
     origin: ClassVar[str] = ""  # paper and equation, for the table of methods
     status: ClassVar[str] = ""  # "confirmed" by the origin, or "our choice: ..." of what it leaves open

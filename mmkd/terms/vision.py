@@ -49,6 +49,7 @@ class Relation(Term):
     origin: ClassVar[str] = "LLaVA-KD (arXiv 2410.16236), RDist"
     status: ClassVar[str] = "confirmed"
     count: ClassVar[str] = "image"
+    default_weight: ClassVar[float] = 0.5
 
     source: Literal["logits", "hidden"] = "logits"
 

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from mmkd.errors import TowerError
+from mmkd.errors import SampleError, TowerError
 from mmkd.towers.families import GRIDS
 from mmkd.towers.greedy import Prompt, check_logits, generated
-from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample
+from mmkd.towers.inputs import IGNORE, Encoded, tokens_by_sample, with_answer_ids
+from mmkd.towers.likelihood import FirstTokens, Likelihood, Recorder, logits_of, of_words
 from mmkd.towers.modes import evaluating
 from mmkd.towers.one_sample import preparing
 from mmkd.towers.protocol import TowerLike
@@ -53,13 +54,89 @@ def generate(
     with evaluating(tower.model), tower.given_tokens():
         if not tower.has_visual_tokens:
             return _by_own_generation(tower, samples, max_new_tokens)
+        return _words(tower, _generated(tower, samples, max_new_tokens, cache, None))
+
+
+def _generated(
+    tower: TowerLike, samples: Sequence[Sample], max_new_tokens: int, cache: MutableMapping[Key, SeenOnce] | None,
+    watch: Recorder | None,
+) -> list[list[int]]:  # fmt: skip
+    encoded, tokens = _encode(tower, samples, cache)
+    by_sample = tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
+    keys = [tuple(ref.key for ref in sample.images) for sample in samples]
+    prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
+    return generated(tower, prompts, max_new_tokens, [watch] if watch else []).tolist()
+
+
+def _words(tower: TowerLike, rows: Sequence[Sequence[int]]) -> list[str]:
+    return [answer.strip() for answer in decode_answers(tower.tokenizer, rows)]  # templates may leave a space before the answer
+
+
+@torch.no_grad()
+def generate_with_likelihood(
+    tower: TowerLike,
+    samples: Sequence[Sample],
+    options: Sequence[Sequence[str] | None],
+    references: Sequence[str | None],
+    max_new_tokens: int,
+    cache: MutableMapping[Key, SeenOnce] | None,
+) -> tuple[list[str], list[Likelihood]]:
+    """Greedy answers, and how likely the model finds them, the choices (`options`) and the references, where one is given.
+
+    A reference costs a forward pass over its sample only where it is not what was answered, and so do choices that all begin with
+    a token (a space, with some tokenizers) with which the answer does not begin.
+    """
+    if not tower.has_visual_tokens:
+        return generate(tower, samples, max_new_tokens, cache), [Likelihood()] * len(samples)
+    cache = {} if cache is None else cache
+    firsts = [None if o is None else _told_apart(tower, s, o) for s, o in zip(samples, options, strict=True)]
+    recorder = Recorder(tower.stop_ids, firsts)
+    with evaluating(tower.model), tower.given_tokens():
+        rows = _generated(tower, samples, max_new_tokens, cache, recorder)
+    own = recorder.own.tolist()
+    asked = [None if r is None else _answer_tokens(tower, s, r) for s, r in zip(samples, references, strict=True)]
+    found = [values if ids and row[: len(ids)] == ids else None for ids, row, values in zip(asked, rows, own, strict=True)]
+    todo = [n for n, ids in enumerate(asked) if ids and len(ids) <= max_new_tokens and found[n] is None]
+    for n, values in zip(todo, _likelihood_of(tower, [samples[n] for n in todo], [asked[n] for n in todo], cache), strict=True):
+        found[n] = values
+    choices = list(recorder.choices)
+    unseen = [n for n, first in enumerate(firsts) if first is not None and choices[n] is None]
+    if unseen:
+        _, by_pass = choose_with_likelihood(tower, [samples[n] for n in unseen], [options[n] for n in unseen], cache)
+        for n, likelihood in zip(unseen, by_pass, strict=True):
+            choices[n] = likelihood.choices
+    return _words(tower, rows), [Likelihood(*each) for each in zip(choices, own, found, strict=True)]
+
+
+def _answer_tokens(tower: TowerLike, sample: Sample, answer: str) -> list[int] | None:
+    """Of a reference; None for one that the model's template cannot hold as an answer."""
+    try:
+        return tower.answer_tokens(sample, answer)
+    except (SampleError, TowerError):
+        return None
+
+
+def _told_apart(tower: TowerLike, sample: Sample, options: Sequence[str]) -> FirstTokens | None:
+    """The tokens by which options differ; None where the first ones do not tell them apart."""
+    try:
+        return _first_tokens(tower, sample, options)
+    except (SampleError, TowerError):
+        return None
+
+
+def _likelihood_of(
+    tower: TowerLike, samples: Sequence[Sample], words: Sequence[Sequence[int]], cache: MutableMapping[Key, SeenOnce]
+) -> list[list[float] | None]:
+    """Of the words as an answer; None where the model's logits are not known (see `logits_of`)."""
+    if not samples:
+        return []
+    with evaluating(tower.model):
         encoded, tokens = _encode(tower, samples, cache)
-        by_sample = tokens_by_sample(tokens, [tower.visual_count(one) for one in encoded])
-        keys = [tuple(ref.key for ref in sample.images) for sample in samples]
-        prompts = [Prompt(*row) for row in zip(encoded, by_sample, keys, strict=True)]
-        out = generated(tower, prompts, max_new_tokens)  # [B, new]
-    answers = decode_answers(tower.tokenizer, out.tolist())
-    return [answer.strip() for answer in answers]  # templates may leave a space before the answer
+        inputs = tower.collate([with_answer_ids(one, ids) for one, ids in zip(encoded, words, strict=True)]).to(tower.device)
+        try:
+            return list(of_words(tower, inputs, tokens, words))
+        except TowerError:
+            return [None] * len(samples)
 
 
 def _by_own_generation(tower: TowerLike, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
@@ -77,7 +154,18 @@ def choose(
     options: Sequence[Sequence[str]],
     cache: MutableMapping[Key, SeenOnce] | None,
 ) -> list[int]:
-    """The likeliest of each sample's options, by one forward pass over the batch.
+    """The likeliest of each sample's options, by one forward pass over the batch (see `choose_with_likelihood`)."""
+    return choose_with_likelihood(tower, samples, options, cache)[0]
+
+
+@torch.no_grad()
+def choose_with_likelihood(
+    tower: TowerLike,
+    samples: Sequence[Sample],
+    options: Sequence[Sequence[str]],
+    cache: MutableMapping[Key, SeenOnce] | None,
+) -> tuple[list[int], list[Likelihood]]:
+    """The likeliest of each sample's options, by one forward pass over the batch, and the logits of all of them.
 
     An option stands for the tokens with which the tower would begin that answer. What all of them begin with (a space, with
     some tokenizers) is read as part of the prompt; the logits of the token after it are compared.
@@ -89,10 +177,16 @@ def choose(
         inputs = tower.collate([_extended(e, s) for e, s in zip(encoded, shared, strict=True)]).to(tower.device)
         hidden = tower.read(inputs, tokens)  # [B, L, D]
         last = inputs.attention_mask.sum(1) - 1
-        logits = tower.head(hidden[torch.arange(len(samples), device=last.device), last])  # [B, V]
-    check_logits(logits.amax(-1))
-    # A head's scale is positive and a soft cap monotone: neither changes which is largest.
-    return [int(row[torch.tensor(allowed, device=row.device)].argmax()) for row, allowed in zip(logits, ids, strict=True)]
+        rows = hidden[torch.arange(len(samples), device=last.device), last]  # [B, D]
+        logits = tower.head(rows)  # [B, V]
+        check_logits(logits.amax(-1))
+        # A head's scale is positive and a soft cap monotone: neither changes which is largest.
+        best = [int(row[torch.tensor(allowed, device=row.device)].argmax()) for row, allowed in zip(logits, ids, strict=True)]
+        try:
+            own = logits_of(tower, rows)  # [B, V]
+        except TowerError:
+            return best, [Likelihood()] * len(samples)
+    return best, [Likelihood(row[allowed].tolist()) for row, allowed in zip(own.cpu(), ids, strict=True)]
 
 
 def _first_tokens(tower: TowerLike, sample: Sample, options: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -139,7 +233,7 @@ def _encode(
     for key, sample in zip(keys, samples, strict=True):
         processed = known[key].processed if key in known else prepared.get(key)
         with preparing(sample):
-            one, seen_now = _encode_one(tower, sample, processed)
+            one, seen_now = _kept_one(tower, sample, processed)
         encoded.append(one)
         if key and key not in known and key not in first:
             first[key], prepared[key] = one, seen_now
@@ -171,9 +265,18 @@ def _without_pixels(encoded: Encoded) -> Encoded:
     return replace(encoded, pixels={name: value for name, value in encoded.pixels.items() if name in GRIDS})
 
 
-def _encode_one(
-    tower: TowerLike, sample: Sample, processed: dict[str, Any] | None
-) -> tuple[Encoded, dict[str, Any] | None]:
+def _kept_one(tower: TowerLike, sample: Sample, processed: dict[str, Any] | None) -> tuple[Encoded, dict[str, Any] | None]:
+    """What `_encode_one` gives, kept where this process keeps prepared samples; without pixels where `processed` is known."""
+    preparer = tower.preparer
+    if preparer.kept is None:
+        return _encode_one(tower, sample, processed)
+    if processed is None:
+        return preparer.kept.once(preparer.known_by, sample, "asked and recorded", lambda: _encode_one(tower, sample, None))
+    asked = lambda: _without_pixels(_encode_one(tower, sample, processed)[0])  # noqa: E731
+    return preparer.kept.once(preparer.known_by, sample, "asked, its pictures known", asked), processed
+
+
+def _encode_one(tower: TowerLike, sample: Sample, processed: dict[str, Any] | None) -> tuple[Encoded, dict[str, Any] | None]:
     """One prompt, and the processor's output for its pictures if it will do in their place.
 
     That is tried at once: a processor that counts its tokens by the picture itself gives other ids without it.

@@ -375,9 +375,7 @@ def _generation_config(tokenizer: Any) -> GenerationConfig:
     vocabulary = tokenizer.get_vocab()
     ends = {vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>", "<|end|>") if t in vocabulary} | {tokenizer.eos_token_id}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return GenerationConfig(
-        eos_token_id=sorted(ends), pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, do_sample=False
-    )
+    return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, do_sample=False)
 
 
 def _plain_head(language_model: nn.Module) -> None:

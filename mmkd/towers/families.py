@@ -53,7 +53,6 @@ class Family:
     # Further marks: argument -> the tokens (names in the configuration) that are of type 1.
     token_marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-
     @property
     def reads_ahead(self) -> bool:
         """Whether a token of the prompt sees what stands behind it in the prompt, so that no answer may stand there."""

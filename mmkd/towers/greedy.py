@@ -43,25 +43,36 @@ class Prompt:
 
 
 def generated(
-    tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int, choosing: Sequence[LogitsProcessor] = ()
+    tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int, processors: Sequence[LogitsProcessor] = (), **options: Any
 ) -> Tensor:
-    """New tokens of every prompt, padded behind their end: the likeliest after what `choosing` makes of the logits. [B, new]"""
+    """New tokens of every prompt, padded behind their end: the likeliest after what `processors` make of the logits. [B, new]
+
+    options: more arguments of the model's `generate`.
+    """
     way = _shared if _shares(tower, prompts) else _apart
-    return way(tower, prompts, max_new_tokens, choosing)
+    return way(tower, prompts, max_new_tokens, processors, **options)
 
 
 def _apart(
-    tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None, choosing: Sequence[LogitsProcessor] = ()
+    tower: TowerLike,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int | None,
+    processors: Sequence[LogitsProcessor] = (),
+    **options: Any,
 ) -> Tensor:
     """Every prompt read whole, left-padded. New tokens [B, new], or with None the logits of the first [B, V]."""
     inputs = tower.collate([prompt.encoded for prompt in prompts], padding_side="left").to(tower.device)
     tokens = [token for prompt in prompts for token in prompt.tokens]
     visual = {"mm_encoder_outputs": tower.encoder_outputs(tokens), **tower.layout(inputs)}
-    return _generate(tower, inputs.input_ids, inputs.attention_mask, max_new_tokens, choosing, **visual)
+    return _generate(tower, inputs.input_ids, inputs.attention_mask, max_new_tokens, processors, **visual, **options)
 
 
 def _shared(
-    tower: TowerLike, prompts: Sequence[Prompt], max_new_tokens: int | None, choosing: Sequence[LogitsProcessor] = ()
+    tower: TowerLike,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int | None,
+    processors: Sequence[LogitsProcessor] = (),
+    **options: Any,
 ) -> Tensor:
     """The same, with what stands before the questions read once a picture."""
     length = _prefix_length(tower, prompts[0])
@@ -83,15 +94,13 @@ def _shared(
     tails = tower.collate([_cut(p.encoded, slice(length, None)) for p in prompts], padding_side="left").to(tower.device)
     ids = torch.cat([heads.input_ids[rows], tails.input_ids], dim=1)  # [B, L]
     mask = torch.cat([heads.attention_mask[rows], tails.attention_mask], dim=1)  # [B, L]
-    return _generate(tower, ids, mask, max_new_tokens, choosing, past_key_values=cache)
+    return _generate(tower, ids, mask, max_new_tokens, processors, past_key_values=cache, **options)
 
 
 def _generate(
-    tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int | None, choosing: Sequence[LogitsProcessor], **inputs: Any
+    tower: TowerLike, ids: Tensor, mask: Tensor, max_new_tokens: int | None, processors: Sequence[LogitsProcessor], **inputs: Any
 ) -> Tensor:
     largest = _Largest()
-    if choosing:  # what is drawn is drawn from the model's own distribution
-        inputs["repetition_penalty"] = 1.0
     out = tower.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -103,7 +112,7 @@ def _generate(
         eos_token_id=sorted(tower.stop_ids),
         return_dict_in_generate=True,
         output_logits=max_new_tokens is None,
-        logits_processor=LogitsProcessorList([largest, *choosing]),
+        logits_processor=LogitsProcessorList([largest, *processors]),
     )
     largest.check()
     return out.logits[0] if max_new_tokens is None else out.sequences[:, ids.shape[1] :]

@@ -55,7 +55,16 @@ def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
             processor.image_processor = type(images).from_dict(images.to_dict(), **changed)
         except (ValueError, TypeError, KeyError) as error:
             raise TowerError(f"{type(images).__name__} does not take {changed}: {error}") from error
+    every_call = getattr(processor, "images_kwargs", None) or {}  # what a class such as InternVL's says over its image processor
+    if every_call.keys() & changed.keys():
+        processor.images_kwargs = {name: changed.get(name, value) for name, value in every_call.items()}
     return processor
+
+
+def not_saved(processor: Any) -> list[str]:
+    """The options of `_with_options` that stand in no file of a saved processor, since its class has them for every call."""
+    own, of_class = vars(processor).get("images_kwargs", {}), getattr(type(processor), "images_kwargs", {})
+    return [name for name, value in own.items() if value != of_class.get(name)]
 
 
 def _options_of(images: Any) -> set[str]:

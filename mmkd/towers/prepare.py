@@ -27,6 +27,7 @@ from mmkd.errors import SampleError, TowerError
 from mmkd.towers.chat import Chat, Facts
 from mmkd.towers.families import GRIDS, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, TowerInputs
+from mmkd.towers.kept import PreparedSamples
 from mmkd.towers.samples import Sample, Turn
 from mmkd.towers.templates import dated, prints_date, template_of
 from mmkd.towers.thinking import holds_thinking, opening_of, without_thinking
@@ -100,6 +101,8 @@ class Preparer:
         self._known: dict[tuple[str, frozenset[int]], _Met] = {}
         self._takes_text: bool | None = None
         self._said: set[str] = set()
+        self._fingerprints: dict[tuple, str] = {}
+        self.kept: PreparedSamples | None = None  # what shares prepared samples with other towers of this process
         if template_of(processor) is None:
             raise TowerError(
                 f"{type(processor).__name__} has no chat template; give the tower one by its key `chat_template` (a file or the "
@@ -164,9 +167,19 @@ class Preparer:
         """Any id will do under the attention mask, but never the image placeholder."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
+    @property
+    def known_by(self) -> str:
+        """`fingerprint`, computed once for each state that this object is brought into, with the family."""
+        state = (template_of(self.processor), self.max_length, self.thinking, self._day, frozenset(self.stop_ids))
+        if state not in self._fingerprints:
+            facts = [self.fingerprint(), self._kind, self.pad_id, self.image_token_id, *map(str, state)]
+            self._fingerprints[state] = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        return self._fingerprints[state]
+
     def fingerprint(self) -> str:
         """Hash of what turns a sample into inputs: vocabulary, chat template and what it writes, image processor, length."""
         images = {k: v for k, v in self.processor.image_processor.to_dict().items() if "processor" not in k}
+        images |= {f"{k} in every call": v for k, v in vars(self.processor).get("images_kwargs", {}).items()}
         layout = {name: getattr(self.processor, name, None) for name in _TOKEN_COUNTS}
         met = self._met
         probe = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
@@ -326,9 +339,7 @@ class Preparer:
             return False
         return True
 
-    def _earlier_targets(
-        self, met: _Met, sample: Sample, ids: list[int], borders: list[int | None], guard: Guard
-    ) -> list[int]:
+    def _earlier_targets(self, met: _Met, sample: Sample, ids: list[int], borders: list[int | None], guard: Guard) -> list[int]:
         """Targets of the answers within the prompt `ids`. Each is learned where it was tokenised as it would be given."""
         targets = [IGNORE] * len(ids)
         answers = [turn.text.strip() for turn in sample.prompt_turns if turn.role == "assistant"]
@@ -354,9 +365,7 @@ class Preparer:
                 sample.id,
             )
 
-    def _fit(
-        self, sample: Sample, ids: list[int], targets: list[int], pixels: dict[str, Tensor], with_answer: bool
-    ) -> Encoded:
+    def _fit(self, sample: Sample, ids: list[int], targets: list[int], pixels: dict[str, Tensor], with_answer: bool) -> Encoded:
         """The sample within `max_length`."""
         length, wanted = len(ids), sum(target != IGNORE for target in targets)
         if length > self.max_length:

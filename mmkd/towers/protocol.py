@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.towers.inputs import Encoded, Seen, TowerInputs
+from mmkd.towers.logits import LogitRule
 from mmkd.towers.prepare import Preparer
 from mmkd.towers.samples import Sample
 
@@ -29,6 +30,10 @@ class TowerLike(Protocol):
     def language(self) -> nn.Module: ...
     @property
     def head(self) -> nn.Module: ...
+    @property
+    def head_bias(self) -> Tensor | None: ...
+    @property
+    def logit_rule(self) -> LogitRule: ...
     @property
     def device(self) -> torch.device: ...
     @property

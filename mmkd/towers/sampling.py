@@ -42,7 +42,9 @@ def sample(tower: TowerLike, prompts: Sequence[tuple[Encoded, object]], seeds: S
         torch.rand(how.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
     ])  # [B, T]  # fmt: skip
     with evaluating(tower.model), tower.given_tokens():
-        rows = generated(tower, see_prompts(tower, prompts), how.max_new_tokens, _processors(tower, draws, how)).tolist()
+        seen, processors = see_prompts(tower, prompts), _processors(tower, draws, how)
+        # What is drawn is drawn from the model's own distribution.
+        rows = generated(tower, seen, how.max_new_tokens, processors, repetition_penalty=1.0).tolist()
     return [_up_to_end(row[: how.max_new_tokens], tower.stop_ids) for row in rows]
 
 

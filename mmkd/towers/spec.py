@@ -108,7 +108,12 @@ class StudentSpec(ReadingSpec):
     trust_remote_code: bool = False
     # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
     attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
+    # Of a `model`: parts that begin with random weights all the same, drawn with the recipe's seed.
+    fresh: list[Literal["vision"]] = Field(default_factory=list, exclude_if=is_default([]))
 
     @model_validator(mode="after")
     def one_origin(self) -> StudentSpec:
-        return one_of(self, model="a folder or hub id", assemble="parts")
+        one_of(self, model="a folder or hub id", assemble="parts")
+        if self.fresh and self.model is None:
+            raise ValueError("`fresh` is of a student from `model`; one that is assembled has fresh parts by their `config`")
+        return self

@@ -24,8 +24,7 @@ CHAT_TEMPLATES = {
     + "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %} {{ content(m) }}<|end|>{% else %}{{ content(m) }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    "chatml": _CONTENT
-    + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ content(m) }}<|im_end|>\n{% endfor %}"
+    "chatml": _CONTENT + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ content(m) }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "llama3": _CONTENT
     + "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ content(m) }}<|eot_id|>"

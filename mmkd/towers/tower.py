@@ -13,6 +13,7 @@ One class wraps every image-text model of transformers; the place of the project
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, reduce
@@ -29,10 +30,11 @@ from mmkd.towers.experts import idle_parameters
 from mmkd.towers.export import merged
 from mmkd.towers.families import GRIDS, LANGUAGE_NAMES, REFUSED, VISION_NAMES, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, Seen, TowerInputs, VisualTokens, split_features, split_tokens
+from mmkd.towers.likelihood import Likelihood
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.one_sample import preparing
-from mmkd.towers.options import configured
+from mmkd.towers.options import configured, not_saved
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
 from mmkd.towers.reading import AS_SAVED, Reading
@@ -40,6 +42,8 @@ from mmkd.towers.samples import Sample
 from mmkd.towers.thinking import ends_within
 from mmkd.towers.tokenless import arguments_of, as_dtype, hidden_states, identity, joined, nothing_of
 from mmkd.towers.whole import blamed
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["IGNORE", "Encoded", "Seen", "Tower", "TowerInputs", "VisualTokens"]
 
@@ -53,9 +57,7 @@ class Tower:
         self.model = model
         self.processor = configured(processor, model.config.model_type, reading)
         self.tokenizer = processor.tokenizer
-        self.preparer = Preparer(
-            model, self.processor, max_length=max_length, thinking=reading.thinking, day=reading.date
-        )
+        self.preparer = Preparer(model, self.processor, max_length=max_length, thinking=reading.thinking, day=reading.date)
         self._family = family_of(model.config.model_type)
 
     # ---- making, saving ------------------------------------------------------------------------------------------
@@ -92,6 +94,11 @@ class Tower:
         with merged(self.model) as model:
             model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        if unsaved := not_saved(self.processor):
+            logger.warning(
+                "%s sets %s itself in every call, and %s cannot keep another value: give it again to whoever loads the model",
+                type(self.processor).__name__, ", ".join(unsaved), folder,
+            )  # fmt: skip
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -223,13 +230,19 @@ class Tower:
         """
         return self.collate([self.encode(sample) for sample in samples], padding_side=padding_side)
 
-    def encode(self, sample: Sample, *, with_answer: bool = True, pictures: list | None = None) -> Encoded:
+    def encode(self, sample: Sample, *, with_answer: bool = True, pictures: list | None = None, keep: bool = False) -> Encoded:
         """One sample, not yet padded; `pictures` stand in for its own, which are then not loaded.
+
+        keep: whether it may come from, and go to, what this process keeps of prepared samples (`Preparer.kept`).
 
         Raises SampleError, which names the sample, for whatever its processor or template refuses; ImageError, DataError.
         """
+        preparer = self.preparer
         with preparing(sample):
-            return self.preparer.encode(sample, with_answer=with_answer, pictures=pictures)
+            if preparer.kept is None or pictures is not None or not keep:
+                return preparer.encode(sample, with_answer=with_answer, pictures=pictures)
+            what = "with its answer" if with_answer else "asked"
+            return preparer.kept.once(preparer.known_by, sample, what, lambda: preparer.encode(sample, with_answer=with_answer))
 
     def collate(self, encoded: Sequence[Encoded], *, padding_side: str = "right") -> TowerInputs:
         """Pads encoded samples into one batch."""
@@ -369,9 +382,7 @@ class Tower:
         pooled, layers = self._deepstack(tokens)
         stacked = torch.cat(pooled)[None] if self._family.stacked else pooled
         indicators = self._indicators() if self._family.indicators else None
-        return {
-            "image": VisualTokens(pooler_output=stacked, deepstack_features=layers, visual_indicator_features=indicators)
-        }
+        return {"image": VisualTokens(pooler_output=stacked, deepstack_features=layers, visual_indicator_features=indicators)}
 
     def _deepstack(self, tokens: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, ...]] | None]:
         """Visual tokens and what goes to the first layers, one tuple a layer. Tokens of another encoder bring none of that."""
@@ -411,9 +422,7 @@ class Tower:
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
-    def answer(
-        self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None
-    ) -> list[str]:
+    def answer(self, samples: Sequence[Sample], *, max_new_tokens: int, vision_cache: MutableMapping | None = None) -> list[str]:
         """Greedy answers of one batch. `vision_cache` keeps what was seen by the pictures (see `VisionCache`)."""
         with blamed(f"answering with {type(self.model).__name__}"):
             return answering.generate(self, samples, max_new_tokens, vision_cache)
@@ -424,3 +433,23 @@ class Tower:
         """The likeliest of each sample's options, in one forward pass. Raises TowerError (see `answering.choose`)."""
         with blamed(f"answering with {type(self.model).__name__}"):
             return answering.choose(self, samples, options, vision_cache)
+
+    def answer_with_likelihood(
+        self,
+        samples: Sequence[Sample],
+        options: Sequence[Sequence[str] | None],
+        references: Sequence[str | None],
+        *,
+        max_new_tokens: int,
+        vision_cache: MutableMapping | None = None,
+    ) -> tuple[list[str], list[Likelihood]]:
+        """`answer`, and how likely each answer, the sample's choices and its reference are (see `Likelihood`)."""
+        with blamed(f"answering with {type(self.model).__name__}"):
+            return answering.generate_with_likelihood(self, samples, options, references, max_new_tokens, vision_cache)
+
+    def choose_with_likelihood(
+        self, samples: Sequence[Sample], options: Sequence[Sequence[str]], *, vision_cache: MutableMapping | None = None
+    ) -> tuple[list[int], list[Likelihood]]:
+        """`choose`, and the logits of all options."""
+        with blamed(f"answering with {type(self.model).__name__}"):
+            return answering.choose_with_likelihood(self, samples, options, vision_cache)

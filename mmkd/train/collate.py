@@ -123,15 +123,15 @@ class PairDataset(Dataset):
     def prepare(self, sample: Sample, index: int = -1) -> Pair | Skip:
         """A sample as student and teachers get it, or why it is left out. index: -1 for one that is none of the set's own."""
         try:
-            return self._prepare(sample)
+            return self._prepare(sample, keep=index >= 0 and not is_lazy(self.samples))
         except LEFT_OUT as error:
             return Skip.of(sample, error, index)
 
-    def _prepare(self, sample: Sample) -> Pair:
-        student = _encode("student", self.student, sample)
+    def _prepare(self, sample: Sample, *, keep: bool) -> Pair:
+        student = _encode("student", self.student, sample, keep=keep)
         if student.truncated:
             self.truncated[sample.id] = student.truncated
-        pair = Pair(student, {name: self._part(name, sample, student) for name in self.teachers})
+        pair = Pair(student, {name: self._part(name, sample, student, keep=keep) for name in self.teachers})
         if self.generates:
             pair.sample, pair.prompts = sample, self._prompts(sample, student)
         return pair
@@ -178,14 +178,14 @@ class PairDataset(Dataset):
         """Of each teacher, whether its tokenizer has the student's ids."""
         return {name: alike or _one_vocabulary(self.student, self.teachers[name].body) for name, alike in self.alike.items()}
 
-    def _part(self, name: str, sample: Sample, student: Encoded, own: Any = None) -> TeacherPart:
+    def _part(self, name: str, sample: Sample, student: Encoded, own: Any = None, *, keep: bool = False) -> TeacherPart:
         """A sample as one teacher reads it; of a stored one, only what the visual switch needs. own: if known already."""
         teacher, terms = self.teachers[name], self.terms_of[name]
         switched = bool(student.images) and any(t.switched for t in terms)
         if teacher.stored and not switched:
             return TeacherPart()
         if own is None:
-            own = student if self.alike[name] else _encode(name, teacher.body, teacher.view(sample))
+            own = student if self.alike[name] else _encode(name, teacher.body, teacher.view(sample), keep=keep)
         self._check(name, sample, student, own)
         count = self.student.visual_count(student)
         switch = teacher.body.with_visual_count(own, count) if switched else None
@@ -212,10 +212,10 @@ class PairDataset(Dataset):
                 )
 
 
-def _encode(role: str, tower: Tower, sample: Sample) -> Encoded:
+def _encode(role: str, tower: Tower, sample: Sample, *, keep: bool) -> Encoded:
     """Raises SampleError that names the tower, ImageError."""
     try:
-        return tower.encode(sample)
+        return tower.encode(sample, keep=keep)
     except SampleError as error:
         raise SampleError(f"in the {role}: {error}") from error
 

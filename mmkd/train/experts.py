@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmkd.base.files import write_whole
 from mmkd.base.jsonl import log_rows, read_object
+from mmkd.base.run_folder import SKIPPED
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt, upcycle
 from mmkd.train.spec import StageSpec
@@ -81,7 +82,7 @@ def summarise_experts(run: Path) -> dict[str, Any]:
     {role: {stage: {"tokens", "mean": {layer: shares over the stage}, "last": {layer: shares of the last row}, "receipt"}}}
     """
     found: dict[str, Any] = {}
-    for path in sorted((run / "log").glob("*.jsonl")):
+    for path in sorted(path for path in (run / "log").glob("*.jsonl") if not path.name.endswith(SKIPPED)):
         stages = _stages(path)
         for stage, rows in stages.items():
             found.setdefault(path.stem, {})[stage] = _summary(rows) | _receipt_of(run, path.stem, stage)

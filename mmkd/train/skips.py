@@ -14,6 +14,7 @@ import torch
 
 from mmkd.base.files import write_whole
 from mmkd.base.jsonl import JsonLines, lines_of
+from mmkd.base.run_folder import SKIPPED
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError, ImageError, SampleError
 
@@ -141,7 +142,7 @@ class Skips:
 
 def skipped_file(run: Path, role: str) -> Path:
     """Where a run says which samples were left out of the training of its control or its student."""
-    return run / "log" / f"{role}_skipped.jsonl"
+    return run / "log" / f"{role}{SKIPPED}"
 
 
 def skipped_counts(run: Path, role: str) -> dict[str, dict[str, int]]:

@@ -88,6 +88,18 @@ class LoopSpec(Strict):
         return one_of(self, epochs="", steps="")
 
 
+class UntilSpec(Strict):
+    """Ends a stage before its length is over.
+
+    plateau: after `patience` scores in a row on the validation split that are not above the best before; its student is that of
+    the best score. every: steps between two scores; default: `evaluation.every`.
+    """
+
+    kind: Literal["plateau"]
+    patience: int = Field(3, gt=0, le=10**6)
+    every: int | None = Field(None, gt=0, le=10**9)
+
+
 class StageSpec(LoopSpec):
     data: list[DataSpec] = Field(min_length=1)
     upcycle: UpcycleSpec | None = None
@@ -101,6 +113,7 @@ class StageSpec(LoopSpec):
     sampler: SamplerSpec | None = Field(None, exclude_if=is_default(None))  # the order of the samples; default: shuffle
     # Each answer of a talk as a sample of its own, behind what was said before. None: where a tower needs it.
     one_answer: bool | None = Field(None, exclude_if=is_default(None))
+    until: UntilSpec | None = Field(None, exclude_if=is_default(None))
     # Where a step's answers come from: a share, or {share, and what options the source has}; "data": the answers of the data.
     answers: dict[str, Any] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
 
@@ -116,10 +129,10 @@ class StageSpec(LoopSpec):
             long[name] = {"kind": name, **spec} if isinstance(spec, dict) else spec
         return {name: spec for name, spec in long.items() if not (isinstance(spec, dict) and spec.get("weight") == 0)}
 
-    @field_validator("sampler", mode="before")
+    @field_validator("sampler", "until", mode="before")
     @classmethod
     def by_name(cls, given: Any) -> Any:
-        """`sampler: length` means {kind: length}."""
+        """`sampler: length` means {kind: length}, `until: plateau` {kind: plateau}."""
         return {"kind": given} if isinstance(given, str) else given
 
     @field_validator("answers")

@@ -4,16 +4,20 @@
     python scripts/bench/start.py                                           # tiny towers, 200 scenes of the embedded sample
     python scripts/bench/start.py scripts/recipes/sample_labelled.yaml      # a recipe as it stands (its data must be there)
     python scripts/bench/start.py RECIPE key=value --repeats 9 --json start.json
+    python scripts/bench/start.py --rows 665000 --repeats 2                 # so many conversations in LLaVA's JSON, about 850 MB
 
 Every start is a process of its own that runs the command's code and ends after the step. Its time is the CPU's (user and
 system, from the start of the interpreter: steady where other programs run) and the clock's. Beside it, in turn, what other
-scripts pay: the import of torch, and that of transformers' trainer and model classes. Medians, least and most. A first round
-warms the disk.
+scripts pay: the import of torch, and that of transformers' trainer and model classes. Medians, least and most. Memory is the
+greatest of the process over what it had after the imports. A first round warms the disk, and reads a large list for the first
+time; its own figures are shown, too.
 """
 
 import argparse
 import json
 import os
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -52,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("recipe", nargs="?", help="default: sample_labelled.yaml on a sample of --scenes scenes")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--scenes", type=int, default=200, help="of each data set of the small sample")
+    parser.add_argument("--rows", type=int, help="conversations of a large JSON list to train on, in place of the sample")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="write the result here, too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -65,19 +70,47 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         write_sample_set(folder / "sample", sizes={"train": options.scenes, "val": 20, "test": 20})
         command = [str(TINY), f"data_root={folder / 'sample'}"]
+        if options.rows:
+            command += large_list(folder, options.rows)
     rounds: list[dict[str, Any]] = []
     for number in range(options.repeats + 1):
         found = timed_start(command, folder / f"run_{number}")
         found["floors"] = {name: timed_floor(code) for name, code in FLOORS.items()}
         if number:
             rounds.append(found)
+        else:
+            first = found
     return {
         "command": command,
         "repeats": options.repeats,
         "cpu_seconds": {part: spread([r["cpu"][part] for r in rounds]) for part in [*PARTS, "all"]},
         "clock_seconds": spread([r["clock"] for r in rounds]),
+        "first_round": {"cpu_seconds": first["cpu"]["all"], "memory_mib": first["memory"]},
+        "memory_mib": spread([r["memory"] for r in rounds]),
         "floors_cpu_seconds": {name: spread([r["floors"][name] for r in rounds]) for name in FLOORS},
     }
+
+
+def large_list(folder: Path, rows: int) -> list[str]:
+    """Writes conversations as long as those of LLaVA's mixture, with pictures of the sample; the overrides that train on them."""
+    images = folder / "large" / "images"
+    images.mkdir(parents=True)
+    for path in (folder / "sample").rglob("*.png"):
+        shutil.copy(path, images)
+    pictures = sorted(path.name for path in images.iterdir())
+    words = "what stands here beside the old red house and how far is it from the road".split()
+    with (folder / "large" / "train.json").open("w", encoding="utf-8") as stream:
+        for number in range(rows):
+            turns = []
+            for turn in range(6):
+                text = " ".join(words[(number + turn + place) % len(words)] for place in range(32))
+                turns.append({"from": "gpt" if turn % 2 else "human", "value": ("" if turn else "<image>\n") + text})
+            row = {"id": f"{number:09}", "image": pictures[number % len(pictures)], "conversations": turns}
+            stream.write(("[" if not number else ",\n") + json.dumps(row))
+        stream.write("]")
+    data = f"{{format: llava, root: {folder / 'large'}, files: {{annotations: train.json, images: images}}}}"
+    return [f"stages.answer.data=[{data}]", "control=false", "max_length=2048", "guards.teacher_is_better=false",
+        "evaluation.benchmarks=[]", "stages.answer.optimiser.batch_size=8", f"data_root={folder / 'sample'}"]  # fmt: skip
 
 
 def spread(values: list[float]) -> list[float]:
@@ -90,7 +123,7 @@ def timed_start(command: list[str], folder: Path) -> dict[str, Any]:
     arguments = [*command, f"output={folder / 'run'}"]
     run([sys.executable, __file__, "--child", str(folder), *arguments])
     found = json.loads((folder / "start.json").read_text(encoding="utf-8"))
-    return {"cpu": found["cpu"], "clock": found["ended"] - begun}
+    return {"cpu": found["cpu"], "clock": found["ended"] - begun, "memory": found["memory"]}
 
 
 def timed_floor(code: str) -> float:
@@ -113,6 +146,10 @@ def show(result: dict[str, Any]) -> None:
         print(f"| {name} | {middle:.2f} ({least:.2f} - {most:.2f}) |")
     middle, least, most = result["clock_seconds"]
     print(f"| all, by the clock | {middle:.2f} ({least:.2f} - {most:.2f}) |")
+    middle, least, most = result["memory_mib"]
+    print(f"\nmemory over the imports: {middle:.0f} MiB ({least:.0f} - {most:.0f})")
+    first = result["first_round"]
+    print(f"first round: {first['cpu_seconds']:.2f} CPU seconds, {first['memory_mib']:.0f} MiB")
 
 
 # ---- in the process that is measured ---------------------------------------------------------------------------------
@@ -123,6 +160,7 @@ class Marks:
 
     def __init__(self, folder: str):
         self.folder, self.taken, self.last = Path(folder), dict.fromkeys(PARTS, 0.0), 0.0
+        self.idle = 0.0  # MiB, after the imports
 
     def __call__(self, part: str) -> None:
         now = time.process_time()
@@ -132,10 +170,16 @@ class Marks:
     def end(self) -> None:
         """Writes the times and ends the process, as training would go on otherwise."""
         self("first step")
-        found = {"cpu": self.taken | {"all": self.last}, "ended": time.time()}
+        memory = greatest_memory() - self.idle
+        found = {"cpu": self.taken | {"all": self.last}, "ended": time.time(), "memory": memory}
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "start.json").write_text(json.dumps(found), encoding="utf-8")
         os._exit(0)
+
+
+def greatest_memory() -> float:
+    """Of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class MarkedImport:
@@ -196,6 +240,7 @@ def mark_functions(run: Any, marks: Marks) -> None:
     from mmkd.runs import stages
 
     marks("imports")
+    marks.idle = greatest_memory()
     run.all_samples = marked(run.all_samples, marks, "data")
     run.preflight = marked(run.preflight, marks, "guards", before="towers")
     stages.freeze_unreached = marked(stages.freeze_unreached, marks, "guards", before="towers")

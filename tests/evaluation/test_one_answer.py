@@ -69,7 +69,7 @@ def test_the_order_of_the_file_changes_no_answer(tower: Tower, data: Path, tmp_p
 
 
 def test_stopped_and_resumed_is_as_in_one_go(tower: Tower, data: Path, tmp_path: Path, monkeypatch) -> None:
-    whole, generate, calls = answers(tower, data, tmp_path / "whole"), tower.answer, []
+    whole, generate, calls = answers(tower, data, tmp_path / "whole"), tower.answer_with_likelihood, []
 
     def stop(*arguments, **options):
         calls.append(1)
@@ -77,7 +77,7 @@ def test_stopped_and_resumed_is_as_in_one_go(tower: Tower, data: Path, tmp_path:
             raise KeyboardInterrupt
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(tower, "answer", stop)
+    monkeypatch.setattr(tower, "answer_with_likelihood", stop)
     with pytest.raises(KeyboardInterrupt):
         answers(tower, data, tmp_path / "stopped")
     assert answers(tower, data, tmp_path / "stopped") == whole

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mmkd.evaluation.remarks import remarks
+from mmkd.evaluation.results import read_predictions
 from mmkd.evaluation.statistics import compare_runs
 from mmkd.runs.run import table
 
@@ -65,3 +66,10 @@ def test_comparisons_and_the_table_of_a_run_say_it(tmp_path):
         "remarks": {"student": ["0 of 15 right"]},
     }  # fmt: skip
     assert "0 of 15 right" in table({"benchmarks": {"b": entry}, "seconds": 1.0})
+
+
+def test_rows_with_a_score_alone_are_scores(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "score": 1.0 * (i % 2)}) + "\n" for i in range(15)))
+    assert remarks(list(read_predictions(path).values())) == []
+    assert compare_runs({"student": path, "control": path})["models"]["student"]["score"] == pytest.approx(7 / 15)

@@ -58,6 +58,20 @@ def run(tmp_path: Path, data: Path, benchmark_of, fake_tower) -> Path:
     return root
 
 
+@pytest.mark.parametrize(
+    ("errors_of_student", "said"), [(0, "show no difference"), (8, "the student is behind its control by")]
+)
+def test_a_teacher_that_is_worth_nothing_gives_no_lead_and_the_first_line_says_so(
+    tmp_path: Path, data: Path, benchmark_of, fake_tower, errors_of_student: int, said: str
+) -> None:
+    every = [f"{kind}-{i}" for kind in ("red", "green", "blue") for i in range(10)] + ["text-0", "text-1"]
+    for role, wrong in {"teacher": every, "control": [], "student": every[:errors_of_student]}.items():
+        tower, out = fake_tower(dict.fromkeys(wrong, "?"), role), tmp_path / "run" / "evaluation" / role / "tiny"
+        evaluate(tower, benchmark_of(), out, data_root=data, progress=False)
+    (first,) = re.findall(r"<h1[^>]*>(.*?)</h1>", build_report(tmp_path / "run").read_text(), re.DOTALL)
+    assert said in first and "leads" not in first
+
+
 def test_the_page_holds_what_a_reader_needs(run: Path) -> None:
     path = build_report(run)
     assert path == run / "report.html"

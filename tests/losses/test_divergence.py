@@ -255,3 +255,32 @@ def test_errors():
         forward_kl(s, s, 0)
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
         reverse_kl(s, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_label_smoothing_is_torchs_and_its_gradient_autograds(smoothing):
+    student = torch.randn(6, 9, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([0, 8, 3, 3, 1, 2])
+    wanted = torch.nn.functional.cross_entropy(student, targets, reduction="none", label_smoothing=smoothing)
+    loss = CrossEntropy(smoothing)
+    torch.testing.assert_close(loss(student, None, targets), wanted)
+    values, gradient = loss.value_and_grad(student.detach(), None, targets)
+    torch.testing.assert_close(values, wanted.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), student)[0])
+
+
+def test_label_smoothing_leaves_out_what_is_impossible():
+    student = torch.tensor([[1.0, 0.3, -math.inf, 0.2]], dtype=F64)
+    targets = torch.tensor([1])
+    wanted = torch.nn.functional.cross_entropy(student[:, [0, 1, 3]], targets, label_smoothing=0.2)
+    loss = CrossEntropy(0.2)
+    values, gradient = loss.value_and_grad(student, None, targets)
+    torch.testing.assert_close(values[0], wanted)
+    torch.testing.assert_close(loss(student, None, targets)[0], wanted)
+    assert gradient[0, 2] == 0 and abs(float(gradient.sum())) < 1e-12
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_out_of_bounds_is_refused(smoothing):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        CrossEntropy(smoothing)

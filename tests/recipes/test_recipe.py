@@ -267,3 +267,10 @@ def test_relative_paths_are_looked_for_beside_the_recipe_and_up_to_its_project(t
     assert f"teacher.model: there is no runs/teacher here, so {project / 'runs' / 'teacher'} is taken" in caplog.text
     monkeypatch.chdir(project)
     assert load_recipe(path, ["teacher.model=runs/teacher"]).teacher.model == "runs/teacher"
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000 + "b", "~nobody_of_that_name/teacher"])
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(tmp_path, name):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BASE)
+    assert load_recipe(path, [f"teacher.model={name}", f"data_root={name}"]).teacher.model == name

@@ -14,7 +14,7 @@ from tiny import tiny_tower
 from mmkd.cli import main
 from mmkd.errors import RecipeError
 from mmkd.recipes.reading import load_recipe
-from mmkd.runs.ablation import ablate, load_grid
+from mmkd.runs.ablation import ablate, ablation_table, load_grid
 from mmkd.runs.run import distill
 from mmkd.sample.sample_set import write_sample_set
 
@@ -63,6 +63,50 @@ def test_runs_share_out_the_steps_and_go_seed_by_seed(grid_file):
     assert [*runs[1].recipe.stages["second"].terms] == ["kl"]
 
 
+def changed(grid_file, **methods):
+    grid = yaml.safe_load(grid_file.read_text())
+    grid["methods"] |= methods
+    grid_file.write_text(yaml.safe_dump(grid, sort_keys=False))
+    return load_grid(grid_file, ["seeds=[0]"])
+
+
+def test_a_method_may_have_steps_of_its_own(grid_file):
+    answer = {"terms": {"cross_entropy": 1.0}}
+    _, runs = changed(
+        grid_file, longer={"steps": 10, "stages": METHODS["kd"]["stages"]}, own={"stages": {"answer": {**answer, "steps": 7}}},
+        epochs={"stages": {"answer": {**answer, "epochs": 2.0}}},
+        mixed={"stages": {"first": {**answer, "steps": 3}, "second": answer}},
+    )  # fmt: skip
+    lengths = {run.method: [(s.steps, s.epochs) for s in run.recipe.stages.values()] for run in runs}
+    assert lengths["longer"] == [(2, None), (8, None)] and lengths["own"] == [(7, None)] and lengths["epochs"] == [(None, 2.0)]
+    assert lengths["mixed"] == [(3, None), (4, None)]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"stages": {"answer": {"share": 1.0, "steps": 3}}}, "either `share` or a length of its own"),
+        ({"steps": 5, "stages": {"answer": {"steps": 3}}}, "every stage has a length of its own"),
+    ],
+)
+def test_lengths_that_contradict_are_refused(grid_file, method, said):
+    with pytest.raises(RecipeError, match=said):
+        changed(grid_file, kd=method)
+
+
+def test_a_method_is_held_against_controls_of_its_own(grid_file):
+    kd = {"controls": ["equal_steps"], "stages": {"answer": {"terms": {"kl": {"kind": "forward_kl"}}}}}
+    grid, runs = changed(grid_file, kd=kd)
+    assert [[*run.recipe.controls] for run in runs] == [[], ["equal_steps"]]
+    result = ablate(grid, runs)
+    assert not (runs[0].folder / "control").exists() and (runs[1].folder / "control").exists()
+    methods = result["data"]["sample"]["methods"]
+    entry = json.loads((runs[1].folder / "summary.json").read_text())["benchmarks"]["sample_textvqa"]
+    assert methods["kd"]["mean"]["student_minus_best_control"]["values"] == [entry["student"] - entry["control"]]
+    assert "student_minus_best_control" not in methods["sft"]["mean"]
+    assert "over its best control" in ablation_table(result)
+
+
 def test_all_errors_come_at_once(grid_file):
     grid = yaml.safe_load(grid_file.read_text())
     grid["methods"]["kd"]["stages"]["second"]["terms"] = {"kl": {"kind": "forward_lk"}}
@@ -105,6 +149,10 @@ def test_a_grid_runs_whole_resumes_and_adds_up(grid_file, tmp_path, capsys):
     assert found["methods"]["sft"]["mean"]["lead"]["values"] == [0.0, 0.0]
     assert 0 <= found["teacher"]["sample_textvqa"] <= 1
     assert "| kd |" in shown and "| teacher |" in shown
+    entries = {key: summary["benchmarks"]["sample_textvqa"] for key, summary in summaries.items()}
+    doubt = {key: entry["calibration"]["student"]["nll"]["value"] for key, entry in entries.items()}
+    assert found["methods"]["kd"]["mean"]["nll_lead"]["values"] == [doubt["kd", seed] - doubt["sft", seed] for seed in (0, 1)]
+    assert "| NLL | NLL over the reference |" in shown
     plot = ElementTree.parse(tmp_path / "grid" / "grid.svg")
     assert [e.text for e in plot.iter("{http://www.w3.org/2000/svg}text")].count("kd") == 1
 

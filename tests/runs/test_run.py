@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,13 @@ def test_a_run_ends_in_a_comparison(undisturbed):
     rows = [json.loads(line) for line in (output / "log" / "student.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(s, n) for s in ("first", "second") for n in (2, 4, 6)]
     assert {"cross_entropy", "relation", "features"} <= rows[0].keys() and {"kl", "vsd"} <= rows[-1].keys()
+
+
+def test_the_first_line_says_that_a_random_teacher_gave_no_lead(undisturbed):
+    output, done = undisturbed
+    (first,) = re.findall(r"<h1[^>]*>(.*?)</h1>", (output / "report.html").read_text(), re.DOTALL)
+    assert "no difference on any of 2 benchmarks" in first or "on none of 2 benchmarks" in first
+    assert "leads its control by" not in done.stdout
 
 
 def test_control_is_the_same_student_without_the_teacher(undisturbed):

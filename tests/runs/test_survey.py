@@ -11,9 +11,11 @@ from mmkd.recipes.reading import load_recipe
 from mmkd.runs.estimate import estimate
 from mmkd.runs.plan import plan
 from mmkd.runs.run import distill, table
+from mmkd.runs.survey import Survey
 from mmkd.towers.inputs import Seen
 from mmkd.towers.prepare import Preparer
 from mmkd.towers.tower import Tower
+from mmkd.train.skips import Skip
 
 COUNT = 24
 
@@ -88,6 +90,7 @@ def test_a_sample_that_is_too_long_is_named_and_left_out(recipe_of, tmp_path, ca
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "log" / "student_skipped.jsonl").read_text().splitlines()]
     assert row["id"] == "row5" and row["stage"] == "only" and row["index"] == 5
     assert "left out 1 samples" in caplog.text or any("row5" in r.message for r in caplog.records)
+    assert "no row of a log" not in caplog.text
 
 
 def test_rows_that_cannot_be_used_are_in_the_record(recipe_of):
@@ -138,6 +141,20 @@ def test_more_than_the_limit_is_found_before_training(recipe_of, tmp_path):
         distill(recipe)
     assert all(name in str(error.value) for name in ("row2", "row11", "row20"))
     assert not list((tmp_path / "run").glob("**/model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("samples", "looked_at", "bad", "least", "most"),
+    [
+        (67, 21, 1, 1, 1), (67, 67, 2, 2, 2), (100_000, 64, 0, 0, 0),
+        (100_000, 64, 1, 1, 500), (100_000, 64, 8, 4_000, 12_500), (100_000, 64, 64, 90_000, 100_000),
+    ],
+)  # fmt: skip
+def test_a_run_is_refused_for_what_a_few_samples_show_and_no_more(samples, looked_at, bad, least, most):
+    skips = Survey("data", samples, tried=looked_at, skips=[Skip(0, "row", "too long", "it is too long")] * bad)
+    missing = Survey("data", samples, searched=looked_at, missing=bad)
+    for found in (skips, missing):
+        assert least <= found.surely_left_out <= most and found.left_out == pytest.approx(samples * bad / looked_at)
 
 
 def test_pictures_that_are_not_there_are_found_before_training(recipe_of, tmp_path):

@@ -111,6 +111,18 @@ def test_controls_without_a_teacher_learn_from_the_labels_alone(folder, tmp_path
     assert len(said) > 8 and said[:8] != ["red"] * 8
 
 
+def test_the_same_questions_are_drawn_for_several_seeds(folder, tmp_path):
+    def drawn(**keys):
+        recipe = recipe_of(folder, tmp_path / "run", **keys)
+        entry = recipe.stages["only"].data[0].model_copy(update={"limit": 4})
+        stage = recipe.stages["only"].model_copy(update={"data": [entry]})
+        return [sample.id for sample in stage_samples(recipe, stage)]
+
+    by_seed = [drawn(seed=seed) for seed in range(4)]
+    assert len({*map(tuple, by_seed)}) > 1
+    assert [drawn(seed=seed, data_seed=2) for seed in range(4)] == [by_seed[2]] * 4
+
+
 def test_a_stage_without_labels_has_no_control_without_a_teacher(folder, tmp_path):
     recipe = recipe_of(folder, tmp_path / "run")
     stage = recipe.stages["only"]

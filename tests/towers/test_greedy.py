@@ -30,10 +30,10 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def noted(name: str):
         way = getattr(greedy, name)
 
-        def run(tower, prompts, max_new_tokens):
+        def run(tower, prompts, max_new_tokens, *processors, **options):
             if max_new_tokens is not None:  # else logits are compared
                 taken.append(name)
-            return way(tower, prompts, max_new_tokens)
+            return way(tower, prompts, max_new_tokens, *processors, **options)
 
         return run
 

@@ -273,6 +273,21 @@ def test_options_of_the_processor_are_read_and_unknown_ones_refused(refs):
         Tower(small.model, small.processor, reading=Reading(processor={"max_pixel": 1}))
 
 
+@pytest.mark.parametrize("family", ["internvl", "aya_vision"])
+def test_an_option_that_a_class_has_for_every_call_is_read_too(family, tmp_path, caplog):
+    Image.effect_noise((130, 60), 80).convert("RGB").save(tmp_path / "wide.png")
+    base = tiny_family(family)
+    sample = Sample("s", (ImageRef.inside(tmp_path, "wide.png"),), (user("What?", 1), answer("red")))
+    whole = Tower(base.model, base.processor, max_length=4096, reading=Reading(processor={"crop_to_patches": False}))
+    counts = [tower.visual_count(tower.encode(sample)) for tower in (base, whole, base)]
+    assert counts[0] == counts[2] > 2 * counts[1]
+    assert base.processor_fingerprint() != whole.processor_fingerprint()
+    base.save(tmp_path / "base")
+    assert "crop_to_patches" not in caplog.text
+    whole.save(tmp_path / "whole")
+    assert "sets crop_to_patches itself in every call" in caplog.text
+
+
 def test_arguments_of_a_template_are_known_to_it_and_saved_with_it(tmp_path):
     tower = thinking_tower("qwen3.5", template={"enable_thinking": False})
     assert tower.preparer.prompt_text(PLAIN).endswith("assistant\n<think>\n\n</think>\n\n")

@@ -58,6 +58,25 @@ def _read_log(path: Path) -> tuple[dict[str, list[tuple[float, float]]], list[tu
     return terms, stages, broken
 
 
+def risk_coverage(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A chart of what share each model has right among the questions that it is surest of, over how many these are.
+
+    calibration: {model: what results.json says of its probabilities}.
+    """
+    series = {role: found["curve"] for role, found in calibration.items() if len(found["curve"]) > 1}
+    low = min((value for points in series.values() for _, value in points), default=0.0)
+    x, floor = _Scale(0.0, 1.0, LEFT, CHART_WIDTH - RIGHT), ticks(low, 1.0, 4)
+    y = _Scale(floor[0], 1.0, CHART_HEIGHT - BOTTOM, TOP)
+    return {
+        "width": CHART_WIDTH,
+        "height": CHART_HEIGHT,
+        "box": {"left": LEFT, "right": CHART_WIDTH - RIGHT, "top": TOP, "bottom": CHART_HEIGHT - BOTTOM},
+        "x_ticks": [(x(share), f"{100 * share:.0f} %") for share in (0.0, 0.5, 1.0)],
+        "y_ticks": [(y(tick), f"{100 * tick:.0f} %") for tick in floor if tick <= 1],
+        "curves": [{"role": role, "path": _path(points, x, y)} for role, points in series.items()],
+    }
+
+
 def charts(paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     """One chart a term, the whole loss first, with a curve for every model that was trained."""
     logs = {name: _read_log(path) for name, path in sorted(paths.items(), key=lambda item: item[0] != "student")}

@@ -71,7 +71,7 @@ def _gallery_item(benchmark: Mapping, question: str, parted: bool, slugs: Mappin
         "answers": [
             {
                 "role": role,
-                "text": _shorten(r["prediction"] or ""),
+                "text": _shorten(r.get("prediction") or ""),
                 "score": r["score"],
                 "mark": _mark(r["score"]),
             }

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmkd.evaluation.report.curves import risk_coverage
 from mmkd.evaluation.report.text import count, percent, plain
 from mmkd.evaluation.roles import is_control
 from mmkd.evaluation.statistics import compare_runs, verdict
@@ -20,6 +21,7 @@ def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
     comparison = compare_runs({role: model["path"] for role, model in models.items()})
     best = comparison["best_control"]
     difference = comparison["differences"].get(f"student - {best}")
+    calibration = {role: found for role, model in models.items() if (found := model["results"].get("calibration"))}
     return {
         "name": name,
         "title": any_results.get("title") or name,
@@ -34,6 +36,8 @@ def benchmark_entry(name: str, models: dict[str, dict]) -> dict[str, Any]:
         "over_hard_answers": comparison["over_hard_answers"],
         "remarks": [f"{role}: {said}" for role, cell in comparison["models"].items() for said in cell.get("remarks", ())],
         "pairs": _shown_pairs(comparison["differences"], list(models)),
+        "calibration": calibration,
+        "risk_coverage": risk_coverage(calibration),
         "categories": _category_bars(models),
         "facts": _benchmark_facts(models),
     }

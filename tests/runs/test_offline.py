@@ -1,0 +1,144 @@
+"""The papers' recipes: their numbers against a table, and the plan without weights and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmkd.base.cards import list_cards, load_card
+from mmkd.cli import main
+from mmkd.errors import DataError
+from mmkd.recipes.reading import load_recipe
+from mmkd.registry import registry
+from mmkd.retrieval.recipe import load_ranking_recipe
+from mmkd.runs.offline import FOLDER, Configuration, configuration, model_of, need_of, shape_of, student_of, upcycled_shape
+from mmkd.terms.spec import TermSpec
+
+METHODS = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "methods"
+
+# By recipe and stage: trained parts, terms with their weights, rate, batch, epochs. From the papers and the released code.
+LLAVA_KD = {"cross_entropy": 1.0, "forward_kl response": 1.0, "forward_kl visual": 1.0, "relation": 0.5}
+SWITCH = {"cross_entropy": 1.0, "dbild response": 1.0, "dbild response switch": 1.0}
+PAPERS = {
+    "llava_kd": {
+        "dpt": (["projector"], LLAVA_KD, 1e-3, 256, 1),
+        "sft": (["projector", "language"], {"cross_entropy": 1.0}, 2e-5, 128, 1),
+        "dft": (["projector", "language"], LLAVA_KD, 2e-5, 128, 1),
+    },
+    "switch_kd": {
+        "pretrain": (["vision", "projector"], SWITCH, 1e-3, 256, 1),
+        "finetune": (["vision", "projector", "language"], SWITCH, 2e-5, 128, 1),
+    },
+    "llava_mod": {
+        "init": (["projector"], {"cross_entropy": 1.0}, 1e-3, 512, 1),
+        "d2d": (["projector", "language"], {"forward_kl response": 1.0}, 2e-5, 256, 1),
+        "d2s": (["projector", "mlp"], {"forward_kl response": 1.0, "cross_entropy": 1.0, "load_balance": 0.01}, 2e-5, 256, 1),
+        "prefer": (["projector", "mlp"], {"kto_pair": 1.0, "load_balance": 0.01}, 2e-6, 256, 1),
+    },
+}
+MODELS = {  # teacher's language model, student's language model, vision encoder; parameters of the language models in millions
+    "llava_kd": (3086, 494, "siglip-so400m-384", 729),
+    "switch_kd": (3086, 494, "siglip-so400m-384", 729),
+    "llava_mod": (7616, 1544, "clip-vit-l-336", 576),
+}
+
+
+def terms_of(stage) -> dict[str, float]:
+    found = {}
+    for spec in stage.terms.values():
+        where = f" {spec.positions}" if spec.kind in ("forward_kl", "dbild") else ""
+        found[spec.kind + where + (" switch" if spec.path == "switch" else "")] = spec.weight
+    return found
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_numbers_are_the_papers(name):
+    recipe = load_recipe(METHODS / f"{name}.yaml")
+    found = {
+        stage: (spec.train, terms_of(spec), spec.optimiser.learning_rate, spec.optimiser.batch_size, spec.epochs)
+        for stage, spec in recipe.stages.items()
+    }
+    assert found == PAPERS[name]
+    for stage in recipe.stages.values():
+        optimiser = stage.optimiser
+        assert (optimiser.kind, optimiser.weight_decay, optimiser.schedule, optimiser.warmup) == ("adamw", 0.0, "cosine", 0.03)
+        assert stage.precision == "bfloat16"
+    assert recipe.max_length == 2048 and recipe.student.assemble.vision.feature_layer == -2
+    if name == "llava_mod":
+        assert recipe.stages["d2s"].upcycle.model_dump() == {"experts": 4, "top_k": 2, "layers": "every-other"}
+        assert {stage.optimiser.betas for stage in recipe.stages.values()} == {(0.9, 0.98)}
+        assert recipe.stages["prefer"].terms["kto_pair"].model_extra == {"beta": 0.1}
+    if name == "switch_kd":
+        options = {"temperature": 3.0, "window": 64, "min_k": 4}
+        kinds = [t for s in recipe.stages.values() for t in s.terms.values() if t.kind == "dbild"]
+        assert all(t.model_extra == options for t in kinds)
+        assert {s.optimiser.learning_rates["vision"] for s in recipe.stages.values()} == {2e-6}
+
+
+def test_cprds_numbers():
+    recipe = load_ranking_recipe(METHODS / "cprd.yaml")
+    assert (recipe.ranking.candidates, recipe.ranking.threshold, recipe.ranking.weight) == (16, 0.1, 1.0)
+    optimiser = recipe.training.optimiser
+    assert (recipe.training.epochs, optimiser.batch_size, optimiser.learning_rate, optimiser.weight_decay) == (5, 256, 1e-5, 0.02)
+    assert recipe.student.assemble.embedding == 256 and recipe.student.assemble.vision.image_size == 384
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_the_models_own(name):
+    recipe = load_recipe(METHODS / f"{name}.yaml")
+    teacher, student, vision, tokens = MODELS[name]
+    shape = shape_of(model_of(recipe.teacher.model))
+    assert round(shape.parts["language"] / 1e6) == pytest.approx(teacher, abs=1)
+    assert round(shape_of(student_of(recipe.student)).parts["language"] / 1e6) == pytest.approx(student, abs=1)
+    assert configuration(recipe.student.assemble.vision.source).name == vision and shape.visual_tokens == tokens
+
+
+def test_all_pass_the_offline_dry_run(capsys):
+    paths = sorted(METHODS.glob("*.yaml"))
+    assert [path.stem for path in paths] == ["cprd", "llava_kd", "llava_mod", "switch_kd"]
+    for path in paths:
+        command = "rank" if path.stem == "cprd" else "distill"
+        assert main([command, str(path), "--dry-run", "--offline"]) == 0
+        shown = capsys.readouterr().out
+        assert "1 x 80 GB" in shown and "8 x 80 GB" in shown and "parameters" in shown
+        assert f"mmkd {command} scripts/recipes/methods/{path.name} --dry-run --offline" in path.read_text()
+
+
+def test_more_samples_and_fewer_processes_need_more_memory():
+    recipe = load_recipe(METHODS / "llava_mod.yaml")
+    teacher = shape_of(model_of(recipe.teacher.model))
+    student = shape_of(model_of("teachers/tinyllava-qwen2.5-3b"))
+    stage = recipe.stages["d2d"]
+    one, two = (need_of(recipe, stage, student, teacher, samples) for samples in (1, 2))
+    assert two.samples > one.samples and two.training == one.training
+    assert need_of(recipe, stage, student, teacher, 1, shards=8).training == pytest.approx(one.training / 8)
+    assert one.teacher == 2 * teacher.total  # bfloat16
+    answers, pairs = (need_of(recipe, recipe.stages[name], student, teacher, 1).samples for name in ("d2s", "prefer"))
+    assert pairs > 1.5 * answers
+    sparse = upcycled_shape(student, recipe.stages["d2s"])
+    assert sparse.parts["mlp"] == pytest.approx(student.parts["mlp"] * (1 + 3 * 18 / 36), rel=1e-3)
+
+
+def test_configurations_that_are_not_known_are_told(capsys):
+    path = METHODS / "llava_kd.yaml"
+    assert main(["distill", str(path), "student.assemble.language.source=Qwen/Qwen2.5-0.6B", "--dry-run", "--offline"]) == 2
+    assert "no configuration of 'Qwen/Qwen2.5-0.6B' is known" in capsys.readouterr().err
+    assert main(["distill", str(path), "--offline"]) == 2
+    assert "--offline is a kind of --dry-run" in capsys.readouterr().err
+    with pytest.raises(DataError, match="not a whole image-text model"):
+        model_of("Qwen/Qwen2-7B")
+
+
+def test_every_configuration_is_whole():
+    cards = {name: load_card(FOLDER, name, Configuration) for name in list_cards(FOLDER)}
+    assert len(cards) >= 14
+    for card in cards.values():
+        assert all(configuration(source) == card for source in card.sources)
+
+
+def test_terms_without_a_weight_have_their_papers():
+    found = {kind: registry("terms").get(kind).default_weight for kind in registry("terms")}
+    assert TermSpec(kind="relation").weight == 0.5 and TermSpec(kind="load_balance").weight == 0.01
+    assert {weight for kind, weight in found.items() if kind not in ("relation", "load_balance")} == {1.0}
+    assert TermSpec(kind="relation", weight=2.0).weight == 2.0
