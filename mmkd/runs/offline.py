@@ -231,8 +231,9 @@ def most_samples(recipe: Recipe, spec: StageSpec, student: Shape, teacher: Shape
 
 def plan_offline(recipe: Recipe) -> str:
     """The plan of `--dry-run --offline`. Raises DataError for a model of which no configuration is known."""
-    teachers = {name: shape_of(model_of(spec.model)) for name, spec in recipe.teacher_specs.items()}
     student = shape_of(student_of(recipe.student))
+    here = {name: spec for name, spec in recipe.teacher_specs.items() if not spec.served and spec.self != "current"}
+    teachers = {name: student if spec.self else shape_of(model_of(spec.model)) for name, spec in here.items()}
     lines = [recipe.title, "offline: sizes and memory from configurations alone; no data are read", ""]
     lines += [_line(name, shape) for name, shape in [*teachers.items(), ("student", student)]]
     for name, spec in recipe.stages.items():
@@ -255,7 +256,7 @@ def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, tea
         f"stage {name}: {length} of {optimiser.batch_size}, rate {optimiser.learning_rate:g}, trains {', '.join(spec.train)} "
         f"({trained:,} parameters)" + (f", {student.total:,} in all" if spec.upcycle else ""),
         "  data: " + ", ".join(entry.card or f"{entry.format} in {entry.root}" for entry in spec.data),
-        "  terms: " + ", ".join(_weighted(term) for term in build_terms(spec.terms)),
+        "  terms: " + ", ".join(_weighted(term) for term in spec.build_terms()),
     ]
     for count in COUNTS:
         for shards in dict.fromkeys((1, count)):
