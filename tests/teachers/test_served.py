@@ -63,7 +63,7 @@ def test_rows_are_those_of_the_same_teacher_in_this_process(tmp_path, folder):
         loss, _ = stage.distiller(batch)
         assert len(server.log) == asked  # what is known by content is not asked again
     tower = Tower.load(folder)
-    inputs = tower.prepare(samples)
+    inputs = tower.prepare(samples[:6])
     with torch.no_grad():
         hidden = tower.read(inputs, tower.see(inputs))[inputs.response]
     wanted = top_rows(hidden, Head(tower.head.weight, None), len(TOKENIZER), K)
