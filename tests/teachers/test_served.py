@@ -44,8 +44,9 @@ def opened(server, folder, **keys):
     return ServedTeacher.open(spec, Opening("teacher", 256, {}, {}))
 
 
-def samples_of(tmp_path, **options):
-    return tiny_samples(tmp_path / "pictures", 6, text_only=2, **options)
+def samples_of(tmp_path, pictures=1, **options):
+    count = {1: {"n": 6}, 2: {"n": 0, "two_images": 6}}[pictures]
+    return tiny_samples(tmp_path / "pictures", text_only=2, **count, **options)
 
 
 def student():
