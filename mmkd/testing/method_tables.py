@@ -23,10 +23,11 @@ a *term*: one entry of `terms:` in a recipe's stage. `mmkd list terms` prints th
 
 **Status** says what the source confirms and what is our choice. **Cache** says from which teacher cache (`docs/cache.md`) the
 term can be trained: "exact" keeps hidden rows, "top-k" the likeliest tokens; "kept reference" means that log-probabilities of
-whole answers are computed once. **Measured** is the accuracy on easy-VQA: 1,000 pictures with clean one-word labels, 300 steps of 32 from a
-cached teacher of 90.8 %, weight 1, three seeds (`scripts/recipes/ablation_objectives.yaml`; intervals of Student's t over seeds), against SFT of as many
-steps (67.7 %) and of equal compute (1,260 steps, 67.4 %). No objective is better or worse than SFT there: with clean labels of one word, soft targets have
-little to add, and what limits the student is its number of pictures. Where they do add something is in [the sample's results](../results/sample.md).
+whole answers are computed once. **Measured** is the accuracy on easy-VQA: 1,000 pictures with clean one-word labels, 300 steps
+of 32 from a cached teacher of 90.8 %, weight 1, three seeds (`scripts/recipes/ablation_objectives.yaml`; intervals of Student's t
+over seeds), against SFT of as many steps (67.7 %) and of equal compute (1,260 steps, 67.4 %). No objective is better or worse
+than SFT there: with clean labels of one word, soft targets have little to add, and what limits the student is its number of
+pictures. Where they do add something is in [the sample's results](../results/sample.md).
 
 | term | what | source | status | cache | measured |
 |---|---|---|---|---|---|
