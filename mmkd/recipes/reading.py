@@ -81,7 +81,8 @@ def with_found_paths(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 def _merge(base: Any, top: Any, key: str = "") -> Any:
     if isinstance(base, dict) and isinstance(top, dict):
         changed = {k: _weighted(base[k], v, key) if k in base else v for k, v in top.items()}
-        return {**base, **{k: _merge(base[k], v, k) if k in base else v for k, v in changed.items()}}
+        merged = {**base, **{k: _merge(base[k], v, k) if k in base else v for k, v in changed.items()}}
+        return {k: v for k, v in merged.items() if v is not None} if key == "stages" else merged  # null takes a stage out
     return top
 
 

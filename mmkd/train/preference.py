@@ -85,8 +85,8 @@ class PreferenceDataset(PairDataset):
         """Skips a pair from now on; said in `reference`, whose rows processes add up."""
         self.reference[index] = torch.inf
 
-    def _prepare(self, sample: Sample) -> PreferencePair:
-        pair = super()._prepare(sample)
+    def _prepare(self, sample: Sample, *, keep: bool) -> PreferencePair:
+        pair = super()._prepare(sample, keep=keep)
         rejected = encode_rejected(self.student, sample, pair.student)
         if rejected.truncated:
             self.truncated[f"{sample.id} (rejected)"] = rejected.truncated

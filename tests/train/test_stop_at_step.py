@@ -74,6 +74,6 @@ def test_the_command_ends_with_143(monkeypatch, capsys, listening):
     def run(arguments):
         raise Terminated("student, stage sft stopped at step 3 of 5, in a checkpoint")
 
-    monkeypatch.setattr(cli, "_parse", lambda argv: SimpleNamespace(run=run))
+    monkeypatch.setattr(cli, "_parse", lambda argv: SimpleNamespace(run=run, command=SimpleNamespace(prog="mmkd distill")))
     assert cli.main([]) == 143
     assert "stopped at step 3 of 5, in a checkpoint; the same command goes on" in capsys.readouterr().err
