@@ -55,9 +55,7 @@ _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 def text_key(sample: Sample) -> bytes:
     """Hash of a sample's turns: roles, texts, and where the pictures stand. 16 bytes"""
-    rows: list[Any] = [[turn.role, turn.text, turn.images, *turn.places] for turn in sample.turns]
-    turns = json.dumps([*rows, "last only"] if sample.last_only else rows)
-    return hashlib.blake2b(turns.encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(sample.content).encode(), digest_size=16).digest()
 
 
 def content_key(sample: Sample, pictures: dict[ImageRef, bytes] | None = None) -> bytes:

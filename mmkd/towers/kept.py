@@ -18,6 +18,25 @@ from mmkd.towers.samples import Sample
 _T = TypeVar("_T", Encoded, tuple)
 
 
+class EqualPixels:
+    """Holds pixels of prepared samples, equal ones once: many questions are about one picture."""
+
+    def __init__(self) -> None:
+        self._found: dict[bytes, Tensor] = {}
+
+    def hold(self, encoded: Encoded) -> int:
+        """Puts what is held already in the place of equal pixels; returns the bytes that the sample adds."""
+        added = 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
+        for name, tensor in encoded.pixels.items():
+            digest = hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=16)
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            if digest.digest() not in self._found:
+                self._found[digest.digest()] = tensor
+                added += tensor.numel() * tensor.element_size()
+            encoded.pixels[name] = self._found[digest.digest()]
+        return added
+
+
 class PreparedSamples:
     """Keeps what samples became, by their content and by all that prepared them, until so many bytes are full.
 
@@ -28,7 +47,7 @@ class PreparedSamples:
     def __init__(self, limit: int = 2**30):
         self.limit, self.bytes = limit, 0
         self._found: dict[bytes, Encoded | tuple] = {}
-        self._pixels: dict[bytes, Tensor] = {}
+        self._pixels = EqualPixels()
 
     def __deepcopy__(self, memo: dict) -> PreparedSamples:
         return self  # a copy of a tower shares it
@@ -53,15 +72,7 @@ class PreparedSamples:
 
     def _shared(self, made: _T) -> _T:
         """The same, with pixels that are known already in place of equal ones."""
-        encoded = made[0] if isinstance(made, tuple) else made
-        self.bytes += 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
-        for name, tensor in encoded.pixels.items():
-            digest = hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=16)
-            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            if digest.digest() not in self._pixels:
-                self._pixels[digest.digest()] = tensor
-                self.bytes += tensor.numel() * tensor.element_size()
-            encoded.pixels[name] = self._pixels[digest.digest()]
+        self.bytes += self._pixels.hold(made[0] if isinstance(made, tuple) else made)
         return made
 
 
@@ -81,6 +92,5 @@ def _key(prepared_by: str, sample: Sample, what: str) -> bytes | None:
         except (AttributeError, TypeError, OSError):  # it is in memory, or not there
             return None
         pictures.append([ref.key, about.st_size, about.st_mtime_ns, about.st_ino])
-    turns = [[turn.role, turn.text, turn.images, *turn.places] for turn in sample.turns]
-    text = json.dumps([prepared_by, what, turns, sample.last_only, pictures])
+    text = json.dumps([prepared_by, what, sample.content, pictures])
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

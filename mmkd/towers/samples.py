@@ -70,6 +70,12 @@ class Sample:
     last_only: bool = False  # only the last answer is a target; those before are what was said
 
     @property
+    def content(self) -> list[Any]:
+        """What is said, by whom, and where pictures stand, as plain values by which a sample can be known."""
+        rows: list[Any] = [[turn.role, turn.text, turn.images, *turn.places] for turn in self.turns]
+        return [*rows, "last only"] if self.last_only else rows
+
+    @property
     def prompt_turns(self) -> tuple[Turn, ...]:
         """The turns up to and without a final assistant turn."""
         return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher, check_vocabularies
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.inputs import with_answer_ids
+from mmkd.towers.kept import EqualPixels
 from mmkd.towers.one_sample import preparing
 from mmkd.towers.sampling import text_of
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
@@ -60,7 +60,7 @@ class PairDataset(Dataset):
         self.skips = Skips(max_skipped, len(samples))
         self.truncated: dict[str, int] = {}  # answer tokens that did not fit, by sample
         self._kept: dict[int, Pair] = {}
-        self._pixels: dict[bytes, Tensor] = {}
+        self._pixels = EqualPixels()
         # Each worker keeps what it prepared; of a set that is too large to be read at once nothing comes again soon.
         self._free = 0 if is_lazy(samples) else memory // max(1, workers)
 
@@ -109,15 +109,7 @@ class PairDataset(Dataset):
         return self.teachers[name].prepare(sample, encoded, student=self.student, alike=self.alike[name])
 
     def _keep(self, index: int, pair: Pair) -> None:
-        """Many questions are about one picture: equal pixels are kept once."""
-        for encoded in _encoded_of(pair):
-            for name, tensor in encoded.pixels.items():
-                digest = hashlib.blake2b(tensor.numpy().tobytes(), digest_size=16).digest()
-                if digest not in self._pixels:
-                    self._pixels[digest] = tensor
-                    self._free -= tensor.numel() * tensor.element_size()
-                encoded.pixels[name] = self._pixels[digest]
-            self._free -= 2 * encoded.input_ids.numel() * encoded.input_ids.element_size()
+        self._free -= sum(self._pixels.hold(encoded) for encoded in _encoded_of(pair))
         self._kept[index] = pair
 
     def prepare(self, sample: Sample, index: int = -1) -> Pair | Skip:
