@@ -139,6 +139,20 @@ class VLLM(Wire):
 
 WIRES: dict[str, type[Wire]] = {"vllm": VLLM}
 
+# Wires that are asked for and cannot be kept to what a served teacher promises, and why.
+REFUSED = {
+    "openai": (
+        "the interface of OpenAI gives log-probabilities of the tokens that a server writes itself, as text, never of an answer "
+        "that it is handed, so no row of a given answer can be had from it; serve the model with vLLM (`wire: vllm`), or let it "
+        "write answers and train on those (`answers: FILE` of a data entry)"
+    ),
+    "sglang": (
+        "SGLang's /generate takes token ids and pictures and returns log-probabilities of its input, but tells neither the ids "
+        "with its pictures expanded nor how many visual tokens they became, so that what it read cannot be compared with what "
+        "is trained; it has not been tried here either. Serve the model with vLLM (`wire: vllm`)"
+    ),
+}
+
 
 def _part(answer: Any, name: str, path: str) -> Any:
     if not isinstance(answer, dict) or not isinstance(answer.get(name), list):

@@ -213,6 +213,8 @@ def test_a_marker_of_pictures_in_the_words_of_a_question_is_found(tmp_path, fold
         ({"served": "http://user:word@host/"}, "served"),
         ({"served": "http://h", "cache": "c"}, "cannot go with `served`"),
         ({"served": "http://h", "wire": "vlm"}, "vllm"),
+        ({"served": "http://h", "wire": "openai"}, "never of an answer that it is handed"),
+        ({"served": "http://h", "wire": "sglang"}, "tells neither the ids"),
         ({"top_k": 5}, "belong to a served teacher"),
     ],
 )
