@@ -22,6 +22,7 @@ from mmkd.runs.data import stage_parts, stage_samples
 from mmkd.runs.plateau import BEST, Plateau, best_weights
 from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch
+from mmkd.runs.writes import with_written
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.finite import check_trained
@@ -55,6 +56,7 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
     for number, name in enumerate(recipe.stages):
         folder = run / "stages" / role / f"{number}_{name}"
         if not (folder / "model").exists():
+            recipe = with_written(recipe, teachers, student, name)
             stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
             started = time.monotonic()
             with ends_when_asked(trainer, f"{role}, stage {name}"):
