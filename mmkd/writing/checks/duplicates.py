@@ -28,7 +28,7 @@ class Duplicates(Check):
     another."""
 
     of: tuple[Literal["question", "answer"], ...] = ("question", "answer")
-    near: Annotated[float, Field(ge=0.5, le=1)] | None = None
+    near: Annotated[float, Field(ge=0.6, le=1)] | None = None
     pictures: bool = True
 
     def start(self) -> None:
