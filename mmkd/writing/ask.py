@@ -17,7 +17,7 @@ from mmkd.writing.authors import Author, Request
 logger = logging.getLogger(__name__)
 
 WAIT = 0.5  # seconds between looks at what other processes have claimed
-WINDOW = 32  # chunks of prompts that are put in order together
+WINDOW = 8  # chunks of prompts that are put in order together
 
 T = TypeVar("T")
 

@@ -126,14 +126,18 @@ INJECTIONS = [
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_instructions_are_dropped_wherever_they_stand(text):
     check = made("instructions")
-    assert kept(check, one(text), one("red", question=text), one("red", text=f"red\n{text}"), one("red", told={"why": text})) == [False] * 4
+    assert (
+        kept(check, one(text), one("red", question=text), one("red", text=f"red\n{text}"), one("red", told={"why": text}))
+        == [False] * 4
+    )
     assert kept(made("instructions", off=True), one(text)) == [True]
 
 
 def test_ordinary_answers_are_no_instructions():
     texts = [
-        "red", "the label on the bottle says 7UP", "he reads a newspaper", "a password field", "The system has two parts.", "open",
-        "It scores 3 points.", "ignore", "She is deleting a file", "The user interface shows a red button", "an instruction manual",
+        "red", "the label on the bottle says 7UP", "he reads a newspaper", "a password field", "The system has two parts.",
+        "open", "It scores 3 points.", "ignore", "She is deleting a file", "The user interface shows a red button",
+        "an instruction manual",
         "above the door", "run", "the assistant coach", "download button", "42 %", "{a, b}", "Set the table", "mark 3",
         "The new instructor teaches a class.", "print the photo", "a previous version of the rules of the game",
     ]  # fmt: skip
@@ -153,7 +157,11 @@ def test_majority():
     votes = [one(a, asked=4) for a in ("red", "blue", "Red.", "green")]
     assert check.group(votes) == [None, "not the majority's", "the majority's again", "not the majority's"]
     assert votes[0].notes["votes"] == "2 of 4"
-    assert made("majority", keep="all").group([one(a, asked=3) for a in ("red", "red", "x")]) == [None, None, "not the majority's"]
+    assert made("majority", keep="all").group([one(a, asked=3) for a in ("red", "red", "x")]) == [
+        None,
+        None,
+        "not the majority's",
+    ]
     assert set(check.group([one("red", asked=2), one("blue", asked=2)])) == {"no majority"}  # a tie
     assert check.group([one("red", asked=4)]) == ["no majority"]  # three more gave no answer of the form
     assert set(made("majority", share=0.75).group([one(a, asked=3) for a in ("red", "red", "x")])) == {"no majority"}
@@ -196,7 +204,9 @@ def test_scored_by_an_official_scorer():
     check = made("scored", around, metric="m", parser="p")
     good = one("red", about=about)
     assert check.group([good]) == [None] and good.notes["score"] == 1.0 and asked == [("m", "p")]
-    assert check.group([one("blue", about=about)]) == ["scored too low"] and check.group([one("?", about=about)]) == ["not parsed"]
+    assert check.group([one("blue", about=about)]) == ["scored too low"] and check.group([one("?", about=about)]) == [
+        "not parsed"
+    ]
     wrong = made("scored", around, at_least=0.0, at_most=0.5)
     assert wrong.group([one("red", about=about)]) == ["scored too high"] and wrong.group([one("blue", about=about)]) == [None]
     assert check.group([one("red")]) == ["no reference"]
@@ -215,7 +225,9 @@ def test_a_judge_keeps_by_its_odds():
 
 def test_a_higher_threshold_keeps_no_more():
     candidates = [made("judge", Surroundings(judges=("t",)), by="t").told(one("red"), odds) for odds in (-2, -1, 0, 1, 2)]
-    shares = [sum(kept(made("judge", Surroundings(judges=("t",)), by="t", at_least=least), *candidates)) for least in (-9, -1, 0, 2, 9)]
+    shares = [
+        sum(kept(made("judge", Surroundings(judges=("t",)), by="t", at_least=least), *candidates)) for least in (-9, -1, 0, 2, 9)
+    ]
     assert shares == sorted(shares, reverse=True) and shares[0] == 5 and shares[-1] == 0
 
 

@@ -68,7 +68,7 @@ def test_a_picture_is_found_however_it_is_encoded(tested, tmp_path, kind, option
 
 
 def test_other_pictures_are_left_alone(tested, tmp_path):
-    pictures, index = tested
+    _, index = tested
     others = [scene(n) for n in range(1000, 1100)] + [photograph(n) for n in range(1000, 1030)]
     assert not [n for n, picture in enumerate(others) if index.has_picture(saved(picture, tmp_path, f"{n}.png"))]
 
@@ -95,12 +95,25 @@ def reworded(text, rng):
     words = text.rstrip("?").split()
     words = [rng.choice((str.upper, str.title, str.lower, str.swapcase))(word) for word in words]
     joined = "".join(word + rng.choice((" ", "  ", "\t", "\n", " - ", ", ", "... ", "\u00a0")) for word in words)
-    return rng.choice(("", " ", "\u201c", "(", "* ")) + joined.strip() + rng.choice(("", "?", " ?", "??", "!", ".", "\u201d", " \uff1f"))
+    return (
+        rng.choice(("", " ", "\u201c", "(", "* "))
+        + joined.strip()
+        + rng.choice(("", "?", " ?", "??", "!", ".", "\u201d", " \uff1f"))
+    )
 
 
 def test_every_planted_question_is_found():
     rng = random.Random(17)
-    subjects = ("the sign", "the left tower", "Zoë's café", "the 3rd train", "a naïve reader", "the Straße", "bottle no. 7", "ﬁeld 9")
+    subjects = (
+        "the sign",
+        "the left tower",
+        "Zoë's café",
+        "the 3rd train",
+        "a naïve reader",
+        "the Straße",
+        "bottle no. 7",
+        "ﬁeld 9",
+    )
     texts = [f"Which {shape} is nearest to {subject} in row {n}?" for n in range(16) for shape in SHAPES for subject in subjects]
     index = Index()
     index.add(Question(str(n), text) for n, text in enumerate(texts))
@@ -146,7 +159,11 @@ def check_of(questions, **options):
 
 def test_rows_of_a_benchmark_are_dropped_by_default(tmp_path):
     first, second = (saved(scene(n), tmp_path, f"{n}.png") for n in (1, 2))
-    asked = [Question("1", "How many?", images=(first,)), Question("2", "How many?", images=(second,)), Question("3", "Who won in 1912?")]
+    asked = [
+        Question("1", "How many?", images=(first,)),
+        Question("2", "How many?", images=(second,)),
+        Question("3", "Who won in 1912?"),
+    ]
     check = check_of(asked)
     again = saved(scene(1), tmp_path, "again.jpg", "JPEG", quality=60)
     assert check.refuse(row("Something else?", again)) == "a benchmark's picture"

@@ -49,7 +49,7 @@ class Judge(Check):
 
     def request(self, one: Candidate) -> Sample:
         """What the judge is asked of a row. Raises DataError."""
-        text = filled(self.prompt, one.row)
+        text = filled(self.prompt, {"choices": [], **one.row})
         return Sample(f"{one.id} judged", tuple(one.pictures), (Turn("user", text, len(one.pictures)),))
 
     def told(self, one: Candidate, odds: float | None) -> Candidate:

@@ -151,7 +151,7 @@ class Instructions(Check):
     def refuse(self, one: Candidate) -> str | None:
         if self.off:
             return None
-        for text in (one.text, *texts_in(one.row)):
+        for text in {one.text, *texts_in(one.row)}:
             if _INSTRUCTIONS.search(text[: 2**16]):
                 return "speaks to a model"
             if any(spaced(word) in spaced(text) for word in self.also):
