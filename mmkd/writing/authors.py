@@ -232,7 +232,8 @@ def _said(found: Any, request: Request, stop: Sequence[str]) -> Said:
         content = choice["message"].get("content")
         if isinstance(content, list):  # parts of text
             content = "".join(part["text"] for part in content if part.get("type") == "text")
-        given = found.get("usage") or {}
+        given = found.get("usage")
+        given = given if isinstance(given, dict) else {}
         counted = {name: given.get(f"{name}_tokens") for name in ("prompt", "completion")}
         usage = {name: value for name, value in counted.items() if isinstance(value, int) and not isinstance(value, bool)}
         if request.options is not None:

@@ -50,7 +50,15 @@ def test_what_goes_over(tmp_path, monkeypatch):
     data = body["messages"][-1]["content"][0]["image_url"]["url"]
     shown = Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2])))
     assert shown.size == (6, 4) and text_of(body) == "Q: what is number 0?"
-    wanted = {"model": "m", "temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 16, "stop": ["\n"], "reasoning_effort": "low"}
+    wanted = {
+        "model": "m",
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "max_tokens": 16,
+        "stop": ["\n"],
+        "reasoning_effort": "low",
+    }
     assert wanted.items() <= body.items() and len({body["seed"] for body in server.bodies}) == 2
     assert server.headers[0]["Authorization"] == "Bearer secret"
     assert facts_in(folder)["tokens"] == {"prompt": 20, "completion": 4}
@@ -86,8 +94,8 @@ def test_odd_responses_are_answers_that_are_counted(tmp_path):
     with ChatServer(say) as server:
         folder = write(stage_of(samples_of(len(names)), [author(server)]), tmp_path)
     kept = {names[int(row["id"][1:])] for row in rows_in(folder)}
-    assert kept == {"parts", "thinking"} and {row["answer"] for row in rows_in(folder)} == {"fine"}
-    wanted = {"no chat completion": 8, "no text": 2, "refused by the model": 1, "filtered": 1, "cut before its end": 1}
+    assert kept == {"parts", "thinking", "odd usage"} and {row["answer"] for row in rows_in(folder)} == {"fine"}
+    wanted = {"no chat completion": 6, "no text": 2, "refused by the model": 1, "filtered": 1, "cut before its end": 1}
     assert facts_in(folder)["dropped"] == {"answered": wanted}
 
 
@@ -136,7 +144,13 @@ WRONG = (
     '{"answer": 3}', '{"reply": "red"}', "[1]", "{'answer': 'red'}", '{"answer": "a", "answer": "b"}', 'Sure: {"answer": "red"}',
     '{"answer": null}', "null", "NaN", '{"answer": ["red"]}',
 )  # fmt: skip
-FOREIGN = ("красный", "红色", "das ist ein roter Kreis mit dem Schild", "le cercle est dans la partie gauche de l'image", "赤い丸")
+FOREIGN = (
+    "красный",
+    "红色",
+    "das ist ein roter Kreis mit dem Schild",
+    "le cercle est dans la partie gauche de l'image",
+    "赤い丸",
+)
 
 
 def odd_answers(count, seed=17):
