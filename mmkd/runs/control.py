@@ -63,7 +63,7 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
         if longer is not None and not {"steps", "epochs"} & keys.keys():
             own = own.model_copy(update=_times(own, longer[name]))
         stages[name] = changed(own, keys)
-    return recipe.model_copy(update={"stages": stages, "teacher": None, "teachers": {}, "writes": {}})
+    return recipe.model_copy(update={"stages": stages, "teacher": None, "teachers": {}, "writes": {}, "rounds": None})
 
 
 def _on_responses(spec: TermSpec) -> TermSpec:

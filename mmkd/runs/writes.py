@@ -55,13 +55,29 @@ def with_written(
         if due and not _is_written(recipe, name) and (only is None or name in only):
             if missing := [other for other in sources(spec) if not _is_written(recipe, other)]:
                 recipe = with_written(recipe, teachers, student, before, missing)
-            stage = stage_of(recipe, name, teachers, student)
-            if wrong := prepare(stage):
-                raise DataError("; and ".join(f"stages.{name}.{error}" for error in wrong))
-            folder = write(stage, Path(recipe.output).parent / FOLDER)
+            folder = _empty_source(recipe, spec) or _write(recipe, name, teachers, student)
             logger.info("stage %s: its rows are in %s", name, folder)
             recipe = _resolved(recipe, name, folder)
     return recipe
+
+
+def _write(recipe: Recipe, name: str, teachers: Mapping[str, Teacher], student: Tower | None) -> Path:
+    stage = stage_of(recipe, name, teachers, student)
+    if wrong := prepare(stage):
+        raise DataError("; and ".join(f"stages.{name}.{error}" for error in wrong))
+    return write(stage, Path(recipe.output).parent / FOLDER)
+
+
+def _empty_source(recipe: Recipe, spec: WriteSpec) -> Path | None:
+    """The rows of a stage all of whose data were written and came to nothing: none, as theirs."""
+    folders = [None if entry.from_ is None else _folder(recipe, entry.from_) for entry in spec.data]
+    empty = [folder for folder in folders if folder is not None and not facts_of(folder)["kept"]]
+    return empty[0] if len(empty) == len(folders) else None
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What became of a stage's answers."""
+    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
 
 def write_all(recipe: Recipe, only: Sequence[str] | None = None) -> dict[str, str]:
@@ -97,24 +113,39 @@ def _resolved(recipe: Recipe, name: str, folder: Path) -> Recipe:
 
     Raises DataError where it has no row.
     """
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = facts_of(folder)
     readers = [key for key, stage in recipe.stages.items() if any(entry.from_ == name for entry in stage.data)]
-    if not facts["kept"] and readers:
+    alone = [key for key in readers if all(entry.from_ == name for entry in recipe.stages[key].data)]
+    if not facts["kept"] and readers and not alone:
+        of, reader = facts["answers"], readers[0]
+        logger.warning("stage %s kept none of %d answers; stage %s learns from its other data", name, of, reader)
+    later = {other for names in (recipe.rounds.names[1:] if recipe.rounds else []) for other in names}
+    if not facts["kept"] and alone and not set(alone) <= later:
         dropped = "; ".join(
             f"{check}: {count} {reason}" for check, counts in facts["dropped"].items() for reason, count in counts.items()
         )
         raise DataError(
-            f"stage {name} kept none of {facts['answers']} answers, so stage {readers[0]} has nothing to learn from it "
+            f"stage {name} kept none of {facts['answers']} answers, so stage {alone[0]} has nothing to learn from it "
             f"({dropped}); see {folder}/dropped.jsonl"
         )
 
     def entries(data: Sequence[DataSpec]) -> list[DataSpec]:
-        return [entry.model_copy(update={"root": str(folder)}) if entry.from_ == name else entry for entry in data]
+        own = [entry.model_copy(update={"root": str(folder)}) if entry.from_ == name else entry for entry in data]
+        some = [entry for entry in own if entry.from_ != name or facts["kept"]]
+        return some or own
 
     stages = {key: stage.model_copy(update={"data": entries(stage.data)}) for key, stage in recipe.stages.items()}
     writes = {key: spec.model_copy(update={"data": entries(spec.data)}) for key, spec in recipe.writes.items()}
     written = {**recipe.written, name: str(folder)}
     return recipe.model_copy(update={"stages": stages, "writes": writes, "written": written})
+
+
+def nothing_new(recipe: Recipe, name: str) -> bool:
+    """Whether all that a train stage would read of what its recipe writes came to nothing."""
+    read = {entry.from_ for entry in recipe.stages[name].data} & recipe.written.keys()
+    round_of = next((set(names) for names in (recipe.rounds.names if recipe.rounds else []) if name in names), set())
+    own = [Path(folder) for other, folder in recipe.written.items() if other in round_of]
+    return bool(own) and not any(facts_of(Path(recipe.written[other]))["kept"] for other in read & round_of)
 
 
 def stage_of(recipe: Recipe, name: str, teachers: Mapping[str, Teacher], student: Tower | None) -> WriteStage:
