@@ -78,6 +78,7 @@ class WriteSpec(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_new_tokens: int = Field(256, ge=1, le=2**16)
+    keep_cut: bool = Field(False, exclude_if=is_default(False))  # whether answers that do not end in time may become rows
     stop: list[Annotated[str, Field(min_length=1)]] = Field([])
     batch_size: int = Field(32, ge=1, le=4096)  # prompts that are claimed and asked together
     form: FormSpec | None = None

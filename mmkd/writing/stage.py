@@ -141,7 +141,7 @@ class WriteStage:
                     raise DataError(f"stage {self.name}: the answer to {prompt.id!r} is gone; run the same command again")
                 receipt.answers += 1
                 receipt.tokens.update(row.get("usage", {}))
-                reason = _unusable(row)
+                reason = _unusable(row, self.spec.keep_cut)
                 if reason is not None:
                     drop(name, "answered", reason)
                     continue
@@ -280,13 +280,13 @@ def _name(prompt: Prompt, author: Author, request: Request, stage: WriteStage) -
     return f"{prompt.id}{by}{number}"
 
 
-def _unusable(row: Mapping[str, Any]) -> str | None:
+def _unusable(row: Mapping[str, Any], keep_cut: bool) -> str | None:
     """Why an answer is none."""
     if row.get("text") is None:
         return _plain(str(row.get("refused") or "no text"))
     if row.get("characters"):
         return "far too long"
-    if row.get("cut"):
+    if row.get("cut") and not keep_cut:
         return "cut before its end"
     return None if row["text"].strip() else "empty"
 

@@ -45,13 +45,14 @@ def raw_of(folder, output, **rounds):
     data = {"format": "jsonl", "root": str(folder)}
     wrong = {"kind": "write", "by": "student", "prompt": {"prompt": "{{ question }}", "row": {"answer": "{{ answer }}"}},
              "data": [data], "checks": [{"reference": {"be": "different"}}]}  # fmt: skip
-    new = {"kind": "write", "by": "teacher", "data": [{"from": "wrong"}], "context": {"hard": "wrong"},
-           "prompt": {"prompt": "{{ context.hard.number }} wrong. {{ question }}", "row": {"question": "again: {{ question }}"}}}  # fmt: skip
+    card = {"prompt": "{{ context.hard.number }} wrong. {{ question }}", "row": {"question": "again: {{ question }}"}}
+    new = {"kind": "write", "by": "teacher", "data": [{"from": "wrong"}], "context": {"hard": "wrong"}, "prompt": card}
     optimiser = {"batch_size": 4, "learning_rate": 0.1}
     learn = {"data": [data, {"from": "new"}], "steps": 2, "optimiser": optimiser, "terms": {"cross_entropy": 1.0}}
     first = {**learn, "data": [data]}
     return {
-        "title": "t", "output": str(output), "teacher": {"model": str(folder / "teacher")}, "student": {"model": str(folder / "student")},
+        "title": "t", "output": str(output),
+        "teacher": {"model": str(folder / "teacher")}, "student": {"model": str(folder / "student")},
         "stages": {"first": first, "wrong": wrong, "new": new, "learn": learn}, "controls": False,
         "guards": {"pixels_matter": False, "teacher_is_better": False},
         "rounds": {"stages": ["wrong", "new", "learn"], "times": 3, **rounds},

@@ -82,6 +82,12 @@ def test_what_was_dropped_is_counted_and_named(tmp_path):
     assert facts["kept"] + sum(count for counts in facts["dropped"].values() for count in counts.values()) == 8
 
 
+def test_cut_answers_are_kept_where_that_is_said(tmp_path):
+    cut = TableAuthor(lambda request: Said(text="cut off", cut=True))
+    assert facts_in(write(stage_of(samples_of(2), [cut]), tmp_path))["kept"] == 0
+    assert facts_in(write(stage_of(samples_of(2), [cut], keep_cut=True), tmp_path))["kept"] == 2
+
+
 def test_json_answers_make_new_questions_about_a_picture(tmp_path, pictures):
     card = {
         "prompt": "Write a question about the picture, and its answer.", "form": {"json": {"fields": {"q": "text", "a": "text"}}},
