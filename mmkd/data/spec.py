@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from mmkd.base.schema import Strict, is_default
 from mmkd.data.prompts import PromptStyle
@@ -13,8 +13,12 @@ from mmkd.registry import registry
 
 
 class DataSpec(Strict):
-    """One data set of a stage: a card by name, or its fields given here (fields given here win over the card's)."""
+    """One data set of a stage: a card by name, or its fields given here (fields given here win over the card's), or what an
+    earlier stage of `kind: write` wrote (`from: STAGE`)."""
 
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
+
+    from_: str | None = Field(None, alias="from", exclude_if=is_default(None))
     card: str | None = None
     format: str | None = None  # a name of `mmkd list formats`
     root: str | None = None

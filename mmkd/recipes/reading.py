@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from mmkd.base.cards import SUFFIXES
 from mmkd.base.schema import is_number
 from mmkd.base.yaml_files import parse, read_mapping
 from mmkd.errors import RecipeError, did_you_mean, one_line, shown
@@ -73,7 +74,9 @@ def with_found_paths(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             return {k: walk(v, f"{where}.{k}".lstrip("."), str(k)) for k, v in value.items()}
         if isinstance(value, list):
             return [walk(v, f"{where}.{n}", key) for n, v in enumerate(value)]
-        return found(value, where) if isinstance(value, str) and key in PATHS else value
+        if not isinstance(value, str):
+            return value
+        return found(value, where) if key in PATHS or (key == "prompt" and value.endswith(SUFFIXES)) else value
 
     return walk(raw, "", "")
 
@@ -181,6 +184,7 @@ def import_named(raw: dict[str, Any], where: str) -> None:
 
 def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
     path = one_line(".".join(str(p) for p in error["loc"]), 200)
+    path = path.replace("writes.", "stages.", 1) if path.startswith("writes.") else path  # where the user wrote it
     kind = error["type"]
     if kind == "extra_forbidden":
         return f"{path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1], model))}"
@@ -203,7 +207,7 @@ def _fields_at(loc: tuple, model: Any) -> list[str]:
         if field is not None:
             model = _inner_model(field.annotation) or model
         # a step that is no field is a name or an index inside a dict or list of models: the model stays
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _inner_model(annotation: Any) -> Any:
