@@ -28,6 +28,7 @@ COMMANDS = {
     "estimate": ("mmkd.cli.estimate", "Measure a few steps: memory by part, time, disk, what to change."),
     "rank": ("mmkd.cli.rank", "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall."),
     "evaluate": ("mmkd.cli.evaluate", "Score a model on benchmarks."),
+    "ask": ("mmkd.cli.ask", "Ask one or several models a question about a picture."),
     "pairs": ("mmkd.cli.pairs", "Make preference pairs: right answers of one model, wrong ones of others."),
     "preferences": ("mmkd.cli.preferences", "Count how often a model prefers the chosen answers of pairs."),
     "report": ("mmkd.cli.report", "Write the HTML report of a run again."),

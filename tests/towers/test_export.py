@@ -1,4 +1,4 @@
-"""Saved students: the tensor names of published LLaVA folders, equal outputs in transformers, old folders, what engines refuse."""
+"""Saved students: the tensor names of published LLaVA folders, equal outputs in transformers, what engines refuse."""
 
 from __future__ import annotations
 
