@@ -23,6 +23,7 @@ from mmkd.errors import MmkdError, one_line, printable
 
 # Of each command its module and what it does. Modules to the right of this package are found by these names alone.
 COMMANDS = {
+    "init": ("mmkd.cli.init", "Write a recipe for your own data, teacher and student."),
     "distill": ("mmkd.cli.distill", "Run the stages of a recipe, then compare teacher, SFT control and student."),
     "cache": ("mmkd.cli.cache", "Run the teacher of a recipe once and store what the terms compare with."),
     "estimate": ("mmkd.cli.estimate", "Measure a few steps: memory by part, time, disk, what to change."),
