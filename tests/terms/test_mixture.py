@@ -232,7 +232,7 @@ def test_an_assistant_is_matched_beside_the_teacher(tmp_path, pair):
     own = make_term("rest", "residual_match", Schedule(1, 1), options=(("assistant", "b"), ("threshold", 0.0)), teacher="a")
     samples = tiny_samples(tmp_path, 3, text_only=1)
     distiller = Distiller(student, teachers, [own])
-    loss, log, ours = stepped(distiller, batch_of(student, teachers, samples, [own]))
+    loss, _, ours = stepped(distiller, batch_of(student, teachers, samples, [own]))
     seen = [tower.see(batch_of(student, teachers, samples, [own]).student).features for tower in
             (student, teachers["a"].tower, teachers["b"].tower)]  # fmt: skip
     maps = distiller.extras["rest"]
