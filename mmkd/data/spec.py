@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from mmkd.base.schema import Strict, is_default
 from mmkd.data.prompts import PromptStyle
@@ -13,8 +13,12 @@ from mmkd.registry import registry
 
 
 class DataSpec(Strict):
-    """One data set of a stage: a card by name, or its fields given here (fields given here win over the card's)."""
+    """One data set of a stage: a card by name, or its fields given here (fields given here win over the card's), or what an
+    earlier stage of `kind: write` wrote (`from: STAGE`)."""
 
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
+
+    from_: str | None = Field(None, alias="from", exclude_if=is_default(None))
     card: str | None = None
     format: str | None = None  # a name of `mmkd list formats`
     root: str | None = None
@@ -26,7 +30,7 @@ class DataSpec(Strict):
     target: Literal["first", "majority", "sampled", "teacher"] | None = None
     answers: str | None = Field(None, exclude_if=is_default(None))  # a file of {"id", "answer"} lines in the place of the data's
     text_only: bool = Field(False, exclude_if=is_default(False))  # whether it is right that no sample has a picture
-    tag: str | None = Field(None, exclude_if=is_default(None))  # names its samples, for terms that choose a teacher by it
+    tag: str | None = Field(None, exclude_if=is_default(None))  # names its samples for routed_teachers; default: its card
     limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
     image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions
     weight: float = Field(1.0, gt=0, le=1000)  # how many times the set stands in one epoch (fractions by drawing)

@@ -119,7 +119,7 @@ class VLLM(Wire):
 
     def render(self, sample: Sample, pictures: Sequence[Any] | None = None, *, answer: str | None = None) -> Rendered:
         path = "/v1/chat/completions/render"
-        messages = _messages(sample, pictures)
+        messages = messages_of(sample, pictures)
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         body = self.client.ask(path, {"model": self.model, "messages": messages, "add_generation_prompt": answer is None})
@@ -160,7 +160,7 @@ def _part(answer: Any, name: str, path: str) -> Any:
     return answer[name]
 
 
-def _messages(sample: Sample, pictures: Sequence[Any] | None) -> list[dict[str, Any]]:
+def messages_of(sample: Sample, pictures: Sequence[Any] | None = None) -> list[dict[str, Any]]:
     shown = iter([ref.load() for ref in sample.images] if pictures is None else pictures)
     messages = []
     for turn in sample.prompt_turns:
