@@ -222,6 +222,11 @@ def _others_answer(fields: dict[str, Any]) -> bool:
 
 
 def _sample(item: Question | Sample, fields: dict[str, Any]) -> Sample:
+    sample = _asked(item, fields)
+    return sample if fields.get("tag") is None else replace(sample, meta={**sample.meta, "tag": fields["tag"]})
+
+
+def _asked(item: Question | Sample, fields: dict[str, Any]) -> Sample:
     if isinstance(item, Sample):
         return item
     sample = render(item, fields["prompt"], with_answer=not _others_answer(fields), ocr=fields["ocr"])

@@ -195,10 +195,11 @@ class Recipe(RunSpec, TrainSpec):
         known = self.teacher_specs
         wrong = [
             f"{key}.teacher is {name!r}; {did_you_mean(name, known)}"
-            for key, term in terms.items() if (name := term.place.teacher) is not None and name not in known
+            for key, term in terms.items() for name in (term.several or (term.place.teacher,))
+            if name is not None and name not in known
         ]  # fmt: skip
         if len(known) > 1:
-            unnamed = [key for key, term in terms.items() if term.place.teacher is None]
+            unnamed = [key for key, term in terms.items() if term.place.teacher is None and not term.several]
             wrong += [f"{key} compares with a teacher; say which of {', '.join(known)}: `teacher: NAME`" for key in unnamed]
             pairs = [key for key, term in terms.items() if term.needs_pairs]
             wrong += [f"{key}: preference terms have one teacher as their reference, not several" for key in pairs]

@@ -29,7 +29,7 @@ from mmkd.train.trainable import lora_errors
 from mmkd.train.trainer import split_evenly
 
 SHOWN = 16  # findings that a message lists
-SOME = 8  # samples whose pictures are exchanged
+SOME = 4  # samples whose pictures are exchanged
 
 logger = logging.getLogger(__name__)
 

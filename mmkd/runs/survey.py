@@ -26,7 +26,7 @@ from mmkd.train.preference import PreferenceDataset
 from mmkd.train.skips import LEFT_OUT, Skip, in_words
 
 LOOKED_AT = 512  # samples of a data entry that are prepared
-AT_START = 64  # when a run is to begin: it counts by itself what it leaves out
+AT_START = 32  # when a run is to begin: it counts by itself what it leaves out
 SECONDS, SECONDS_OF_LARGE = 10.0, 4.0  # how long that may take, where they are all samples of the entry, and else
 AGAIN = 3  # samples of an entry that another stage has, too
 PICTURES = 4096  # samples of a large set whose pictures are looked for; of others all
