@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         from mmkd.runs.writes import write_all
         from mmkd.writing.rows import FACTS, Receipt
 
-    for name, folder in write_all(recipe, arguments.stages).items():
+    for name, folder in write_all(recipe, arguments.stages).written.items():
         facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
         print("\n  ".join([f"{name}: {folder}", *Receipt.of(facts).lines()]))
     return 0

@@ -87,6 +87,8 @@ class Recipe(RunSpec, TrainSpec):
     @model_validator(mode="before")
     @classmethod
     def writes_apart(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("written"):
+            raise ValueError("written: unknown key; a run finds out by itself where rows are")
         return split_stages(written_out(given)) if isinstance(given, dict) else given
 
     @field_validator("stages", "controls", "writes")

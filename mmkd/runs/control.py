@@ -57,6 +57,8 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
     for name, stage in recipe.stages.items():
         terms = {n: _on_responses(spec) for n, spec in (stage.control_terms or _without_teacher(stage)).items()}
         own = stage.model_copy(update={"terms": terms, "control_terms": None, "answers": {"data": 1.0}})
+        if own.sampler is not None and getattr(own.sampler.order(), "of_teacher", False):
+            own = own.model_copy(update={"sampler": None})
         keys = control.stages.get(name, {}) if control is not None else {}
         if free and "data" not in keys:
             own = own.model_copy(update={"data": _labelled(name, stage)})

@@ -21,6 +21,7 @@ from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts, stage_samples
 from mmkd.runs.plateau import BEST, Plateau, best_weights
 from mmkd.runs.rounds import Rounds
+from mmkd.runs.scores import with_scores
 from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch
 from mmkd.runs.writes import with_written
@@ -64,6 +65,7 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
             if rounds.ends_before(name, recipe):
                 folder = last
                 continue
+            recipe = with_scores(recipe, name, teachers, student)
             stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
             started = time.monotonic()
             with ends_when_asked(trainer, f"{role}, stage {name}"):

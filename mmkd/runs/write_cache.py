@@ -34,11 +34,13 @@ from mmkd.engine.positions import gathered, rows_at
 from mmkd.engine.rows import Head, row_log_probs
 from mmkd.errors import DataError, NotFiniteError, RecipeError
 from mmkd.recipes.recipe import Recipe
+from mmkd.recipes.writes import after_training
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, stage_samples, texts_of
 from mmkd.runs.preflight import preflight
 from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers, openings
+from mmkd.runs.writes import write_all
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.store import (
     KINDS,
@@ -114,6 +116,9 @@ def write_cache(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     live = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": None})})
+    if recipe.writes.keys() - recipe.written.keys():
+        live = _written(live)
+        recipe = live.model_copy(update={"teacher": recipe.teacher})
     plan, samples = plan_of(recipe, top_k), all_samples(live)
     talks = any(sample.answers > 1 for stage in samples.values() for sample in stage)
     talks = talks or any(spec.target == "teacher" for stage in live.stages.values() for spec in stage.data)
@@ -423,6 +428,16 @@ def _by_sample(plan: Plan, inputs: TowerInputs, where: Tensor, stored: StoredRow
         found.append(StoredRows(stored.kinds[rows], stored.tokens[rows], stored.scores[rows], signal, per_image, own))
         row, image = row + count, image + images
     return found
+
+
+def _written(recipe: Recipe) -> Recipe:
+    """The recipe with what its write stages wrote. Raises DataError for what is written in the middle of training alone."""
+    if late := [name for name in recipe.writes if after_training(recipe, name)]:
+        raise DataError(
+            f"stage {late[0]} asks a student that was trained, so its rows are not known before training; take the cache out of "
+            "this recipe, and let the teacher read each batch"
+        )
+    return write_all(recipe)
 
 
 def top_rows(hidden: Tensor, head: Head, vocabulary: int, k: int, chunk_rows: int = 64) -> dict[str, Tensor]:

@@ -80,8 +80,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
 
-def write_all(recipe: Recipe, only: Sequence[str] | None = None) -> dict[str, str]:
-    """Writes what needs no student that was trained; by write stage the folder of its rows. Raises DataError, TowerError.
+def write_all(recipe: Recipe, only: Sequence[str] | None = None) -> Recipe:
+    """Writes what needs no student that was trained; the recipe with the folders of the rows. Raises DataError, TowerError.
 
     only: names of stages, which bring those that they read.
     """
@@ -95,7 +95,7 @@ def write_all(recipe: Recipe, only: Sequence[str] | None = None) -> dict[str, st
     student = build_student(recipe, teachers, texts_of(all_samples(recipe)))
     if found := write_findings(recipe, teachers, student):
         raise DataError("\n  ".join([f"{len(found)} things would stop this:", *found]) if len(found) > 1 else found[0])
-    return with_written(recipe, teachers, student, only=only).written
+    return with_written(recipe, teachers, student, only=only)
 
 
 def _is_written(recipe: Recipe, name: str) -> bool:

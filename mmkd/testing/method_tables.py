@@ -1,4 +1,4 @@
-"""The table of `docs/methods/README.md`, from the registered terms: `python -m mmkd.testing.method_tables` writes it."""
+"""The tables of `docs/methods/README.md` (from the registered terms) and `writing.md`: `python -m mmkd.testing.method_tables`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mmkd.terms.term import Term
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "methods"
 MEASURED = FOLDER / "measured.yaml"  # name of a term -> what was measured, with the command that made it
 NOT_YET = "not measured yet"
+WRITING = FOLDER / "writing.yaml"
 
 HEAD = """\
 # Methods
@@ -77,7 +78,38 @@ def readme() -> str:
     return HEAD + methods_table(read_mapping(MEASURED, "what was measured") if MEASURED.exists() else {}) + FOOT
 
 
+WRITING_HEAD = """\
+# Data that models write, and samplers that ask them
+
+Systems of write stages ([how they work](../write.md)), each with its recipe and the status of what it does, and samplers that
+choose by what models say (`sampler:` of a stage). Terms are in [another table](README.md).
+
+| system | what | source | status | recipes | measured |
+|---|---|---|---|---|---|
+"""
+SAMPLERS_HEAD = """
+| sampler | what | source | status | measured |
+|---|---|---|---|---|
+"""
+WRITING_FOOT = "\nThis page is written by `python -m mmkd.testing.method_tables`; edit `writing.yaml`, not the page.\n"
+
+
+def writing_page() -> str:
+    """The whole of `docs/methods/writing.md`."""
+    given = read_mapping(WRITING, "table of methods")
+    rows, samplers = [], []
+    for name, row in given["systems"].items():
+        links = ", ".join(f"[`{recipe}`](../../scripts/recipes/write/{recipe}.yaml)" for recipe in row["recipes"])
+        about = f"{name} | {row['what']} | {row['source']} | {row['status']}"
+        rows.append(f"| {about} | {links} | {row.get('measured', NOT_YET)} |\n")
+    for name, row in given["samplers"].items():
+        summary = registry("samplers").about(name).summary
+        samplers.append(f"| `{name}` | {summary} | {row['source']} | {row['status']} | {row.get('measured', NOT_YET)} |\n")
+    return WRITING_HEAD + "".join(rows) + SAMPLERS_HEAD + "".join(samplers) + WRITING_FOOT
+
+
 if __name__ == "__main__":
+    (FOLDER / "writing.md").write_text(writing_page(), encoding="utf-8")
     target = FOLDER / "README.md"
     target.write_text(readme(), encoding="utf-8")
     print(f"wrote {target}")

@@ -26,6 +26,7 @@ from mmkd.answers.data import DataAnswers
 from mmkd.base import stopping
 from mmkd.base.files import write_whole
 from mmkd.base.jsonl import log_rows
+from mmkd.data.samplers.mixture import MovingMixture
 from mmkd.engine.positions import COUNTS
 from mmkd.teachers.ahead import Ahead
 from mmkd.teachers.teacher import Teacher
@@ -38,6 +39,7 @@ from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
 from mmkd.train.finite import FiniteWatch, Where
+from mmkd.train.measured import MixtureSteps
 from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
@@ -73,6 +75,8 @@ class DistillTrainer(Trainer):
         self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
         self._following: dict[int, Batch] = {}  # by the id of the batch before it
         self._sums: dict[str, Tensor] = {}
+        self.mixture: MovingMixture | None = None
+        self._resumed_from: Path | None = None
         self._stateful = {t.name: t for t in distiller.terms if t.has_state}
         self._asks_step = any(t.has_step_sums for t in distiller.terms)
         self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
@@ -84,7 +88,7 @@ class DistillTrainer(Trainer):
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[TermLog(log, arguments.run_name), TermStates(self), self.stop],
+            callbacks=[TermLog(log, arguments.run_name), TermStates(self), MixtureSteps(self), self.stop],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -267,6 +271,10 @@ class DistillTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sampler | None:
         dataset, stage = self.train_dataset, self.stage
         order = stage.order.build(dataset.samples, self.sizes or [len(dataset)], stage.optimiser.batch_size, self.args.seed)
+        if isinstance(order, MovingMixture):
+            self.mixture = order
+            if self._resumed_from is not None:
+                order.load(self._resumed_from)
         return super()._get_train_sampler(train_dataset) if order is None else order
 
     # ---- optimiser ----
@@ -287,8 +295,11 @@ class DistillTrainer(Trainer):
         save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
         for teacher in self.teachers:
             teacher.save_state(folder)
+        if self.mixture is not None:
+            self.mixture.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._resumed_from = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

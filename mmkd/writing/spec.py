@@ -80,7 +80,7 @@ class WriteSpec(Strict):
     max_new_tokens: int = Field(256, ge=1, le=2**16)
     keep_cut: bool = Field(False, exclude_if=is_default(False))  # whether answers that do not end in time may become rows
     stop: list[Annotated[str, Field(min_length=1)]] = Field([])
-    batch_size: int = Field(32, ge=1, le=4096)  # prompts that are claimed and asked together
+    batch_size: int = Field(64, ge=1, le=4096)  # prompts that are claimed and asked together
     form: FormSpec | None = None
     checks: list[CheckSpec] | None = None
     row: RowSpec | None = None

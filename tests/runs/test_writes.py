@@ -16,6 +16,7 @@ from mmkd.runs.data import stage_samples
 from mmkd.runs.plan import plan
 from mmkd.runs.run import distill
 from mmkd.runs.towers import load_teachers
+from mmkd.runs.write_cache import write_cache
 from mmkd.runs.writes import with_written
 from mmkd.writing.authors import LiveAuthor
 
@@ -145,6 +146,16 @@ def test_context_tells_what_another_stage_kept(folder, tmp_path, monkeypatch):
     recipe = recipe_of(folder, tmp_path / "run", {"more": again, "learn": {"data": [{"from": "more"}]}})
     with_written(recipe, load_teachers(recipe), None)
     assert seen[12:] == [f"12 rows, first teacher says 0. and what is {n}?" for n in range(3)]
+
+
+def test_a_cache_is_of_what_was_written(folder, tmp_path):
+    stages = {"learn": {"terms": {"cross_entropy": 1.0, "forward_kl": 1.0}}}
+    recipe = recipe_of(folder, tmp_path / "run", stages, controls=False)
+    facts = write_cache(recipe, tmp_path / "cache", batch_size=8)
+    assert facts["read"] == 20
+    teacher = recipe.teacher.model_copy(update={"cache": str(tmp_path / "cache")})
+    distill(recipe.model_copy(update={"teacher": teacher}))  # a sample that is not in the cache would end it
+    assert (tmp_path / "run" / "student").is_dir()
 
 
 # ---- before anything runs -------------------------------------------------------------------------------------------------

@@ -193,6 +193,19 @@ def test_reference_is_the_parity_of_mpa():
     assert kept(made("reference", be="equal"), one("blue", about=by_letter), one("red", about=by_letter)) == [True, False]
 
 
+def test_enough():
+    check = made("enough", least=2)
+    assert check.group([one("a"), one("b"), one("c")]) == [None, "passed again", "passed again"]
+    assert check.group([one("a")]) == ["too few answers passed"]
+
+
+def test_votes_are_for_what_was_answered_not_for_what_the_row_says():
+    about = {"written": {"rationale": "it is so", "answer": "red"}}
+    first, second = one("it is so. Answer: red"), one("look there. Answer: red")
+    first.written, second.written = about["written"], {"rationale": "look there", "answer": "Red"}
+    assert made("majority", share=1.0, keep="all").group([first, second]) == [None, None]
+
+
 def test_scored_by_an_official_scorer():
     asked = []
 

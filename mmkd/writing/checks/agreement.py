@@ -29,7 +29,7 @@ class Majority(Check):
     least: Annotated[int, Field(ge=1)] = 1  # answers that must agree
 
     def group(self, candidates: Sequence[Candidate]) -> list[str | None]:
-        votes = Counter(folded(one.row["answer"]) for one in candidates)
+        votes = Counter(folded(said_by(one)) for one in candidates)
         ranked = votes.most_common(2)
         if not ranked:
             return []
@@ -39,7 +39,7 @@ class Majority(Check):
             return ["no majority"] * len(candidates)
         found: list[str | None] = []
         for one in candidates:
-            if folded(one.row["answer"]) != winner:
+            if folded(said_by(one)) != winner:
                 found.append("not the majority's")
             else:
                 again = self.keep == "first" and None in found
@@ -62,13 +62,13 @@ class Agreement(Check):
     def group(self, candidates: Sequence[Candidate]) -> list[str | None]:
         votes: dict[str, Counter[str]] = {name: Counter() for name in self._authors}
         for one in candidates:
-            votes[one.author][folded(one.row["answer"])] += 1
+            votes[one.author][folded(said_by(one))] += 1
         said = [counts.most_common(1)[0][0] if counts else None for counts in votes.values()]
         if None in said:
             return ["an author gave no answer"] * len(candidates)
         if len(set(said)) > 1:
             return ["the authors disagree"] * len(candidates)
-        first = next(n for n, one in enumerate(candidates) if folded(one.row["answer"]) == said[0])
+        first = next(n for n, one in enumerate(candidates) if folded(said_by(one)) == said[0])
         return [None if n == first else "agreed with" for n in range(len(candidates))]
 
 
@@ -143,3 +143,19 @@ class Scored(Check):
             return "not parsed"
         one.notes["score"] = round(score, 4)
         return None if self.at_least <= score <= self.at_most else "scored too " + ("low" if score < self.at_least else "high")
+
+
+@register("checks", "enough")
+@dataclass
+class Enough(Check):
+    """Keeps a prompt of which at least so many answers passed the checks before: the first of them stays.
+
+    Behind `reference: different` by a small model this drops what is too easy for it (Region-to-Image's two right of four).
+    """
+
+    least: Annotated[int, Field(ge=1)] = 2
+
+    def group(self, candidates: Sequence[Candidate]) -> list[str | None]:
+        if len(candidates) < self.least:
+            return ["too few answers passed"] * len(candidates)
+        return [None, *["passed again"] * (len(candidates) - 1)]
