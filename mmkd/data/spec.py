@@ -15,13 +15,13 @@ from mmkd.registry import registry
 class DataSpec(Strict):
     """One data set of a stage: a card by name, or its fields given here (fields given here win over the card's)."""
 
-    card: str | None = None
+    card: str | None = None  # a name of `mmkd list data`; the other keys win over it
     format: str | None = None  # a name of `mmkd list formats`
-    root: str | None = None
-    split: str = "train"
-    prompt: PromptStyle | None = None
-    ocr: bool | None = None
-    files: dict[str, str] | None = None
+    root: str | None = None  # the folder of its files, below data_root or here; a hub id for format `datasets`
+    split: str = "train"  # in the names of its files
+    prompt: PromptStyle | None = None  # how questions are put: letter, short, plain, mmmu
+    ocr: bool | None = None  # whether the prompt names the data's OCR tokens
+    files: dict[str, str] | None = None  # names of files and columns that differ from the format's own
     # "teacher": its greedy answers, whether or not the data have any; asked once, before training.
     target: Literal["first", "majority", "sampled", "teacher"] | None = None
     answers: str | None = Field(None, exclude_if=is_default(None))  # a file of {"id", "answer"} lines in the place of the data's

@@ -17,7 +17,7 @@ from mmkd.registry import options_of, registry
 class SamplerSpec(Strict):
     model_config = ConfigDict(extra="allow")  # the options of the kind: fields of its class
 
-    kind: str
+    kind: str  # a name of `mmkd list samplers`
 
     @model_validator(mode="after")
     def known(self) -> SamplerSpec:
