@@ -18,14 +18,14 @@ class DataSpec(Strict):
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
 
-    from_: str | None = Field(None, alias="from", exclude_if=is_default(None))
-    card: str | None = None
+    from_: str | None = Field(None, alias="from", exclude_if=is_default(None))  # a write stage before this one, whose rows are the data
+    card: str | None = None  # a name of `mmkd list data`; the other keys win over it
     format: str | None = None  # a name of `mmkd list formats`
-    root: str | None = None
-    split: str = "train"
-    prompt: PromptStyle | None = None
-    ocr: bool | None = None
-    files: dict[str, str] | None = None
+    root: str | None = None  # the folder of its files, below data_root or here; a hub id for format `datasets`
+    split: str = "train"  # in the names of its files
+    prompt: PromptStyle | None = None  # how questions are put: letter, short, plain, mmmu
+    ocr: bool | None = None  # whether the prompt names the data's OCR tokens
+    files: dict[str, str] | None = None  # names of files and columns that differ from the format's own
     # "teacher": its greedy answers, whether or not the data have any; asked once, before training.
     target: Literal["first", "majority", "sampled", "teacher"] | None = None
     answers: str | None = Field(None, exclude_if=is_default(None))  # a file of {"id", "answer"} lines in the place of the data's

@@ -20,7 +20,8 @@ SOURCES = ("logits", "hidden")
 def relation(student: Tensor, teacher: Tensor) -> Tensor:
     """`1 - <R_s, R_t> / (|R_s| |R_t|)` with `R = Y Yᵀ`, for one image or each of several.
 
-    student `[..., N, *]`, teacher `[..., N, *]`: rows of the same N visual tokens; their widths may differ. Returns `[...]`. No centring, no normalisation of rows (as LLaVA-KD's code). Scaling either side changes nothing.
+    student `[..., N, *]`, teacher `[..., N, *]`: rows of the same N visual tokens; their widths may differ.
+    Returns `[...]`. No centring, no normalisation of rows (as LLaVA-KD's code). Scaling either side changes nothing.
     Raises ValueError when the numbers of rows differ.
     """
     _check_rows(student, teacher)

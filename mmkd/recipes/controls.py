@@ -36,6 +36,8 @@ class ControlSpec(Strict):
     (sequence-level distillation, Kim and Rush 2016, "Sequence-level knowledge distillation").
     """
 
+    # equal_steps, equal_compute, tuned (rates, label smoothing and labels tried on the validation split), hard_answers (the
+    # teacher's answers alone); default: the control's name
     kind: Literal[KINDS]  # type: ignore[valid-type]
     tries: TuningSpec | None = Field(None, exclude_if=is_default(None))  # of kind tuned
     stages: dict[str, dict[str, Any]] = Field({})  # by stage: keys that this control has otherwise (data, steps, optimiser, ...)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from mmkd.base.cards import SUFFIXES
 from mmkd.base.schema import is_number
 from mmkd.base.yaml_files import parse, read_mapping
 from mmkd.errors import RecipeError, did_you_mean, one_line, shown
+from mmkd.recipes.hints import inner_model, key_hint
 from mmkd.recipes.recipe import Recipe
 from mmkd.recipes.starter import is_pair, pair_recipe, shipped
 from mmkd.registry import import_modules
@@ -190,7 +190,7 @@ def validate(raw: dict[str, Any], where: str, model: type[Model]) -> Model:
         return model.model_validate(raw)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        lines = [one_line(_explain(e, model), 700) for e in found[:SHOWN]]
+        lines = [one_line(_explain(e, model, raw), 700) for e in found[:SHOWN]]
         lines += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         raise RecipeError(f"{where} has {_errors(len(found))}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
@@ -202,14 +202,14 @@ def import_named(raw: dict[str, Any], where: str) -> None:
         import_modules(names, [Path(where).parent] if Path(where).is_file() else [])
 
 
-def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
+def _explain(error: dict[str, Any], model: type[BaseModel], raw: dict[str, Any]) -> str:
     path = one_line(".".join(str(p) for p in error["loc"]), 200)
     path = path.replace("writes.", "stages.", 1) if path.startswith("writes.") else path  # where the user wrote it
     kind = error["type"]
     if kind == "extra_forbidden":
-        return f"{path}: unknown key{_suggest(str(error['loc'][-1]), _fields_at(error['loc'][:-1], model))}"
+        return f"{path}: unknown key; {key_hint(str(error['loc'][-1]), _model_at(error['loc'][:-1], model), model)}"
     if kind == "missing":
-        return f"{path}: missing"
+        return f"{path}: missing{_other_stage(error['loc'], raw)}"
     if kind == "invalid_key":
         return (
             f"{path}: the key {shown(error['input'])} is not text; YAML reads on, off, yes and no as true and false "
@@ -220,26 +220,20 @@ def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
     return f"{path or 'recipe'}: {message}{given}"
 
 
-def _fields_at(loc: tuple, model: Any) -> list[str]:
-    """Names that are allowed at a place of the recipe, for suggestions."""
+def _model_at(loc: tuple, model: Any) -> Any:
+    """The model whose keys stand at a place of the recipe, for suggestions."""
     for step in loc:
         field = model.model_fields.get(str(step))
         if field is not None:
-            model = _inner_model(field.annotation) or model
+            model = inner_model(field.annotation) or model
         # a step that is no field is a name or an index inside a dict or list of models: the model stays
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return model
 
 
-def _inner_model(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _inner_model(argument)
-        if found is not None:
-            return found
-    return None
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    return f"; {did_you_mean(name, known)}" if known else ""
+def _other_stage(loc: tuple, raw: dict[str, Any]) -> str:
+    """Of a stage without data, as a misspelt override makes one, the stages that have some."""
+    stages = raw.get("stages")
+    if len(loc) != 3 or loc[0] != "stages" or loc[2] != "data" or not isinstance(stages, dict):
+        return ""
+    whole = [name for name, stage in stages.items() if isinstance(stage, dict) and "data" in stage]
+    return f"; if no new stage is meant, {did_you_mean(str(loc[1]), whole)}" if whole else ""

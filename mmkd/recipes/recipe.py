@@ -33,14 +33,14 @@ CHANGEABLE = (
 class ValidationSpec(Strict):
     """The part of the benchmarks' data on which anything is chosen; never that on which the student is scored."""
 
-    split: str
-    limit: int | None = Field(None, gt=0)
+    split: str  # the benchmarks' split that is asked
+    limit: int | None = Field(None, gt=0)  # a random part of so many questions of each
 
 
 class EvaluationSpec(Strict):
-    benchmarks: list[str] = Field([])
-    limit: int | None = Field(None, gt=0)
-    batch_size: int = Field(64, gt=0, le=2**16)
+    benchmarks: list[str] = Field([])  # names of `mmkd list evaluation`, or files of cards
+    limit: int | None = Field(None, gt=0)  # a random part of so many questions of each, the same every time
+    batch_size: int = Field(64, gt=0, le=2**16)  # questions that are asked at once
     blind: bool = False  # also score the student without its pictures
     every: int | None = Field(None, gt=0)  # also score the student in training, every so many steps
     # A split of the benchmarks that `every`, `until: plateau` and the control `tuned` ask, in place of that of the final scores.
@@ -62,27 +62,28 @@ class EvaluationSpec(Strict):
 class RunSpec(Strict):
     """What every recipe says of its run."""
 
-    title: str
+    title: str  # one line for logs and reports
     imports: list[str] = Field([], exclude_if=is_default([]))  # modules of your own that register terms, formats, metrics, ...
-    output: str
+    output: str  # the run's folder; the same recipe goes on with what is there
     data_root: str | None = None  # folder that holds the data sets of cards, for training and for benchmarks
-    seed: Seed = 0
+    seed: Seed = 0  # moves everything that is drawn: batches, fresh weights, dropout, subsets of the data
 
 
 class Recipe(RunSpec, TrainSpec):
     # Draws questions (`limit`, `image_limit`, fractions of `weight`) and sampled labels; default: the seed. With it given,
     # several seeds train on the same questions and labels.
     data_seed: Seed | None = Field(None, exclude_if=is_default(None))
-    teacher: TeacherSpec | None = None
+    teacher: TeacherSpec | None = None  # the model that is learnt from
     teachers: dict[str, TeacherSpec] = Field({}, exclude_if=is_default({}))  # several by name; a term says `teacher: NAME`
-    student: StudentSpec
-    stages: dict[str, StageSpec] = Field(min_length=1)
+    student: StudentSpec  # the model that learns
+    stages: dict[str, StageSpec] = Field(min_length=1)  # what is trained, one stage after the other, by names of your own
     # Those of `stages` that write data (`kind: write`), each with the train stage that it stands before.
     writes: dict[str, WriteSpec] = Field({}, exclude_if=is_default({}))
-    rounds: RoundsSpec | None = Field(None, exclude_if=is_default(None))
+    rounds: RoundsSpec | None = Field(None, exclude_if=is_default(None))  # write and train stages again and again
     written: dict[str, str] = Field({}, exclude=True)  # while a run goes on: by write stage the folder of its rows
+    # what the student is held against; `control: false`: nothing
     controls: dict[str, ControlSpec] = {name: ControlSpec(kind=name) for name in DEFAULT}  # noqa: RUF012
-    evaluation: EvaluationSpec = EvaluationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()  # what all models are asked at the end
 
     @model_validator(mode="before")
     @classmethod

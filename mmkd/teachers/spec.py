@@ -26,13 +26,13 @@ class TeacherSpec(ReadingSpec, ViewSpec):
     # The address of a server that runs `model`, whose weights are then not loaded, and how it is spoken to.
     served: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$", exclude_if=is_default(None))
     served_name: str | None = Field(None, exclude_if=is_default(None))  # what the server calls the model, where not `model`
-    wire: str = Field("vllm", exclude_if=is_default("vllm"))
+    wire: str = Field("vllm", exclude_if=is_default("vllm"))  # how a served teacher is spoken to
     top_k: int = Field(20, ge=1, le=2**20, exclude_if=is_default(20))  # likeliest tokens of a row that are asked for
     verify: bool = Field(False, exclude_if=is_default(False))  # before step 1 against the weights of `model` in this process
     patience: float = Field(300.0, ge=0, le=1e6, exclude_if=is_default(300.0))  # seconds that a silent server is waited for
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantise: Literal["8bit", "4bit"] | None = None
-    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of its weights; auto: as they are stored
+    quantise: Literal["8bit", "4bit"] | None = None  # loads its language model in fewer bits (bitsandbytes)
+    trust_remote_code: bool = False  # whether code in its folder may run
     # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
     attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.

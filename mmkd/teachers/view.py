@@ -45,7 +45,9 @@ class ImagesSpec(Strict):
 class ViewSpec(Strict):
     """The keys of a teacher's view."""
 
+    # what it is asked in place of the student's prompt: a template with {prompt} and fields of `told`
     prompt: str | None = Field(None, exclude_if=is_default(None))
+    # what it sees of the sample's pictures
     images: ImagesSpec | None = Field(None, exclude_if=is_default(None))
 
     @field_validator("prompt")

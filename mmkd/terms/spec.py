@@ -16,17 +16,19 @@ from mmkd.terms.term import Place, Schedule, Term
 
 
 class WeightSpec(Strict):
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
-    over: float = Field(1.0, ge=0, le=1)
+    start: float = Field(ge=0)  # at the first step
+    end: float = Field(ge=0)  # at the end of the line, and behind it
+    over: float = Field(1.0, ge=0, le=1)  # share of the stage's steps that the line takes
 
 
 class TermSpec(Strict):
     model_config = ConfigDict(extra="allow")  # the options of the kind: fields of its class
 
-    kind: str
+    kind: str  # a name of `mmkd list terms`; default: the term's own name
     weight: float | WeightSpec = 1.0  # default: the kind's own (`default_weight` of its class)
+    # rows that count: response, prompt, text, visual, all, answer, given, generated
     positions: Literal[tuple(POSITIONS)] = "response"  # type: ignore[valid-type]
+    # switch: the student's vision features go through the teacher's projector and language model
     path: Literal["student", "switch"] = "student"
     bridge: bool = False  # switch only: a trained linear map where the encoders' widths differ (not in the paper)
     # Over rows; "sum": of each sample's rows, and the mean over samples.

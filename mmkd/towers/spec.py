@@ -18,11 +18,15 @@ Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "fla
 
 
 class VisionConfig(Strict):
-    source: str | None = None
-    config: dict[str, Any] | None = None
+    source: str | None = None  # pretrained weights: hf-hub:NAME, local-dir:PATH, timm:NAME, open_clip:NAME/TAG
+    config: dict[str, Any] | None = None  # random weights: a configuration of transformers with its `model_type`
+    # pixels, one side or [height, width]; default: what the encoder was made for
     image_size: Side | tuple[Side, Side] | None = None
+    # hidden state that is the feature: -1 the last, -2 the one before (the default, as in LLaVA)
     feature_layer: int | None = Field(None, ge=-1000, le=1000)
+    # of the pixels, by colour; default: what the weights expect
     mean: list[float] | None = Field(None, min_length=3, max_length=3)
+    # of the pixels, by colour; default: what the weights expect
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]] | None = Field(None, min_length=3, max_length=3)
 
     @model_validator(mode="after")
@@ -31,9 +35,9 @@ class VisionConfig(Strict):
 
 
 class LanguageConfig(Strict):
-    source: str | None = None
-    config: dict[str, Any] | None = None
-    chat_template: str | None = None
+    source: str | None = None  # pretrained weights: a folder or hub id
+    config: dict[str, Any] | None = None  # random weights: a configuration of transformers with its `model_type`
+    chat_template: str | None = None  # a template, or a name: simple, chatml, llama3, vicuna; default: by its tokens
 
     @model_validator(mode="after")
     def one_origin(self) -> LanguageConfig:
@@ -52,12 +56,12 @@ class TokenizerConfig(Strict):
 
 
 class AssembleSpec(Strict):
-    vision: VisionConfig
-    language: LanguageConfig
+    vision: VisionConfig  # the vision encoder
+    language: LanguageConfig  # the language model
     projector: str = "mlp"  # a name of `mmkd list projectors`
     # Of those that give fewer tokens: `factor`, the side of the squares, and `queries`, of the resampler.
     projector_options: dict[str, int | float | bool | str] = Field(default_factory=dict, exclude_if=is_default({}))
-    tokenizer: TokenizerConfig | None = None
+    tokenizer: TokenizerConfig | None = None  # of a language model with random weights
     import_module: str | None = None  # a Python module that registers your own encoder
 
     @model_validator(mode="after")
@@ -102,10 +106,10 @@ class ReadingSpec(Strict):
 
 
 class StudentSpec(ReadingSpec):
-    model: str | None = None
-    assemble: AssembleSpec | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    trust_remote_code: bool = False
+    model: str | None = None  # a folder or hub id
+    assemble: AssembleSpec | None = None  # parts that are put together
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the weights that are trained
+    trust_remote_code: bool = False  # whether code in its folder may run
     # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
     attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
     # Of a `model`: parts that begin with random weights all the same, drawn with the recipe's seed.

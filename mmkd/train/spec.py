@@ -26,18 +26,18 @@ LARGEST_RATE = 1e6  # the optimiser's own products leave float32 beyond it
 
 
 class AdamWSpec(Strict):
-    learning_rate: float = Field(1e-3, gt=0, le=LARGEST_RATE)
-    weight_decay: float = Field(0.0, ge=0, le=LARGEST_RATE)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    learning_rate: float = Field(1e-3, gt=0, le=LARGEST_RATE)  # the highest one, after warm-up
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST_RATE)  # of all weights but biases and norms
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay of both moments
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"  # how the rate goes on after warm-up
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the stage's steps
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)  # longer gradients are cut to this length; 0: never
 
 
 class OptimiserSpec(AdamWSpec):
     # A name of mmkd.train.optimisers.OPTIMISERS; `betas` are AdamW's and Lion's, `momentum` is SGD's.
     kind: str = Field("adamw", exclude_if=is_default("adamw"))
-    momentum: float = Field(0.9, ge=0, lt=1, exclude_if=is_default(0.9))
+    momentum: float = Field(0.9, ge=0, lt=1, exclude_if=is_default(0.9))  # of `kind: sgd`
     learning_rates: dict[Literal[PARTS], Annotated[float, Field(ge=0, le=LARGEST_RATE)]] = Field({})  # type: ignore[valid-type]  # per part, over learning_rate
     batch_size: int = Field(32, gt=0, le=2**20)  # samples a step, over all processes and micro-batches
     micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
@@ -51,20 +51,22 @@ class OptimiserSpec(AdamWSpec):
 
 
 class LoraSpec(Strict):
-    rank: int = Field(16, gt=0, le=2**14)
-    alpha: float = Field(32, gt=0, le=1e6)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(16, gt=0, le=2**14)  # of the adapters
+    alpha: float = Field(32, gt=0, le=1e6)  # the adapters are scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the adapters' inputs
+    # names of the matrices that get adapters
     targets: list[str] | Literal["all-linear"] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    dora: bool = False
+    dora: bool = False  # also learns the length of each row (DoRA)
 
 
 class UpcycleSpec(Strict):
     """Makes the student sparse before its stage: experts copied from its feed-forward layers (LLaVA-MoD's values)."""
 
-    experts: int = Field(4, ge=2, le=1024)
-    top_k: int = Field(2, ge=1)
+    experts: int = Field(4, ge=2, le=1024)  # copies of each feed-forward layer
+    top_k: int = Field(2, ge=1)  # experts that read each token
+    # which layers become sparse: these words, or numbers from 0
     layers: Literal["every-other", "all"] | list[int] = "every-other"
 
     @model_validator(mode="after")
@@ -77,11 +79,12 @@ class UpcycleSpec(Strict):
 class LoopSpec(Strict):
     """How long training lasts, in which precision, and how often it is kept and logged."""
 
-    epochs: float | None = Field(None, gt=0, le=1e6)
-    steps: int | None = Field(None, gt=0, le=10**9)
+    epochs: float | None = Field(None, gt=0, le=1e6)  # length as passes over the data, fractions too; or give `steps`
+    steps: int | None = Field(None, gt=0, le=10**9)  # length as optimiser steps; or give `epochs`
+    # of the forward and backward passes; weights and optimiser stay in float32
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    save_every: int = Field(200, gt=0, le=10**9)
-    log_every: int = Field(20, gt=0, le=10**9)
+    save_every: int = Field(200, gt=0, le=10**9)  # steps between checkpoints
+    log_every: int = Field(20, gt=0, le=10**9)  # steps between lines of the log
 
     @model_validator(mode="after")
     def one_length(self) -> LoopSpec:
@@ -95,25 +98,27 @@ class UntilSpec(Strict):
     the best score. every: steps between two scores; default: `evaluation.every`.
     """
 
-    kind: Literal["plateau"]
-    patience: int = Field(3, gt=0, le=10**6)
+    kind: Literal["plateau"]  # plateau: the score no longer rises
+    patience: int = Field(3, gt=0, le=10**6)  # scores in a row that are not above the best before
     every: int | None = Field(None, gt=0, le=10**9)
 
 
 class StageSpec(LoopSpec):
-    data: list[DataSpec] = Field(min_length=1)
-    upcycle: UpcycleSpec | None = None
+    data: list[DataSpec] = Field(min_length=1)  # data entries, one after the other in one set
+    upcycle: UpcycleSpec | None = None  # makes the student sparse before this stage
+    # parts that are trained; `mlp`: the feed-forward layers of the language model alone
     train: list[Literal[TRAINABLE]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
     lora: LoraSpec | None = None  # on the language model
+    # what the loss is made of, by names of your own; a number is a weight: `cross_entropy: 1.0`
     terms: dict[str, TermSpec] = Field(min_length=1)
     control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
-    optimiser: OptimiserSpec = OptimiserSpec()
-    gradient_checkpointing: bool = False
+    optimiser: OptimiserSpec = OptimiserSpec()  # how weights are changed
+    gradient_checkpointing: bool = False  # activations are computed again on the way back: less memory, a third more time
     group_by_length: bool = False  # short for `sampler: {kind: length}`
     sampler: SamplerSpec | None = Field(None, exclude_if=is_default(None))  # the order of the samples; default: shuffle
     # Each answer of a talk as a sample of its own, behind what was said before. None: where a tower needs it.
     one_answer: bool | None = Field(None, exclude_if=is_default(None))
-    until: UntilSpec | None = Field(None, exclude_if=is_default(None))
+    until: UntilSpec | None = Field(None, exclude_if=is_default(None))  # ends the stage early, on the validation split
     # Where a step's answers come from: a share, or {share, and what options the source has}; "data": the answers of the data.
     answers: dict[str, Any] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
 
@@ -207,9 +212,9 @@ def own_answer_errors(terms: Sequence[Term], answers: Mapping[str, Any]) -> list
 class GuardSpec(Strict):
     """Checks before step 1; each can be switched off by name, with the reason in the recipe's comment."""
 
-    pixels_matter: bool = True
-    teacher_is_better: bool = True
-    samples: int = Field(32, gt=1, le=2**16)
+    pixels_matter: bool = True  # other pictures must change what both towers compute
+    teacher_is_better: bool = True  # the teacher's loss on the answers must be below the untrained student's
+    samples: int = Field(32, gt=1, le=2**16)  # training samples that the guards look at
     # Share of a training set, rounded up, that may be left out: rows that cannot be used, pictures that cannot be read, samples
     # that are too long or that a processor or template refuses. `max_skipped_images` is its name in older recipes.
     max_skipped: float = Field(0.01, ge=0, le=1, validation_alias=AliasChoices("max_skipped", "max_skipped_images"))
@@ -218,10 +223,11 @@ class GuardSpec(Strict):
 class TrainSpec(Strict):
     """What holds for every stage of a recipe."""
 
-    seed: Seed = 0
+    seed: Seed = 0  # moves everything that is drawn: batches, fresh weights, dropout, subsets of the data
+    # tokens of one sample in each tower, visual ones included; longer samples are cut or left out
     max_length: int = Field(2048, gt=1, le=2**24)
     chunk_bytes: int = Field(256 * 2**20, gt=0)  # budget of the row engine
     compile: bool = Field(False, exclude_if=is_default(False))  # the row engine's loss maths, by torch.compile
     tf32: bool = Field(False, exclude_if=is_default(False))  # float32 products in TensorFloat-32, on GPUs from Ampere on
     workers: int = Field(0, ge=0, le=256)  # processes that read and resize pictures, beside each training process
-    guards: GuardSpec = GuardSpec()
+    guards: GuardSpec = GuardSpec()  # checks before step 1

@@ -31,14 +31,14 @@ class EndpointSpec(Strict):
     silent server is waited for."""
 
     endpoint: str = Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1)  # as the endpoint calls it
     name: str | None = None  # by which checks and provenance call it; default: the model
     key: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     extra: dict[str, Any] = Field({})
-    length_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    length_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # in which key it takes the greatest length
     seed: bool = True  # whether requests carry a seed of their own
     at_once: int = Field(8, ge=1, le=1024)
-    timeout: float = Field(120.0, gt=0, le=1e5)
+    timeout: float = Field(120.0, gt=0, le=1e5)  # seconds of one request
     patience: float = Field(300.0, ge=0, le=1e6)
 
     @field_validator("extra")
@@ -68,22 +68,22 @@ class WriteSpec(Strict):
 
     model_config = ConfigDict(validate_default=True)
 
-    kind: Literal["write"] = "write"
+    kind: Literal["write"] = "write"  # what makes a stage one that writes
     by: list[Author] = Field(min_length=1)
     prompt: str | PromptCard
-    data: list[DataSpec] = Field(min_length=1)
+    data: list[DataSpec] = Field(min_length=1)  # what is asked about; answers need not be there
     per: Literal["question", "picture", "region"] = "question"
     samples: int = Field(1, ge=1, le=1000)  # answers of each author to each prompt
-    temperature: float = Field(0.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_new_tokens: int = Field(256, ge=1, le=2**16)
+    temperature: float = Field(0.0, ge=0, le=100)  # 0: the most likely token each time
+    top_p: float = Field(1.0, gt=0, le=1)  # draws from the likeliest tokens of so much probability
+    top_k: int = Field(0, ge=0)  # draws from so many of the likeliest tokens; 0: from all
+    max_new_tokens: int = Field(256, ge=1, le=2**16)  # of an answer
     keep_cut: bool = Field(False, exclude_if=is_default(False))  # whether answers that do not end in time may become rows
-    stop: list[Annotated[str, Field(min_length=1)]] = Field([])
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([])  # texts that end an answer
     batch_size: int = Field(64, ge=1, le=4096)  # prompts that are claimed and asked together
-    form: FormSpec | None = None
-    checks: list[CheckSpec] | None = None
-    row: RowSpec | None = None
+    form: FormSpec | None = None  # in which form answers come; default: the card's
+    checks: list[CheckSpec] | None = None  # what answers must pass, in this order; default: the card's
+    row: RowSpec | None = None  # which training row comes of an answer; default: the card's
     context: dict[str, str] = Field({})
     before: str | None = Field(None, exclude_if=is_default(None))  # the train stage that it stands before; the recipe says it
 

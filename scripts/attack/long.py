@@ -109,8 +109,8 @@ def memory(pid: int) -> float:
 def line(what: str, found: dict[str, Any]) -> str:
     grown = found["late_mib"] - found["early_mib"]
     return (
-        f"{found['count']:,} {what} in {found['seconds']:,} s: {found['early_mib']:,.0f} MiB early, {found['late_mib']:,.0f} late "
-        f"({grown:+.1f}, {1000 * grown / (0.8 * found['count']):+.3f} MiB per 1,000), {found['most_mib']:,.0f} at most"
+        f"{found['count']:,} {what} in {found['seconds']:,} s: {found['early_mib']:,.0f} MiB early, {found['late_mib']:,.0f} late"
+        f" ({grown:+.1f}, {1000 * grown / (0.8 * found['count']):+.3f} MiB per 1,000), {found['most_mib']:,.0f} at most"
     )
 
 

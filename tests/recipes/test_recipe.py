@@ -169,6 +169,28 @@ def test_each_mistake_has_its_answer(load, old, new, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.sft.lr=1", "stages.sft.lr: unknown key; here it is `optimiser.learning_rate`"),
+        ("stages.sft.learning_rate=1", "belongs one place lower: `optimiser.learning_rate`"),
+        ("stages.sft.optimizer=adamw", "here it is `optimiser`"),
+        ("stages.sft.optimiser.lr=1", "here it is `learning_rate`"),
+        ("lr=1", "here it is `stages.NAME.optimiser.learning_rate`"),
+        ("stages.sft.seed=1", "a key of the recipe itself: `seed`"),
+        ("batch_size=8", "lower: `evaluation.batch_size`"),
+        ("stages.sft.batch_size=8", "lower: `optimiser.batch_size`"),
+        ("output_dir=x", "here it is `output`"),
+        ("teacher.quantize=8bit", "quantise"),
+        ("stages.sfft.steps=3", "stages.sfft.data: missing; if no new stage is meant, did you mean 'sft'?"),
+    ],
+)
+def test_a_key_of_another_place_or_trainer_is_told_its_own(load, override, message):
+    with pytest.raises(RecipeError) as error:
+        load(BASE, override)
+    assert message in str(error.value)
+
+
 def test_what_is_no_recipe(load, tmp_path):
     with pytest.raises(RecipeError, match="holds list; a recipe is a mapping of keys to values"):
         load("- a\n- b")

@@ -85,7 +85,8 @@ def _write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "count": count, "bytes": byte_count, "seconds": seconds, "in_words": in_words}
+    environment.filters |= {"percent": percent, "points": points, "count": count, "bytes": byte_count, "seconds": seconds}
+    environment.filters["in_words"] = in_words
     gallery = gallery_of(benchmarks, slugs)
     page = environment.get_template(TEMPLATE).render(
         title=title,
