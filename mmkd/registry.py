@@ -1,4 +1,5 @@
-"""One registry for everything that can be plugged in: terms, formats, metrics, parsers, encoders, projectors, samplers, teachers.
+"""One registry for everything that can be plugged in: terms, formats, metrics, parsers, encoders, projectors, samplers, teachers,
+checks and forms of written answers.
 
     @register("terms", "my_term")
     class MyTerm: ...
@@ -33,6 +34,8 @@ PACKAGES = {
     "formats": "mmkd.data.formats",
     "samplers": "mmkd.data.samplers",
     "answers": "mmkd.answers",
+    "forms": "mmkd.writing.forms",
+    "checks": "mmkd.writing.checks",
     "encoders": "mmkd.towers.encoders",
     "projectors": "mmkd.towers.projectors",
     "metrics": "mmkd.evaluation.tasks",

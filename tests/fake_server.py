@@ -1,4 +1,7 @@
-"""A server on loopback that speaks as vLLM 0.32 does, with a tower behind it, and that can misbehave."""
+"""A server on loopback that speaks as vLLM 0.32 does, with a tower behind it, and that can misbehave.
+
+What a real one says is in tests/teachers/vllm_*.json.gz, and `scripts/serve/recording.py` holds it against a server.
+"""
 
 import base64
 import io
@@ -37,6 +40,7 @@ class Server:
     tower: Tower
     name: str = "m"
     max_logprobs: int = 20
+    max_model_len: int = 512
     drops_pictures: bool = False
     blind: bool = False
     mixes: bool = False  # gives each request the pictures of another that came at the same time
@@ -87,7 +91,8 @@ class Server:
         try:
             content = {"error": "down"} if status != 200 else self.content(handler.path, body)
         except ValueError as error:
-            status, content = 400, {"error": {"message": str(error)}}
+            status = 404 if "does not exist" in str(error) else 400
+            content = {"error": {"message": str(error), "type": "BadRequestError", "param": None, "code": status}}
         with self.lock:
             self.busy -= 1
         data = json.dumps(content).encode()
@@ -101,9 +106,9 @@ class Server:
 
     def content(self, path, body):
         if path == "/v1/models":
-            return {"object": "list", "data": [{"id": self.name}]}
+            return {"object": "list", "data": [{"id": self.name, "object": "model", "max_model_len": self.max_model_len}]}
         if body["model"] != self.name:
-            raise ValueError("no such model")
+            raise ValueError(f"The model `{body['model']}` does not exist. Valid aliases: {self.name}.")
         if path == "/v1/chat/completions/render":
             return self.render(body)
         assert path == "/inference/v1/generate", path
@@ -131,20 +136,37 @@ class Server:
         with self.lock:
             number = len(self.kept)
             self.kept[number] = prompt
-        return {"token_ids": ids, "features": {"kept": number}, "model": self.name, "sampling_params": {}}
+        features = {"mm_hashes": {"image": [str(number)]}, "kwargs_data": {"image": [""]}} if pictures else None
+        if features is None:  # a real one needs nothing but ids then
+            with self.lock:
+                self.plain = prompt
+        sampling = {"temperature": 1.0, "max_tokens": self.max_model_len - len(ids), "top_p": 1.0}
+        return {"request_id": "1", "token_ids": ids, "features": features, "model": self.name, "sampling_params": sampling}
 
     @torch.no_grad()
     def generate(self, body):
         k, ids = body["sampling_params"]["prompt_logprobs"], body["token_ids"]
         if k > self.max_logprobs:
-            raise ValueError(f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}")
-        number = body["features"]["kept"]
+            raise ValueError(
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs} "
+                f"(parameter=prompt_logprobs, value={k})"
+            )
+        if len(ids) >= self.max_model_len:
+            raise ValueError(
+                f"The decoder prompt (length {len(ids)}) is longer than the maximum model length of {self.max_model_len}."
+            )
+        if body["features"] is None:
+            return self.said(self.plain, ids, k)
+        number = int(body["features"]["mm_hashes"]["image"][0])
         if self.mixes and self.busy > 1:
             pictured = bool(self.kept[number].images)
             number = max(n for n, kept in list(self.kept.items()) if n != number and bool(kept.images) == pictured)
         prompt = self.kept[number]
         if self.blind:
             prompt.pixels = {name: torch.zeros_like(pixels) for name, pixels in prompt.pixels.items()}
+        return self.said(prompt, ids, k)
+
+    def said(self, prompt, ids, k):
         one = with_answer_ids(prompt, [])
         one.input_ids = torch.tensor(ids)
         one.targets = torch.full_like(one.input_ids, -100)
@@ -159,5 +181,8 @@ class Server:
             said = [*best, *([] if token in best or self.fewer else [token])]
             if self.fewer and token not in best:
                 said[-1] = token
-            rows.append({str(t): {"logprob": log_probs[place, t].item(), "rank": n + 1} for n, t in enumerate(said)})
-        return {"request_id": "1", "choices": [], "prompt_logprobs": rows[:-1] if self.short else rows}
+            said = {t: (n + 1, log_probs[place, t].item()) for n, t in enumerate(said)}
+            said = {t: said[t] for t in sorted(said, key=lambda one: one != token)}  # the token itself stands first
+            rows.append({str(t): {"logprob": value, "rank": rank, "decoded_token": ""} for t, (rank, value) in said.items()})
+        choices = [{"index": 0, "finish_reason": "length", "token_ids": [0], "logprobs": None}]
+        return {"request_id": "1", "choices": choices, "prompt_logprobs": rows[:-1] if self.short else rows}

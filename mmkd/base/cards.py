@@ -1,5 +1,5 @@
-"""Cards: the YAML files of the catalogue folders `models/`, `data/` and `evaluation/`, and of folders that
-users add.
+"""Cards: the YAML files of the catalogue folders `models/`, `data/`, `evaluation/` and `prompts/`, and of folders
+that users add.
 
 A card holds values, no logic, and no code is ever loaded from a card folder: `imports` names modules that are
 installed, on Python's path or in the current folder.  A card's name is its path
@@ -25,7 +25,7 @@ from mmkd.registry import import_modules
 if TYPE_CHECKING:  # pydantic is only needed once a card is loaded
     from pydantic import BaseModel, ValidationError
 
-KINDS = ("models", "data", "evaluation")
+KINDS = ("models", "data", "evaluation", "prompts")
 SUFFIXES = (".yaml", ".yml")
 ENVIRONMENT = "MMKD_CARDS"
 SHOWN = 16  # errors that a message lists
@@ -38,7 +38,7 @@ Card = TypeVar("Card", bound="BaseModel")
 def card_folders(kind: str) -> list[Path]:
     """The existing folders that hold cards of a kind, in the order in which they are looked through.
 
-    `kind` is "models", "data" or "evaluation", or a subfolder such as "models/encoders".
+    `kind` is "models", "data", "evaluation" or "prompts", or a subfolder such as "models/encoders".
     Raises DataError for another kind, and for a folder in MMKD_CARDS that does not exist.
     """
     parts = PurePosixPath(kind).parts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,9 @@ def _told(error: Exception) -> str:
     return f"{one_line(context + problem)}, line {mark.line + 1}, column {mark.column + 1}"
 
 
+_parsed = lru_cache(maxsize=64)(parse)  # a run reads the same few cards again and again
+
+
 def read_mapping(path: Path, what: str, error: type[DataError] = DataError) -> dict[str, Any]:
     """The keys and values of a YAML file; `what` names such files in messages. Raises `error`, a kind of DataError."""
     shown = one_line(path, 200)
@@ -118,7 +123,7 @@ def read_mapping(path: Path, what: str, error: type[DataError] = DataError) -> d
         if path.exists() and not path.is_file():
             raise error(f"{shown} is no valid YAML: it is no file")
         with path.open("rb") as file:
-            content = parse(file.read(MAX_BYTES + 1).decode("utf-8"))
+            content = deepcopy(_parsed(file.read(MAX_BYTES + 1).decode("utf-8")))
     except FileNotFoundError as missing:
         raise error(f"there is no {what} {shown}") from missing
     except error:

@@ -25,6 +25,7 @@ from mmkd.errors import MmkdError, one_line, printable
 COMMANDS = {
     "init": ("mmkd.cli.init", "Write a recipe for your own data, teacher and student."),
     "distill": ("mmkd.cli.distill", "Run the stages of a recipe, then compare teacher, SFT control and student."),
+    "write": ("mmkd.cli.write", "Let models write the data of a recipe's write stages, alone or with others."),
     "cache": ("mmkd.cli.cache", "Run the teacher of a recipe once and store what the terms compare with."),
     "estimate": ("mmkd.cli.estimate", "Measure a few steps: memory by part, time, disk, what to change."),
     "rank": ("mmkd.cli.rank", "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall."),

@@ -8,7 +8,7 @@ import sys
 from mmkd.cli.arguments import names
 from mmkd.registry import PACKAGES
 
-CARDS = ("models", "data", "evaluation")
+CARDS = ("models", "data", "evaluation", "prompts")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,9 +59,12 @@ class DataCard(Strict):
 
 def resolve(spec: Any) -> dict[str, Any]:
     """The fields of a recipe's data entry, its card's first and its own over them. Raises DataError."""
+    if spec.from_ is not None and spec.root is None:
+        raise DataError(f"from: {spec.from_}: it has not been written yet")
     about = {"name", "title", "imports", "licence", "source", "notes"}
     card = load_card("data", spec.card, DataCard).model_dump(exclude=about) if spec.card else {}
-    given = {k: v for k, v in spec.model_dump(exclude={"card"}).items() if v is not None}
+    given = {k: v for k, v in spec.model_dump(exclude={"card", "from_"}).items() if v is not None}
+    given |= {"format": "jsonl"} if spec.from_ is not None else {}
     fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", "text_only": False, **card, **given}
     missing = [name for name in ("format", "root") if name not in fields]
     if missing:
@@ -85,6 +88,8 @@ def folder_of(fields: dict[str, Any], data_root: str | None) -> Path:
 
 def layout_of(spec: Any) -> str:
     """The files and pictures that a data entry's format looks for below its root, in words."""
+    if spec.from_ is not None:
+        return "what that stage writes"
     fields = resolve(spec)
     return format_of(fields["format"]).layout(fields["split"], fields["files"])
 
@@ -158,6 +163,8 @@ def stream_of(
 
     allowed: the share of rows that may be left out since they cannot be used.  one_answer: a sample for each answer of a talk.
     """
+    if spec.from_ is not None:
+        return None
     fields = resolve(spec)
     format = format_of(fields["format"])
     if format.gives != "stream":
@@ -215,6 +222,11 @@ def _others_answer(fields: dict[str, Any]) -> bool:
 
 
 def _sample(item: Question | Sample, fields: dict[str, Any]) -> Sample:
+    sample = _asked(item, fields)
+    return sample if fields.get("tag") is None else replace(sample, meta={**sample.meta, "tag": fields["tag"]})
+
+
+def _asked(item: Question | Sample, fields: dict[str, Any]) -> Sample:
     if isinstance(item, Sample):
         return item
     sample = render(item, fields["prompt"], with_answer=not _others_answer(fields), ocr=fields["ocr"])

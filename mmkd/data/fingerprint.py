@@ -30,6 +30,8 @@ def fingerprint(spec: Any, data_root: str | None = None) -> dict[str, Any]:
     The root is left out where there are files: a folder may be moved. Of a data set on the hub there are the fields alone.
     Raises DataError where a file is missing.
     """
+    if spec.from_ is not None and spec.root is None:  # what it will be follows from its own data
+        return {"fields": {"from": spec.from_}, "files": {}}
     fields = resolve(spec)
     fields.pop("text_only")  # says what is expected, not what is read
     answers = {} if (path := fields.pop("answers", None)) is None else {"answers": Path(path)}

@@ -19,7 +19,7 @@ accelerator would have to be waited for, so there the terms run on all rows and 
 here waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from mmkd.engine.walk import Head, RowTerm, Walk, Work
 from mmkd.losses.divergence import CrossEntropy
 
-__all__ = ["Head", "RowTerm", "row_log_probs", "row_losses"]
+__all__ = ["Head", "RowTerm", "row_log_probs", "row_losses", "row_values"]
 
 
 def row_losses(
@@ -83,6 +83,18 @@ def row_log_probs(
     work = Work(head, targets, (term,), None, None, vocabulary, chunk_bytes)
     _check(work, hidden)
     return _RowLogProbs.apply(work, hidden, head.weight, head.bias)
+
+
+def row_values(
+    hidden: Tensor, head: Head, targets: Tensor, loss: Callable[..., Tensor], *, teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None, extra: tuple[Tensor, ...] = (), vocabulary: int | None = None,
+    chunk_bytes: int = 256 * 2**20,
+) -> Tensor:  # fmt: skip
+    """Each row's loss, `[R]`, without gradient. loss, extra: of `RowTerm`; the others as in `row_losses`."""
+    term = RowTerm("value", 1.0, loss, teacher_hidden is not None, extra=extra)
+    work = Work(head, targets, (term,), teacher_hidden, teacher_head, vocabulary, chunk_bytes)
+    _check(work, hidden)
+    return _walked(work, hidden, [False, False, False]).values[0]
 
 
 class _RowLosses(torch.autograd.Function):

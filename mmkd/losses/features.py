@@ -12,7 +12,7 @@ DISTANCES = ("cosine", "mse", "smooth_l1")
 
 
 def feature_match(student: Tensor, teacher: Tensor, distance: str = "cosine") -> Tensor:
-    """Distance of each pair of rows; student, teacher `[N, D]`, returns `[N]`.
+    """Distance of each pair of rows; student, teacher `[..., D]`, returns `[...]`.
 
     "cosine": `1 - cos`; "mse": mean over D of the squared difference; "smooth_l1": mean over D of
     `d²/2` for |d| < 1, else `|d| - 1/2`. Different widths need a projection of the student first (the
@@ -27,7 +27,7 @@ def feature_match(student: Tensor, teacher: Tensor, distance: str = "cosine") ->
     if distance not in DISTANCES:
         raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}")
     dtype = result_dtype(student, teacher)
-    student, teacher = exact(student), exact(teacher)  # [N, D] each
+    student, teacher = exact(student), exact(teacher)  # [..., D] each
     if distance == "cosine":
         # |a/|a| - b/|b||² / 2 equals 1 - cos without the difference of nearly equal numbers.
         values = (_unit(student) - _unit(teacher)).square().sum(-1) / 2
@@ -39,7 +39,7 @@ def feature_match(student: Tensor, teacher: Tensor, distance: str = "cosine") ->
 
 
 def _unit(x: Tensor) -> Tensor:
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [N, 1]
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [..., 1]
     return x / size.where(size > 0, torch.ones_like(size))
 
 

@@ -2,8 +2,9 @@
 
 The relation of a model is the Gram matrix `Y Yᵀ` of its representations of the N visual tokens; the loss is
 one minus the cosine of the two flattened matrices. LLaVA-KD's code takes the raw logits as Y, which
-`relation_from_hidden` does without forming them. One image a call; the mean over images is the caller's (the
-released code flattens a whole batch instead, so that images with large logits dominate).
+`relation_from_hidden` does without forming them. Images of equal token counts can share a call, each with a loss of its own;
+the mean over images is the caller's (the released code flattens a whole batch instead, so that images with large logits
+dominate).
 """
 
 from collections.abc import Iterator
@@ -17,16 +18,15 @@ SOURCES = ("logits", "hidden")
 
 
 def relation(student: Tensor, teacher: Tensor) -> Tensor:
-    """`1 - <R_s, R_t> / (|R_s| |R_t|)` with `R = Y Yᵀ`, for one image.
+    """`1 - <R_s, R_t> / (|R_s| |R_t|)` with `R = Y Yᵀ`, for one image or each of several.
 
-    student `[N, *]`, teacher `[N, *]`: rows of the same N visual tokens; their widths may differ. Returns a
-    scalar. No centring, no normalisation of rows (as LLaVA-KD's code). Scaling either side changes nothing.
+    student `[..., N, *]`, teacher `[..., N, *]`: rows of the same N visual tokens; their widths may differ. Returns `[...]`. No centring, no normalisation of rows (as LLaVA-KD's code). Scaling either side changes nothing.
     Raises ValueError when the numbers of rows differ.
     """
     _check_rows(student, teacher)
-    a, b = exact(student), exact(teacher)  # [N, Ds], [N, Dt]
+    a, b = exact(student), exact(teacher)  # [..., N, Ds], [..., N, Dt]
     with _full_precision(student):
-        return _distance(a @ a.T, b @ b.T).to(result_dtype(student, teacher))
+        return _distance(a @ a.mT, b @ b.mT).to(result_dtype(student, teacher))
 
 
 def relation_from_hidden(
@@ -34,11 +34,11 @@ def relation_from_hidden(
 ) -> Tensor:
     """`relation` of the logits `Y = H Wᵀ`, without the logits: `Y Yᵀ = H (Wᵀ W) Hᵀ`.
 
-    student `[N, Ds]`, teacher `[N, Dt]`: last hidden states at the visual tokens; the Gram matrices `[D, D]`
+    student `[..., N, Ds]`, teacher `[..., N, Dt]`: last hidden states at the visual tokens; the Gram matrices `[D, D]`
     are `head_gram` of each head. If a Gram matrix is `[D + 1, D + 1]`, the head has a bias and a column of
     ones is appended to the hidden states. A factor on the logits changes nothing; a softcap is not linear and
     has no such form. source: "logits" (LLaVA-KD's code), or "hidden" for the hidden states themselves, without
-    Gram matrices of heads. Returns a scalar. Our identity; the loss is LLaVA-KD's.
+    Gram matrices of heads. Returns `[...]`. Our identity; the loss is LLaVA-KD's.
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}; it must be one of {', '.join(SOURCES)}")
@@ -46,7 +46,7 @@ def relation_from_hidden(
     if source == "hidden":
         return relation(student, teacher)
     with _full_precision(student):
-        relations = _gram_of_logits(student, student_gram), _gram_of_logits(teacher, teacher_gram)  # [N, N] each
+        relations = _gram_of_logits(student, student_gram), _gram_of_logits(teacher, teacher_gram)  # [..., N, N] each
         return _distance(*relations).to(result_dtype(student, teacher))
 
 
@@ -98,32 +98,32 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check_rows(student: Tensor, teacher: Tensor) -> None:
-    if student.shape[0] != teacher.shape[0]:
+    if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"{student.shape[0]} visual tokens of the student and {teacher.shape[0]} of the teacher; the "
+            f"{student.shape[-2]} visual tokens of the student and {teacher.shape[-2]} of the teacher; the "
             "relation compares them one by one: use encoders with equal token counts, or bring one side to "
             "the other's grid"
         )
 
 
 def _gram_of_logits(hidden: Tensor, gram: Tensor) -> Tensor:
-    hidden = _rows(hidden).to(torch.promote_types(_rows(hidden).dtype, gram.dtype))  # [N, D]
-    if gram.shape[0] == hidden.shape[1] + 1:
-        hidden = torch.nn.functional.pad(hidden, (0, 1), value=1.0)  # [N, D + 1]
-    if gram.shape[0] != hidden.shape[1]:
+    hidden = _rows(hidden).to(torch.promote_types(_rows(hidden).dtype, gram.dtype))  # [..., N, D]
+    if gram.shape[0] == hidden.shape[-1] + 1:
+        hidden = torch.nn.functional.pad(hidden, (0, 1), value=1.0)  # [..., N, D + 1]
+    if gram.shape[0] != hidden.shape[-1]:
         raise ValueError(
             f"hidden states {tuple(hidden.shape)} do not fit a Gram matrix {tuple(gram.shape)}; "
             "it must be head_gram(weight, bias) of the same model's head"
         )
-    return hidden @ gram.to(hidden.dtype) @ hidden.T  # [N, N]
+    return hidden @ gram.to(hidden.dtype) @ hidden.mT  # [..., N, N]
 
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
     # 1 - cos(a, b) = |a/|a| - b/|b||² / 2: no difference of nearly equal numbers when the two agree well.
-    a, b = _unit(exact(student)), _unit(exact(teacher))  # [N, N] each
-    return (a - b).square().sum() / 2
+    a, b = _unit(exact(student)), _unit(exact(teacher))  # [..., N, N] each
+    return (a - b).square().sum((-2, -1)) / 2
 
 
 def _unit(x: Tensor) -> Tensor:
-    size = torch.linalg.vector_norm(x)
+    size = torch.linalg.matrix_norm(x, keepdim=True)
     return x / size.where(size > 0, torch.ones_like(size))

@@ -55,7 +55,7 @@ DEPTH = 3  # how far below a place a key is looked for
 
 def key_hint(name: str, here: Any, root: Any) -> str:
     """Where an unknown key belongs, in words. here: the model whose keys stand at its place.  root: that of the whole recipe."""
-    own = {*here.model_fields}
+    own = {field.alias or name for name, field in here.model_fields.items()}
     meant = ELSEWHERE.get(name.lower())
     below = {path.rpartition(".")[2]: path for path in reversed([*_paths(here)])}
     if meant is not None and (place := _place(meant, here, root, own)):

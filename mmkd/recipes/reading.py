@@ -89,7 +89,9 @@ def with_found_paths(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             return {k: walk(v, f"{where}.{k}".lstrip("."), str(k)) for k, v in value.items()}
         if isinstance(value, list):
             return [walk(v, f"{where}.{n}", key) for n, v in enumerate(value)]
-        is_path = isinstance(value, str) and (key in PATHS or (key == "benchmarks" and value.endswith(SUFFIXES)))
+        if not isinstance(value, str):
+            return value
+        is_path = key in PATHS or (key in ("prompt", "benchmarks") and value.endswith(SUFFIXES))
         return found(value, where) if is_path else value
 
     return walk(raw, "", "")
@@ -202,6 +204,7 @@ def import_named(raw: dict[str, Any], where: str) -> None:
 
 def _explain(error: dict[str, Any], model: type[BaseModel], raw: dict[str, Any]) -> str:
     path = one_line(".".join(str(p) for p in error["loc"]), 200)
+    path = path.replace("writes.", "stages.", 1) if path.startswith("writes.") else path  # where the user wrote it
     kind = error["type"]
     if kind == "extra_forbidden":
         return f"{path}: unknown key; {key_hint(str(error['loc'][-1]), _model_at(error['loc'][:-1], model), model)}"

@@ -14,10 +14,13 @@ from pydantic import Field, field_validator, model_validator
 from mmkd.base.schema import Strict, is_default
 from mmkd.errors import did_you_mean, shown
 from mmkd.recipes.controls import DEFAULT, ControlSpec, changed, named
+from mmkd.recipes.rounds import RoundsSpec, written_out
+from mmkd.recipes.writes import split_stages, write_errors
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.terms.term import Term
 from mmkd.towers.spec import StudentSpec
 from mmkd.train.spec import Seed, StageSpec, TrainSpec
+from mmkd.writing.spec import WriteSpec
 
 # Keys of which a run may go on with other values: they do not change what it has learnt so far. `max_length` changes which
 # samples are left out or cut from here on; data go by content, wherever they lie.
@@ -74,11 +77,21 @@ class Recipe(RunSpec, TrainSpec):
     teachers: dict[str, TeacherSpec] = Field({}, exclude_if=is_default({}))  # several by name; a term says `teacher: NAME`
     student: StudentSpec  # the model that learns
     stages: dict[str, StageSpec] = Field(min_length=1)  # what is trained, one stage after the other, by names of your own
+    # Those of `stages` that write data (`kind: write`), each with the train stage that it stands before.
+    writes: dict[str, WriteSpec] = Field({}, exclude_if=is_default({}))
+    # stages that run several times in a row
+    rounds: RoundsSpec | None = Field(None, exclude_if=is_default(None))
+    written: dict[str, str] = Field({}, exclude=True)  # while a run goes on: by write stage the folder of its rows
     # what the student is held against; `control: false`: nothing
     controls: dict[str, ControlSpec] = {name: ControlSpec(kind=name) for name in DEFAULT}  # noqa: RUF012
     evaluation: EvaluationSpec = EvaluationSpec()  # what all models are asked at the end
 
-    @field_validator("stages", "controls")
+    @model_validator(mode="before")
+    @classmethod
+    def writes_apart(cls, given: Any) -> Any:
+        return split_stages(written_out(given)) if isinstance(given, dict) else given
+
+    @field_validator("stages", "controls", "writes")
     @classmethod
     def names_are_folders(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name in given:
@@ -182,15 +195,28 @@ class Recipe(RunSpec, TrainSpec):
         known = self.teacher_specs
         wrong = [
             f"{key}.teacher is {name!r}; {did_you_mean(name, known)}"
-            for key, term in terms.items() if (name := term.place.teacher) is not None and name not in known
+            for key, term in terms.items() for name in (term.several or (term.place.teacher,))
+            if name is not None and name not in known
         ]  # fmt: skip
         if len(known) > 1:
-            unnamed = [key for key, term in terms.items() if term.place.teacher is None]
+            unnamed = [key for key, term in terms.items() if term.place.teacher is None and not term.several]
             wrong += [f"{key} compares with a teacher; say which of {', '.join(known)}: `teacher: NAME`" for key in unnamed]
             pairs = [key for key, term in terms.items() if term.needs_pairs]
             wrong += [f"{key}: preference terms have one teacher as their reference, not several" for key in pairs]
         if wrong:
             raise ValueError("; and ".join(wrong))
+
+    @model_validator(mode="after")
+    def writes_fit(self) -> Recipe:
+        wrong = write_errors(self)
+        if self.rounds is not None and not any(name in self.stages for name in self.rounds.stages):
+            wrong.append("rounds.stages: none of them trains, so all rounds would be the same; add the stage that learns")
+        chosen_on = self.evaluation.validation is not None and bool(self.evaluation.benchmarks)
+        if self.rounds is not None and self.rounds.until and not chosen_on:
+            wrong.append("rounds.until: give evaluation.benchmarks and evaluation.validation, on which a round is scored")
+        if wrong:
+            raise ValueError("; and ".join(wrong))
+        return self
 
     @model_validator(mode="after")
     def keeping_is_possible(self) -> Recipe:

@@ -19,6 +19,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.roles import HARD_ANSWERS
 from mmkd.recipes.controls import ControlSpec, TuningSpec, changed
 from mmkd.recipes.recipe import Recipe
+from mmkd.recipes.writes import students_writes
 from mmkd.runs.compute import operations
 from mmkd.runs.data import data_state, stage_samples
 from mmkd.runs.plateau import plateau_facts
@@ -62,7 +63,7 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
         if longer is not None and not {"steps", "epochs"} & keys.keys():
             own = own.model_copy(update=_times(own, longer[name]))
         stages[name] = changed(own, keys)
-    return recipe.model_copy(update={"stages": stages, "teacher": None, "teachers": {}})
+    return recipe.model_copy(update={"stages": stages, "teacher": None, "teachers": {}, "writes": {}, "rounds": None})
 
 
 def _on_responses(spec: TermSpec) -> TermSpec:
@@ -72,10 +73,11 @@ def _on_responses(spec: TermSpec) -> TermSpec:
 
 def _labelled(name: str, stage: StageSpec) -> list[DataSpec]:
     """The data of a stage that the teacher has not answered."""
-    found = [spec for spec in stage.data if spec.target != "teacher"]
+    found = [spec for spec in stage.data if spec.target != "teacher" and spec.from_ is None]
     if not found:
         raise DataError(
-            f"stage {name}: all its data are answered by the teacher, so a control without one has nothing to learn from; take "
+            f"stage {name}: all its data are answered or written by a teacher, so a control without one has nothing to learn "
+            "from; take "
             f"`controls: [hard_answers]` alone, or give it data: equal_steps: {{stages: {{{name}: {{data: [...]}}}}}}"
         )
     return found
@@ -96,7 +98,11 @@ def _without_teacher(stage: StageSpec) -> dict[str, TermSpec]:
 def control_errors(recipe: Recipe) -> list[str]:
     """Why controls cannot be trained."""
     found = []
-    for name, control in recipe.controls.items() if recipe.teacher_specs else ():
+    for name, control in recipe.controls.items() if recipe.teacher_specs or recipe.writes else ():
+        late = [other for stage in recipe.stages.values() for other in students_writes(recipe, stage)]
+        if control.kind == HARD_ANSWERS and late:
+            found.append(f"controls.{name}: what stage {late[0]} writes depends on the trained student; take this control out")
+            continue
         try:
             control_recipe(recipe, control)
         except DataError as error:

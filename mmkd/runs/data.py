@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from mmkd.data.entries import read_samples
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
 from mmkd.data.lazy import Lazy, is_lazy, joined
+from mmkd.data.other_answers import STAND_IN
 from mmkd.data.preference import rejected_of
-from mmkd.data.samples import Sample
+from mmkd.data.samples import Sample, Turn
 from mmkd.data.spec import DataSpec
 from mmkd.data.tally import Tally
 from mmkd.errors import DataError
@@ -40,15 +42,38 @@ def stage_parts(recipe: Recipe, stage: StageSpec) -> list[Sequence[Sample]]:
 
 
 def entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool = False) -> Sequence[Sample]:
-    """The samples of a data entry. one_answer: a sample for each of its answers. Raises DataError."""
+    """The samples of a data entry. one_answer: a sample for each of its answers. Raises DataError.
+
+    Of one that reads what a write stage has not written yet: what that asks about, each with a stand-in for its answer.
+    """
+    if _is_unwritten(spec):
+        return _stand_ins(recipe, spec)
     return _entry(recipe, spec, one_answer)[0]
+
+
+def asked_entry(spec: DataSpec) -> DataSpec:
+    """A data entry of a write stage, which asks about its samples whether or not they have answers."""
+    return spec if spec.from_ is not None else spec.model_copy(update={"target": "teacher", "answers": None})
+
+
+def _is_unwritten(spec: DataSpec) -> bool:
+    return spec.from_ is not None and spec.root is None
+
+
+def _stand_ins(recipe: Recipe, spec: DataSpec) -> list[Sample]:
+    found: list[Sample] = []
+    for entry in recipe.writes[spec.from_].data:
+        samples = entry_samples(recipe, asked_entry(entry))
+        some = samples[:FEW] if is_lazy(samples) else samples
+        found += [replace(sample, turns=(*sample.prompt_turns, Turn("assistant", STAND_IN))) for sample in some]
+    return found[: spec.limit]
 
 
 def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
     """By stage how many rows of its data cannot be used, for which reason; stages that use all of theirs are left out."""
     found: dict[str, dict[str, int]] = {}
     for name, stage in recipe.stages.items():
-        for tally in (_entry(recipe, spec, bool(stage.one_answer))[1] for spec in stage.data):
+        for tally in (_entry(recipe, spec, bool(stage.one_answer))[1] for spec in stage.data if not _is_unwritten(spec)):
             for reason, places in tally.dropped.items():
                 counts = found.setdefault(name, {})
                 counts[reason] = counts.get(reason, 0) + len(places)
@@ -114,7 +139,7 @@ def files_of(recipe: Recipe) -> dict[str, dict[str, dict[str, str]]]:
     """By stage and data entry the annotation files with the hashes of their contents."""
     return {
         name: {str(number): fingerprint(spec, recipe.data_root)["files"] for number, spec in enumerate(stage.data)}
-        for name, stage in recipe.stages.items()
+        for name, stage in (*recipe.stages.items(), *recipe.writes.items())
     }
 
 

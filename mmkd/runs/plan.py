@@ -14,6 +14,7 @@ from mmkd.runs.data import all_samples, texts_of
 from mmkd.runs.preflight import preflight
 from mmkd.runs.run import check_benchmarks
 from mmkd.runs.towers import build_student, load_teachers
+from mmkd.runs.writes import write_lines
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
 from mmkd.towers.export import serving_remarks
@@ -42,6 +43,7 @@ def plan(recipe: Recipe) -> str:
     for name, teacher in teachers.items():
         ratio = student.parameter_count()["total"] / teacher.body.parameter_count()["total"]
         lines.append(f"the student has {100 * ratio:.1f} % of the {name}'s parameters")
+    lines += write_lines(recipe)
     for name, spec in recipe.stages.items():
         stage = build_stage(name, spec, recipe, student, teachers, samples[name])
         student = stage.student

@@ -13,6 +13,7 @@ from mmkd.runs.control import control_errors
 from mmkd.runs.data import stage_parts
 from mmkd.runs.room import room_errors
 from mmkd.runs.survey import LOOKED_AT, Survey, look
+from mmkd.runs.writes import write_findings
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.experts import sparse_blocks
@@ -28,7 +29,7 @@ from mmkd.train.trainable import lora_errors
 from mmkd.train.trainer import split_evenly
 
 SHOWN = 16  # findings that a message lists
-SOME = 8  # samples whose pictures are exchanged
+SOME = 4  # samples whose pictures are exchanged
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def preflight(
     """
     found = fit_errors(recipe, student, teachers, world_size() if processes is None else processes)
     found += control_errors(recipe)
+    found += write_findings(recipe, teachers, student)
     found += room_errors(recipe, student) if writes else []
     surveys: dict[str, list[Survey]] = {}
     if not found:  # towers that do not fit would fail on every sample, too

@@ -35,6 +35,7 @@ from mmkd.runs.survey import AT_START
 from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.runs.validation import validation_benchmarks
+from mmkd.runs.writes import with_written
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
 from mmkd.train.experts import experts_table
@@ -65,11 +66,14 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         recipe = with_teacher_answers(with_day(recipe, day_of(run), student, teachers), teachers)
         recipe = with_answers_apart(recipe, student, teachers)
         preflight(recipe, student, teachers, most=AT_START)
+        if recipe.writes:
+            recipe = with_answers_apart(with_written(recipe, teachers, student), student, teachers)
+            preflight(recipe, student, teachers, most=AT_START)
         towers, live = teachers_to_score(recipe, teachers), teachers
         if keeps(recipe):
             recipe = with_kept_teacher(recipe, live)
             teachers = load_teachers(recipe)
-        if recipe.controls and teachers:
+        if recipe.controls and (teachers or recipe.writes):
             towers |= train_controls(recipe, lambda: build_student(recipe, live, texts), teachers, run, live)
         towers["student"] = train(recipe, "student", student, teachers, run)
         if not is_main_process():

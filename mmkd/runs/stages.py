@@ -20,8 +20,10 @@ from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts, stage_samples
 from mmkd.runs.plateau import BEST, Plateau, best_weights
+from mmkd.runs.rounds import Rounds
 from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch
+from mmkd.runs.writes import with_written
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.finite import check_trained
@@ -52,9 +54,16 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
     if final.exists():
         check_whole(final, f"put it back, or delete it: the same command copies it again from {run / 'stages'}")
         return load_student(recipe, final)
+    rounds, folder = Rounds(recipe), final
     for number, name in enumerate(recipe.stages):
-        folder = run / "stages" / role / f"{number}_{name}"
+        if rounds.skips(name):
+            continue
+        last, folder = folder, run / "stages" / role / f"{number}_{name}"
         if not (folder / "model").exists():
+            recipe = with_written(recipe, teachers, student, name)
+            if rounds.ends_before(name, recipe):
+                folder = last
+                continue
             stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
             started = time.monotonic()
             with ends_when_asked(trainer, f"{role}, stage {name}"):
@@ -64,6 +73,9 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
             _finish(stage, trainer, run, folder)
         check_whole(folder / "model", "put it back, or delete it: the same command trains this stage again")
         student = load_student(recipe, folder / "model")
+        taken = rounds.ended(name, role, student, folder)
+        if taken != folder:
+            folder, student = taken, load_student(recipe, taken / "model")
     if is_main_process():
         copy_whole(folder / "model", final)
     wait_for_all()

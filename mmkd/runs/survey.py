@@ -26,7 +26,7 @@ from mmkd.train.preference import PreferenceDataset
 from mmkd.train.skips import LEFT_OUT, Skip, in_words
 
 LOOKED_AT = 512  # samples of a data entry that are prepared
-AT_START = 64  # when a run is to begin: it counts by itself what it leaves out
+AT_START = 32  # when a run is to begin: it counts by itself what it leaves out
 SECONDS, SECONDS_OF_LARGE = 10.0, 4.0  # how long that may take, where they are all samples of the entry, and else
 AGAIN = 3  # samples of an entry that another stage has, too
 PICTURES = 4096  # samples of a large set whose pictures are looked for; of others all
@@ -126,12 +126,18 @@ def _at_least(found: int, looked_at: int, of: int) -> float:
     return max(found, low * of)
 
 
+def _called(spec: DataSpec) -> str:
+    if spec.from_ is not None:
+        return f"from {spec.from_}" + ("" if spec.root else ", before it is written")
+    return spec.card or f"{spec.format} {spec.root}"
+
+
 def look(
     spec: DataSpec, samples: Sequence[Sample], student: Tower, teachers: Mapping[str, Teacher], terms: Sequence[Term],
     known: Survey | None = None, most: int = LOOKED_AT,
 ) -> Survey:  # fmt: skip
     """Looks at one data entry. known: what was found of the same entry for another stage.  most: samples that are prepared."""
-    found = Survey(spec.card or f"{spec.format} {spec.root}", len(samples), layout=layout_of(spec))
+    found = Survey(_called(spec), len(samples), layout=layout_of(spec))
     kind = PreferenceDataset if any(t.needs_pairs for t in terms) else PairDataset
     try:
         _look_for_pictures(found, samples)

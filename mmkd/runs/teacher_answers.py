@@ -36,7 +36,7 @@ def with_teacher_answers(recipe: Recipe, teachers: Mapping[str, Teacher]) -> Rec
 
 def all_by_teacher(recipe: Recipe, teachers: Mapping[str, Teacher]) -> Recipe:
     """The recipe with the teacher's answers in the place of all others. Raises DataError."""
-    return _changed(recipe, lambda spec: not (spec.target == "teacher" and spec.answers), teachers)
+    return _changed(recipe, lambda spec: spec.from_ is None and not (spec.target == "teacher" and spec.answers), teachers)
 
 
 def _changed(recipe: Recipe, asks: Callable[[DataSpec], bool], teachers: Mapping[str, Teacher]) -> Recipe:
@@ -86,7 +86,7 @@ def _ask(path: Path, samples: Sequence[Sample], recipe: Recipe, name: str, teach
     todo = [batch for batch in batches if not all(sample.id in known for sample in batch)]
     if not todo:
         return
-    tower, cache = _tower_of(recipe, name, teacher), VisionCache(PICTURES)
+    tower, cache = tower_of(recipe, name, teacher), VisionCache(PICTURES)
     logger.info("the %s answers %d questions of %d, once for all runs beside this one", name, sum(map(len, todo)), len(samples))
     with tqdm(total=sum(map(len, todo)), desc="teacher answers", unit="question") as bar:
         for batch in todo:
@@ -106,7 +106,8 @@ def _by_picture(samples: Sequence[Sample]) -> list[Sample]:
     return [samples[place] for places in ordered for place in sorted(places, key=lambda place: -lengths[place])]
 
 
-def _tower_of(recipe: Recipe, name: str, teacher: Teacher) -> Tower:
+def tower_of(recipe: Recipe, name: str, teacher: Teacher) -> Tower:
+    """The model of a teacher, loaded where it is a cache. Raises TowerError."""
     if teacher.tower is not None:
         return teacher.tower
     return load_tower(recipe.teacher_specs[name], recipe.max_length)

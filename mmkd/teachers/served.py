@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import groupby
 from threading import Lock
 from typing import Any, ClassVar
 
@@ -94,17 +95,20 @@ class ServedTeacher(Teacher):
     @classmethod
     def open(cls, spec: TeacherSpec, opening: Opening) -> ServedTeacher:
         """Reads the processor from `model` and asks the server what it serves. Raises DataError, TowerError."""
-        body = body_of(spec, opening.max_length)
         client = Client(spec.served, spec.patience)
         wire = WIRES[spec.wire](client, spec.served_name or spec.model)
         known = wire.models()
         if spec.served_name is None and len(known) == 1:
-            wire.model = known[0]
+            (wire.model,) = known
         if wire.model not in known:
             raise DataError(
                 f"{spec.served} serves {', '.join(known) or 'nothing'}, not {wire.model!r}; name one as teacher.served_name"
             )
-        verify = (lambda: load_tower(spec, opening.max_length)) if spec.verify else None
+        longest = min(opening.max_length, (known[wire.model] or math.inf) - 1)  # it generates one token behind the answer
+        if longest < opening.max_length:
+            logger.info("%s reads %d tokens at most; longer samples are left out or cut there", spec.served, longest)
+        body = body_of(spec, longest)
+        verify = (lambda: load_tower(spec, longest)) if spec.verify else None
         return cls(body, wire, spec.top_k, opening.name, verify, spec.view)
 
     @property
@@ -219,6 +223,11 @@ class ServedTeacher(Teacher):
             raise DataError(
                 f"{where}its processor makes {there} visual tokens, ours {here}; give it the same processor options (min_pixels, "
                 "max_pixels, size), or name them as teacher.processor"
+            )
+        if _runs(own, image) != _runs(rendered.ids, image) and sorted(_runs(own, image)) == sorted(_runs(rendered.ids, image)):
+            raise DataError(
+                f"{where}its pictures stand in another order: they have {_runs(rendered.ids, image)} visual tokens, ours "
+                f"{_runs(own, image)}; serve the model with the pictures where the prompt has them"
             )
         pairs = enumerate(zip(own, rendered.ids, strict=False))
         place = next((n for n, (a, b) in pairs if a != b), min(len(own), len(rendered.ids)))
@@ -337,6 +346,11 @@ class ServedSignals(TeacherSignals):
 
     def features(self) -> list[Tensor]:
         raise TowerError(f"{self.teacher.name}: a server gives no vision features")
+
+
+def _runs(ids: Sequence[int], token: int) -> list[int]:
+    """How often a token stands behind itself, run by run."""
+    return [len(list(run)) for same, run in groupby(ids, lambda one: one == token) if same]
 
 
 def _key(one: Served) -> bytes:

@@ -10,7 +10,7 @@ from mmkd.base.schema import is_default
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
 from mmkd.teachers.view import View, ViewSpec
-from mmkd.teachers.wires import WIRES
+from mmkd.teachers.wires import REFUSED, WIRES
 from mmkd.towers.spec import Attention, ReadingSpec
 
 NOT_SERVED = frozenset({"self", "cache", "quantise", "ahead", "attn_implementation", "gradient_checkpointing", "alignment"})
@@ -74,6 +74,8 @@ class TeacherSpec(ReadingSpec, ViewSpec):
             raise ValueError(f"{', '.join(own)} belong to a served teacher; take them out, or give its address as `served`")
         if self.served is not None and (other := sorted(given & NOT_SERVED)):
             raise ValueError(f"{', '.join(other)} cannot go with `served`, where the model runs elsewhere; take them out")
+        if self.wire in REFUSED:
+            raise ValueError(f"wire {self.wire!r}: {REFUSED[self.wire]}")
         if self.wire not in WIRES:
             raise ValueError(f"there is no wire {self.wire!r}; {did_you_mean(self.wire, WIRES)}")
         if self.cache is not None and self.view is not None:

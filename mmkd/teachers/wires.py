@@ -92,8 +92,8 @@ class Wire(ABC):
         self.client, self.model = client, model
 
     @abstractmethod
-    def models(self) -> list[str]:
-        """Names of the models that it serves."""
+    def models(self) -> dict[str, int | None]:
+        """The models that it serves, and how many tokens it reads with each at most, where it tells."""
 
     @abstractmethod
     def render(self, sample: Sample, pictures: Sequence[Any] | None = None, *, answer: str | None = None) -> Rendered:
@@ -106,14 +106,20 @@ class Wire(ABC):
 
 
 class VLLM(Wire):
-    """vLLM 0.32 (`vllm serve MODEL --enable-scale-out --max-logprobs K`): token ids go in, by its render endpoint."""
+    """vLLM 0.32 (`vllm serve MODEL --enable-scale-out --max-logprobs K`): token ids go in, by its render endpoint.
 
-    def models(self) -> list[str]:
-        return [str(entry["id"]) for entry in _part(self.client.ask("/v1/models"), "data", "/v1/models")]
+    Rendering gives the ids with pictures expanded, and the pictures as its processor made them (`features`), which go back with
+    the ids of prompt and answer. The first of `prompt_logprobs` is null; entry j is of token j: the k likeliest, and token j
+    itself where it is not among them, at temperature 1 whatever is asked for.
+    """
+
+    def models(self) -> dict[str, int | None]:
+        entries = _part(self.client.ask("/v1/models"), "data", "/v1/models")
+        return {str(entry["id"]): entry.get("max_model_len") for entry in entries}
 
     def render(self, sample: Sample, pictures: Sequence[Any] | None = None, *, answer: str | None = None) -> Rendered:
         path = "/v1/chat/completions/render"
-        messages = _messages(sample, pictures)
+        messages = messages_of(sample, pictures)
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         body = self.client.ask(path, {"model": self.model, "messages": messages, "add_generation_prompt": answer is None})
@@ -133,6 +139,20 @@ class VLLM(Wire):
 
 WIRES: dict[str, type[Wire]] = {"vllm": VLLM}
 
+# Wires that are asked for and cannot be kept to what a served teacher promises, and why.
+REFUSED = {
+    "openai": (
+        "the interface of OpenAI gives log-probabilities of the tokens that a server writes itself, as text, never of an answer "
+        "that it is handed, so no row of a given answer can be had from it; serve the model with vLLM (`wire: vllm`), or let it "
+        "write answers and train on those (`answers: FILE` of a data entry)"
+    ),
+    "sglang": (
+        "SGLang's /generate takes token ids and pictures and returns log-probabilities of its input, but tells neither the ids "
+        "with its pictures expanded nor how many visual tokens they became, so that what it read cannot be compared with what "
+        "is trained; it has not been tried here either. Serve the model with vLLM (`wire: vllm`)"
+    ),
+}
+
 
 def _part(answer: Any, name: str, path: str) -> Any:
     if not isinstance(answer, dict) or not isinstance(answer.get(name), list):
@@ -140,7 +160,7 @@ def _part(answer: Any, name: str, path: str) -> Any:
     return answer[name]
 
 
-def _messages(sample: Sample, pictures: Sequence[Any] | None) -> list[dict[str, Any]]:
+def messages_of(sample: Sample, pictures: Sequence[Any] | None = None) -> list[dict[str, Any]]:
     shown = iter([ref.load() for ref in sample.images] if pictures is None else pictures)
     messages = []
     for turn in sample.prompt_turns:

@@ -165,11 +165,18 @@ class Alignment:
     def _tables(self) -> tuple[list[bytes], list[bytes]]:
         return token_bytes(self.student), token_bytes(self.teacher)
 
+    @property
+    def columns(self) -> tuple[int, int]:
+        """Entries of each tower's vocabulary that its head predicts; a tokenizer may know further ones."""
+        own, other = (min(tower.vocabulary, tower.head.weight.shape[0]) for tower in (self.student, self.teacher))
+        return own, other
+
     @cached_property
     def matched(self) -> Tensor:
         """Ids, the student's and the teacher's, of strings that are in both vocabularies. [2, M]"""
         own, other = ({text: index for index, text in reversed(list(enumerate(table))) if text} for table in self._tables)
-        pairs = sorted((own[text], other[text]) for text in own.keys() & other.keys())
+        both = [(own[text], other[text]) for text in own.keys() & other.keys()]
+        pairs = sorted(pair for pair in both if all(i < n for i, n in zip(pair, self.columns, strict=True)))
         logger.info(
             "alignment: %s strings are in both vocabularies, of the student's %s and the teacher's %s tokens",
             *(f"{n:,}" for n in (len(pairs), len(self._tables[0]), len(self._tables[1]))),

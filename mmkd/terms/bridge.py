@@ -14,17 +14,20 @@ class Bridge(nn.Module):
         self.linear = nn.Linear(width, teacher_width) if width != teacher_width else nn.Identity()
 
     def forward(self, features: Tensor, count: int) -> Tensor:
-        """[n, Ds] -> [count, Dt]"""
+        """[..., n, Ds] -> [..., count, Dt]"""
         return self.linear(resample(features, count))
 
 
 def resample(features: Tensor, count: int) -> Tensor:
-    """[n, D] -> [count, D]: on the square grid where both counts are squares, else along the sequence."""
-    if len(features) == count:
+    """[..., n, D] -> [..., count, D]: on the square grid where both counts are squares, else along the sequence."""
+    *images, tokens, width = features.shape
+    if tokens == count:
         return features
-    side, new_side = round(len(features) ** 0.5), round(count**0.5)
-    if side**2 == len(features) and new_side**2 == count:
-        grid = features.T.reshape(1, -1, side, side)
-        out = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False)
-        return out.flatten(2)[0].T
-    return F.interpolate(features.T[None], size=count, mode="linear", align_corners=False)[0].T
+    channels = features.mT.reshape(-1, width, tokens)  # [images, D, n]
+    side, new_side = round(tokens**0.5), round(count**0.5)
+    if side**2 == tokens and new_side**2 == count:
+        grid = channels.unflatten(-1, (side, side))
+        out = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False).flatten(2)
+    else:
+        out = F.interpolate(channels, size=count, mode="linear", align_corners=False)
+    return out.mT.reshape(*images, count, width)

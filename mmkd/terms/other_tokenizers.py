@@ -44,7 +44,7 @@ class Spans(Term):
         return span_losses(
             tuple(gathered(h, x.response) for h, x in zip(hidden, inputs, strict=True)),
             (signals.head, signals.teacher.head),
-            (signals.student.vocabulary, signals.teacher.vocabulary),
+            signals.prepared.columns,
             tuple(targets),
             aligned,
             signals.prepared.matched,

@@ -7,6 +7,7 @@ them by name: `signals["student.features"]`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,10 +51,15 @@ class Signals(ABC):
     vocabulary: int  # columns that both heads share
     chunk_bytes: int  # budget for logits and what is computed from them
     progress: float  # 0..1 of the stage
+    facts: Sequence[Any]  # what `Term.sample_fact` gave, one a sample
 
     @abstractmethod
     def __getitem__(self, name: str) -> Any:
         """A signal that the term lists in its `needs`. Raises TowerError for another one."""
+
+    @abstractmethod
+    def of(self, teacher: str) -> Signals:
+        """The same batch beside another of the stage's teachers, for a term that reads several (`Term.several`)."""
 
     @abstractmethod
     def observe(self, name: str, total: Tensor, count: Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -95,7 +96,7 @@ def options_of_term(found: type[Term]) -> dict[str, Any]:
 
 
 def _wrong_value(name: str, value: Any, kind: Any) -> str | None:
-    kinds = get_args(kind) if get_origin(kind) is not Literal and get_args(kind) else (kind,)
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if type(None) in kinds and value is None:
         return None
     for one in kinds:

@@ -18,7 +18,7 @@ the declarations below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from mmkd.engine import rows as engine
 from mmkd.teachers.teacher import Gives, Teacher
 from mmkd.terms.bridge import Bridge
 from mmkd.terms.signals import Signals
+from mmkd.towers.samples import Sample
 from mmkd.towers.tower import Tower
 
 TARGETED = ("response", "prompt", "text", "given", "generated")  # kinds of rows that have a target
@@ -72,12 +73,13 @@ class Place:
 class Pair:
     """What a term is checked against before step 1.
 
-    sparse: whether the student has experts in this stage.
+    teacher: the one that the term compares with, the first of several.  sparse: whether the student has experts in this stage.
     """
 
     student: Tower
     teacher: Teacher | None
     sparse: bool = False
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)  # all of the stage by name, for terms that read several
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Term:
     default_weight: ClassVar[float] = 1.0  # the paper's, where a recipe gives none
     memory_factor: ClassVar[int] = 6  # float32 tensors [rows, V] that a naive computation keeps beside the logits
     origin: ClassVar[str] = ""  # paper and equation, for the table of methods
+    example: ClassVar[Mapping[str, Any]] = {}  # options that it cannot do without, as a table of terms shows it
     status: ClassVar[str] = ""  # "confirmed" by the origin, or "our choice: ..." of what it leaves open
 
     # ---- what is asked ----
@@ -145,6 +148,21 @@ class Term:
     @property
     def positions(self) -> str:
         return self.place.positions
+
+    @property
+    def several(self) -> tuple[str, ...]:
+        """The names of the teachers of a term that reads more than one, by `signals.of(name)`."""
+        return ()
+
+    @property
+    def has_sample_fact(self) -> bool:
+        """Whether `sample_fact` is asked of each sample."""
+        return type(self).sample_fact is not Term.sample_fact
+
+    def sample_fact(self, sample: Sample) -> Any:
+        """What it must know of a sample beside its tokens; read as `signals.facts`, one a sample of the batch. Raises SampleError
+        for a sample that must be left out."""
+        return None
 
     @property
     def learns_answers(self) -> bool:
@@ -337,9 +355,14 @@ class Rows:
 
 def terms_of_teacher(terms: Sequence[Term], name: str, teachers: Collection[str]) -> list[Term]:
     """The terms that compare with the teacher of this name, in each step; a term that names none has the only one."""
-    return [term for term in terms if term.reads_teacher and teacher_name(term, teachers) == name]
+    return [term for term in terms if term.reads_teacher and name in teacher_names(term, teachers)]
+
+
+def teacher_names(term: Term, teachers: Collection[str]) -> tuple[str, ...]:
+    """The names of all teachers that a term compares with."""
+    return term.several or (teacher_name(term, teachers),)
 
 
 def teacher_name(term: Term, teachers: Collection[str]) -> str:
-    """The name of the teacher that a term compares with."""
-    return term.place.teacher or next(iter(teachers), "teacher")
+    """The name of the teacher that a term compares with, the first of several."""
+    return term.place.teacher or next(iter(term.several), None) or next(iter(teachers), "teacher")

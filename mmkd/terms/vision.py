@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +15,8 @@ from mmkd.registry import register
 from mmkd.terms.bridge import Bridge
 from mmkd.terms.signals import Signals
 from mmkd.terms.term import Pair, Term
+
+TOGETHER = 16  # images that a term takes at once: what it computes on the way has no more memory than that of so many
 
 
 @register("terms", "feature_match")
@@ -33,8 +36,9 @@ class FeatureMatch(Term):
 
     def loss(self, signals: Signals) -> Tensor:
         total = signals.zero
-        for own, other in zip(signals["student.features"], signals["teacher.features"], strict=True):
-            total = total + losses.feature_match(signals.extra(own, len(other)), other, self.distance).mean()
+        for own, other in alike(signals["student.features"], signals["teacher.features"]):
+            rows = losses.feature_match(signals.extra(own, other.shape[1]), other, self.distance)  # [n, N]
+            total = total + rows.mean(-1).sum()
         return total
 
     def dummy(self, signals: Signals, features: Tensor) -> Tensor:
@@ -70,8 +74,8 @@ class Relation(Term):
     def loss(self, signals: Signals) -> Tensor:
         grams = (signals["student.gram"], signals["teacher.gram"]) if self.source == "logits" else (None, None)
         total = signals.zero
-        for own, other in zip(signals["student.visual_rows"], signals["teacher.visual_rows"], strict=True):
-            total = total + losses.relation_from_hidden(own, grams[0], other, grams[1], self.source)
+        for own, other in alike(signals["student.visual_rows"], signals["teacher.visual_rows"]):
+            total = total + losses.relation_from_hidden(own, grams[0], other, grams[1], self.source).sum()
         return total
 
 
@@ -103,10 +107,11 @@ class Contrastive(Term):
         if not pictured:
             return signals.zero
         first = [sum(inputs.images[:b]) for b in pictured]  # a sample's first image stands for it
-        visual = F.normalize(torch.stack([signals["student.tokens"][i] for i in first]).float(), dim=-1)  # [n, N, D]
+        groups, order = _grouped([signals["student.tokens"][i] for i in first])
         answers, given = (x.to(signals.device, non_blocking=True) for x in _packed(inputs.targets[pictured]))  # [n, T]
         words = F.normalize(signals.student.model.get_input_embeddings()(answers).float(), dim=-1)  # [n, T, D]
-        best = torch.stack([(words @ image.T).amax(-1) for image in visual])  # [n images, n texts, T]
+        found = [(words.flatten(0, 1) @ F.normalize(group.float(), dim=-1).mT).amax(-1) for group in groups]
+        best = torch.cat(found)[order].unflatten(1, words.shape[:2])  # [n images, n texts, T]
         similarities = (best * given).sum(-1) / given.sum(-1)  # [n, n]
         positives = (answers[:, None] == answers[None, :]).all(-1)  # equal answers are positives of one another
         tau = signals.extra()
@@ -146,11 +151,12 @@ class Tags(Term):
         if not pictured:
             return signals.zero
         first = [sum(inputs.images[:b]) for b in pictured]
-        features = torch.stack([signals["student.features"][i] for i in first])  # [n, N, Dv]
+        groups, order = _grouped([signals["student.features"][i] for i in first])
         answers, given = _packed(inputs.targets[pictured])  # [n, T]
         present = torch.zeros(len(first), signals.extra.out_features, dtype=torch.bool)  # [n, V]
         present[torch.arange(len(first))[:, None].expand_as(answers)[given], answers[given]] = True
-        return losses.tags(signals.extra(features).amax(1), present.to(features.device, non_blocking=True)).sum()
+        words = torch.cat([signals.extra(group).amax(1) for group in groups])[order]  # [n, V]: each at its best place
+        return losses.tags(words, present.to(words.device, non_blocking=True)).sum()
 
     def dummy(self, signals: Signals, features: Tensor) -> Tensor:
         return signals.extra(features).sum() * 0.0
@@ -165,6 +171,27 @@ class Temperature(nn.Module):
 
     def forward(self) -> Tensor:
         return (-self.log_scale).exp().clamp(0.001, 0.5).squeeze()
+
+
+def alike(own: Sequence[Tensor], other: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images whose tensors have the same shapes on both sides, stacked. own, other: [N, D] by image; gives [n, N, D] each."""
+    for places in _by_shape(own, other):
+        yield torch.stack([own[i] for i in places]), torch.stack([other[i] for i in places])
+
+
+def _grouped(images: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Images of the same shape, stacked [n, N, D], and the order that brings what is computed of all of them back to theirs."""
+    places = _by_shape(images)
+    order = torch.tensor([i for group in places for i in group]).argsort()
+    return [torch.stack([images[i] for i in group]) for group in places], order
+
+
+def _by_shape(*sides: Sequence[Tensor]) -> list[list[int]]:
+    """The places of images whose tensors have the same shapes, `TOGETHER` at most in a group."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for place, tensors in enumerate(zip(*sides, strict=True)):
+        groups.setdefault(tuple(tensor.shape for tensor in tensors), []).append(place)
+    return [places[i : i + TOGETHER] for places in groups.values() for i in range(0, len(places), TOGETHER)]
 
 
 def _packed(targets: Tensor) -> tuple[Tensor, Tensor]:

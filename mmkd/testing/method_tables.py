@@ -45,6 +45,11 @@ def own_terms() -> dict[str, type[Term]]:
     return {name: term for name, term in found.items() if term.__module__.startswith("mmkd.")}
 
 
+def described(name: str) -> Term:
+    """A term of this kind with no options but those that it cannot do without."""
+    return TermSpec(kind=name, **registry("terms").get(name).example).build(name)
+
+
 def served_by(term: Term) -> str:
     """Which teacher caches can serve a term."""
     if term.needs_pairs:
@@ -61,7 +66,7 @@ def methods_table(measured: dict[str, str]) -> str:
     """One row a term. measured: what was measured, by name."""
     lines = []
     for name, term in own_terms().items():
-        about, cache = registry("terms").about(name), served_by(TermSpec(kind=name).build(name))
+        about, cache = registry("terms").about(name), served_by(described(name))
         cells = (f"`{name}`", about.summary, term.origin, term.status, cache, measured.get(name, NOT_YET))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
     return "".join(lines)

@@ -32,6 +32,7 @@ class Pair:
     # Where answers will be generated: the sample, and its prompt as each of "student" and the teachers prepares it.
     sample: Sample | None = field(default=None, kw_only=True, repr=False)
     prompts: dict[str, Encoded] = field(default_factory=dict, kw_only=True)
+    facts: dict[str, Any] = field(default_factory=dict, kw_only=True)  # by term, what `Term.sample_fact` says of the sample
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Batch:
     counts: Tensor
     # By term, what its `step_sums` gave over all micro-batches and processes of the step; {} where this batch is the step.
     step_sums: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    facts: dict[str, list[Any]] = field(default_factory=dict, kw_only=True)  # by term, one a sample
     skipped: list[Skip] = field(default_factory=list, kw_only=True)  # samples that were to be in it
     host: Batch | None = field(default=None, kw_only=True, repr=False)
 

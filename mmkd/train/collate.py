@@ -124,6 +124,7 @@ class PairDataset(Dataset):
         if student.truncated:
             self.truncated[sample.id] = student.truncated
         pair = Pair(student, {name: self._part(name, sample, student, keep=keep) for name in self.teachers})
+        pair.facts = {term.name: term.sample_fact(sample) for term in self.terms if term.has_sample_fact}
         if self.generates:
             pair.sample, pair.prompts = sample, self._prompts(sample, student)
         return pair
@@ -153,7 +154,7 @@ class PairDataset(Dataset):
             theirs = pair.prompts[name]
             own = student if theirs is prompt else teacher.answered(pair.sample, theirs, self._ids_for(name, pair.sample, ids))
             parts[name] = self._part(name, pair.sample, student, own)
-        return Pair(student, parts)
+        return Pair(student, parts, facts=pair.facts)
 
     def _ids_for(self, name: str, sample: Sample, ids: Sequence[int]) -> Sequence[int]:
         """The answer in a teacher's tokens: the same, or of the same words where its tokenizer is another."""
@@ -280,6 +281,7 @@ class Collator:
         teachers = {name: self._of_teacher(name, kept, student) for name in kept[0].teachers}
         batch = Batch(student, teachers, torch.zeros(len(COUNTS)))
         batch.counts = counts_of(student, batch.switch)
+        batch.facts = {name: [pair.facts[name] for pair in kept] for name in kept[0].facts}
         batch.skipped = [skip for skip in pairs if isinstance(skip, Skip)]
         return {"batch": batch}
 

@@ -20,7 +20,7 @@ from mmkd.engine.rows import row_losses
 from mmkd.errors import TowerError
 from mmkd.teachers.live import SignalsAhead, as_teachers
 from mmkd.teachers.teacher import Teacher, check_vocabularies
-from mmkd.terms.term import Pair, Rows, RowTerm, Term, teacher_name, terms_of_teacher
+from mmkd.terms.term import Pair, Rows, RowTerm, Term, teacher_name, teacher_names, terms_of_teacher
 from mmkd.towers.experts import sparse_blocks
 from mmkd.towers.tower import Tower
 from mmkd.train.batch import Batch
@@ -56,7 +56,7 @@ class Distiller(nn.Module):
         self.routed: dict[int, Tensor] = {}  # of the last batch: places that each expert got, by layer, each [E]
         self._towers = (student, teachers)
         self._groups = self._row_groups()
-        pairs = {t.name: Pair(student, teachers.get(teacher_name(t, teachers))) for t in self.terms}
+        pairs = {t.name: Pair(student, teachers.get(teacher_name(t, teachers)), teachers=teachers) for t in self.terms}
         self._prepared = {t.name: t.prepare(pairs[t.name]) for t in self.terms}
         # What a term trains or carries beside the student; it goes into checkpoints, not into the saved student.
         self.extras = nn.ModuleDict({t.name: m for t in self.terms if (m := t.extra(pairs[t.name])) is not None})
@@ -187,10 +187,11 @@ def term_errors(
     wrong: list[str] = []
     for term in terms:
         teacher = teachers.get(teacher_name(term, teachers))
-        pair = Pair(student, teacher, sparse)
+        pair = Pair(student, teacher, sparse, teachers)
         found = term.check(pair)
-        if teacher is not None and term.reads_teacher and (why := term.refusal(teacher.gives)) is not None:
-            found = [*found, why]
+        for name in teacher_names(term, teachers) if term.reads_teacher else ():
+            if name in teachers and (why := term.refusal(teachers[name].gives)) is not None:
+                found = [*found, why]
         wrong += [f"{term.name}: {error}" for error in found]
     for name, teacher in teachers.items():
         if any(t.is_row_term and t.needs_teacher for t in terms_of_teacher(terms, name, teachers)):

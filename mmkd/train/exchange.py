@@ -31,10 +31,13 @@ class Exchange:
     probe: list[tuple[Encoded, Encoded]] = field(default_factory=list)
 
 
-def exchanged(tower: Tower, samples: Sequence[Sample], encoded: Sequence[Encoded]) -> Exchange:
+def exchanged(
+    tower: Tower, samples: Sequence[Sample], encoded: Sequence[Encoded], probes: int | None = None
+) -> Exchange:
     """The samples with a picture, each with pictures of others; those for which none is found are left out.
 
-    encoded: the samples as the tower prepares them. Pictures with the same pixels are no exchange, nor is one with which a sample
+    encoded: the samples as the tower prepares them.  probes: ends as soon as it has so many, where nothing else is asked for.
+    Pictures with the same pixels are no exchange, nor is one with which a sample
     would not fit into the tower's `max_length`.
     """
     pool = list({ref.key: ref for sample in samples for ref in sample.images}.values())
@@ -46,8 +49,10 @@ def exchanged(tower: Tower, samples: Sequence[Sample], encoded: Sequence[Encoded
                 continue
             found.places.append(place)
             found.other.append(other)
-            if len(found.probe) < PROBED and (alike := _alike(tower, sample, own, refs, other)) is not None:
+            if len(found.probe) < (probes or PROBED) and (alike := _alike(tower, sample, own, refs, other)) is not None:
                 found.probe.append((own, alike))
+            break
+        if len(found.probe) == probes:
             break
     return found
 

@@ -164,7 +164,7 @@ def blind_error(role: str, tower: Tower, samples: Sequence[Sample]) -> str | Non
     for sample in samples:
         with suppress(DataError):  # what cannot be prepared is told of elsewhere
             prepared.append((sample, tower.encode(sample)))
-    exchange = exchanged(tower, [sample for sample, _ in prepared], [encoded for _, encoded in prepared])
+    exchange = exchanged(tower, [sample for sample, _ in prepared], [encoded for _, encoded in prepared], probes=1)
     try:
         if exchange.probe:
             _check_probe(role, tower, exchange)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from mmkd.engine.rows import Head
 from mmkd.errors import TowerError
 from mmkd.teachers.teacher import Teacher, TeacherSignals, head_of
 from mmkd.terms.signals import Signals
-from mmkd.terms.term import Rows, Term, teacher_name
+from mmkd.terms.term import Rows, Term, teacher_name, teacher_names
 from mmkd.towers.experts import Routing, recorded_routing
 from mmkd.towers.tower import Seen, Tower, TowerInputs
 from mmkd.train.batch import Batch
@@ -41,7 +42,7 @@ class BatchSignals:
     def vocabulary(self, teacher: str | None) -> int:
         """Columns that both heads share: the tokenizer's length, so that padding rows of a head never matter."""
         sizes = [self.student.vocabulary, self.student.head.weight.shape[0]]
-        of_teacher = [t for t in self.terms if teacher_name(t, self.teachers) == teacher]
+        of_teacher = [t for t in self.terms if teacher in teacher_names(t, self.teachers)]
         if teacher in self.teachers and any(t.asks("teacher.rows") for t in of_teacher):
             other = self.teachers[teacher]
             sizes += [other.vocabulary, other.head.weight.shape[0]]
@@ -192,15 +193,24 @@ class TermSignals(Signals):
 
     def __init__(self, own: BatchSignals, term: Term, prepared: Any, divisors: Mapping[str, Tensor], progress: float):
         self._own, self._term = own, term
-        self._name = teacher_name(term, own.teachers)
         self.extra = own.extras[term.name] if term.name in own.extras else None  # noqa: SIM401  a ModuleDict has no get
         self.prepared, self.progress = prepared, progress
-        self.student, self.teacher = own.student, own.teachers.get(self._name)
-        self.inputs = own.batch.on_host.student
-        part = own.batch.on_host.teachers.get(self._name)
-        self.teacher_inputs = part.inputs if part is not None else None
+        self.student, self.inputs = own.student, own.batch.on_host.student
+        self.facts = own.batch.on_host.facts.get(term.name, ())
+        self._beside(teacher_name(term, own.teachers))
         self.global_counts, self.chunk_bytes = divisors, own.chunk_bytes
         self.step_sums = own.batch.on_host.step_sums.get(term.name)  # a batch moved ahead of its step has none of its own
+
+    def _beside(self, teacher: str) -> None:
+        self._name, self.teacher = teacher, self._own.teachers.get(teacher)
+        part = self._own.batch.on_host.teachers.get(teacher)
+        self.teacher_inputs = part.inputs if part is not None else None
+
+    def of(self, teacher: str) -> TermSignals:
+        other = copy.copy(self)
+        other.__dict__.pop("_rows", None)
+        other._beside(teacher)
+        return other
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._term.needs:

@@ -54,6 +54,12 @@ def inputs(folder: Path) -> Path:
     stage = content["stages"]["only"] | {"steps": 6, "save_every": 2}
     content |= {"control": True, "stages": {"first": stage, "second": {**stage, "train": ["projector", "language"]}}}
     (folder / "distill.yaml").write_text(yaml.safe_dump(content))
+    write = {
+        "kind": "write", "by": "teacher", "prompt": {"prompt": "{{ question }}"}, "data": stage["data"], "samples": 6,
+        "temperature": 1.0, "max_new_tokens": 12, "keep_cut": True, "batch_size": 2, "checks": ["duplicates"],
+    }  # fmt: skip
+    written = {"write": write, "only": {**stage, "data": [{"from": "write"}]}}
+    (folder / "write.yaml").write_text(yaml.safe_dump(content | {"control": False, "stages": written}, sort_keys=False))
     compared = {"format": "preference", "root": str(data), "files": {"annotations": "pairs.jsonl"}, "prompt": "plain"}
     pair = {**stage, "data": [compared], "terms": {"dpo": 1}}
     (folder / "preference.yaml").write_text(yaml.safe_dump(content | {"control": False, "stages": {"only": pair}}))
@@ -78,6 +84,7 @@ def commands(folder: Path, place: Path) -> dict[str, list[str]]:
     return {
         "distill": ["distill", str(folder / "distill.yaml"), out],
         "preference": ["distill", str(folder / "preference.yaml"), out],
+        "write": ["write", str(folder / "write.yaml"), out],
         "cache": ["cache", str(folder / "distill.yaml"), f"teacher.cache={place / 'cache'}", "--batch-size", "5"],
         "evaluate": [
             "evaluate", str(folder / "student"), "--benchmarks", str(folder / "card.yaml"), "--output", str(place / "out"),
@@ -88,7 +95,7 @@ def commands(folder: Path, place: Path) -> dict[str, list[str]]:
 
 
 def left(place: Path) -> dict[str, Any]:
-    """What a command left that must be the same: weights by file, predictions, cache entries by key."""
+    """What a command left that must be the same: weights by file, predictions, written rows and answers, cache entries by key."""
     from mmkd.base.checksums import hash_of
 
     found: dict[str, Any] = {}
@@ -98,6 +105,11 @@ def left(place: Path) -> dict[str, Any]:
     for path in sorted(place.rglob("predictions.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         found[str(path.relative_to(place))] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    for path in sorted(place.glob("written/write-*/*.jsonl")):
+        found[str(path.relative_to(place))] = path.read_text()
+    for path in sorted(place.glob("written/answers/*/*.jsonl")):  # a torn line is no answer; one that was asked twice differs
+        for row in map(json.loads, path.read_bytes().split(b"\n")[:-1]):
+            found.setdefault(row["key"], []).append(row)
     if (place / "cache" / "cache.json").exists():
         from mmkd.teachers.shard_hashes import hash_of_tensors
         from mmkd.teachers.store import TeacherCache
@@ -159,10 +171,12 @@ def ready() -> None:
     import mmkd.cli.distill
     import mmkd.cli.evaluate
     import mmkd.cli.rank
+    import mmkd.cli.write
     import mmkd.retrieval.run
     import mmkd.runs.evaluate
     import mmkd.runs.run
-    import mmkd.runs.write_cache  # noqa: F401
+    import mmkd.runs.write_cache
+    import mmkd.runs.writes  # noqa: F401
 
     torch.set_num_threads(1)  # threads do not survive a fork
 
@@ -211,7 +225,7 @@ def attack(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commands", nargs="*", default=["cache", "evaluate", "rank", "preference", "distill"])
+    parser.add_argument("--commands", nargs="*", default=["cache", "write", "evaluate", "rank", "preference", "distill"])
     parser.add_argument("--kills", type=int, default=3, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write what was found here")

@@ -17,6 +17,8 @@ from mmkd.teachers.opening import Opening
 from mmkd.teachers.served import ServedTeacher
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.towers.tower import Tower
+from mmkd.train.batch import Pair
+from mmkd.train.skips import Skip
 
 TOKENIZER = tiny_tokenizer()
 KL = {"kl": {"kind": "forward_kl"}}
@@ -135,6 +137,19 @@ def test_a_good_server_passes_the_check_against_its_weights(tmp_path, folder):
         tiny_stage(student(), opened(server, folder, verify=True), samples_of(tmp_path, pictures=2), KL)
 
 
+def test_what_is_longer_than_the_server_reads_is_left_out_and_never_sent(tmp_path, folder):
+    samples = samples_of(tmp_path)
+    with Server(model(), max_model_len=24) as server:
+        teacher = opened(server, folder)
+        assert teacher.body.max_length == 23
+        stage = tiny_stage(student(), teacher, samples, KL, {"student": {"share": 1, "max_new_tokens": 30}})
+        found = [stage.dataset.look(n) for n in range(len(samples))]
+        assert any("more than max_length 23" in one.message for one in found if isinstance(one, Skip))
+        pairs = [stage.dataset.answered(one, [41] * 30) for one in found if isinstance(one, Pair)]
+        assert max(len(pair.teachers["teacher"].inputs.input_ids) for pair in pairs) == 23
+        assert torch.isfinite(stage.distiller(stage.dataset.collator(pairs)["batch"])[0])
+
+
 def test_failures_that_pass_are_waited_for(tmp_path, folder):
     with Server(model()) as server:
         teacher = opened(server, folder, patience=20)
@@ -198,6 +213,8 @@ def test_a_marker_of_pictures_in_the_words_of_a_question_is_found(tmp_path, fold
         ({"served": "http://user:word@host/"}, "served"),
         ({"served": "http://h", "cache": "c"}, "cannot go with `served`"),
         ({"served": "http://h", "wire": "vlm"}, "vllm"),
+        ({"served": "http://h", "wire": "openai"}, "never of an answer that it is handed"),
+        ({"served": "http://h", "wire": "sglang"}, "tells neither the ids"),
         ({"top_k": 5}, "belong to a served teacher"),
     ],
 )

@@ -28,7 +28,7 @@ def test_all_objectives_are_there():
 def test_every_term_is_declared_in_full(name):
     found = registry("terms").get(name)
     assert issubclass(found, Term) and dataclasses.is_dataclass(found)
-    term = TermSpec(kind=name).build("t")
+    term = TermSpec(kind=name, **found.example).build("t")
     assert type(term) is found and term.name == "t" and term.kind == name
     with pytest.raises(dataclasses.FrozenInstanceError):
         term.place = None
@@ -47,9 +47,12 @@ def test_an_objective_is_at_most_60_lines(name):
 
 
 def test_which_caches_serve_a_term():
-    served = {name: method_tables.served_by(TermSpec(kind=name).build(name)) for name in NAMES}
-    assert {name for name, word in served.items() if word == "exact, top-k"} == {"feature_match", "first", "forward_kl", "jsd"}
-    assert {name for name, word in served.items() if word == "no"} == {"policy_gradient", "spans"}
+    served = {name: method_tables.served_by(method_tables.described(name)) for name in NAMES}
+    assert {name for name, word in served.items() if word == "exact, top-k"} == {
+        "confident_teachers", "feature_match", "first", "forward_kl", "gated_teachers", "jsd", "mixed_teachers", "residual_match",
+        "routed_teachers",
+    }  # fmt: skip
+    assert {name for name, word in served.items() if word == "no"} == {"adpa", "policy_gradient", "spans"}
     assert {name for name, word in served.items() if word == "kept reference"} == {"dpo", "kto_pair"}
     without = {name for name, word in served.items() if word == "needs no teacher"}
     assert without == {"contrastive", "cross_entropy", "load_balance", "pwce", "tags"}

@@ -41,6 +41,7 @@ class JsonLines(Format):
 
 def _question(source: Source, groups: Sequence[str], row: Row) -> Question:
     refuse_unseen(row)
+    row.has("provenance")  # how a row was written (`mmkd.writing.rows`): for people, not for training
     choices = choices_of(row) if row.has("choices") else []
     answers = _choice_answers(row, choices) if choices else _answers(row)
     references = tuple(choices[index] for index in answers) if choices else tuple(answers)
