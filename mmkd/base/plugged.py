@@ -18,7 +18,7 @@ class Plugged(Strict):
     of: ClassVar[str]  # the kind in the registry
     one: ClassVar[str]  # what one of them is called
 
-    kind: str  # a name of `mmkd list KIND`; the other keys are its options
+    kind: str  # a name of `mmkd list` of its kind
 
     @model_validator(mode="after")
     def known(self) -> Plugged:

@@ -18,7 +18,8 @@ class DataSpec(Strict):
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
 
-    from_: str | None = Field(None, alias="from", exclude_if=is_default(None))  # a write stage before this one, whose rows are the data
+    # the stage of `kind: write` whose rows these are
+    from_: str | None = Field(None, alias="from", exclude_if=is_default(None))
     card: str | None = None  # a name of `mmkd list data`; the other keys win over it
     format: str | None = None  # a name of `mmkd list formats`
     root: str | None = None  # the folder of its files, below data_root or here; a hub id for format `datasets`

@@ -94,7 +94,9 @@ def _paths(model: Any, depth: int = DEPTH) -> Iterator[str]:
         following = []
         for prefix, one in level:
             for name, field in one.model_fields.items():
-                yield f"{prefix}{field.alias or name}"
+                if name == "writes" or field.exclude:  # not written in a recipe under this name
+                    continue
+                yield f"{prefix}{name}"
                 inner = inner_model(field.annotation)
                 if inner is not None:
                     user = "NAME." if "dict[" in str(field.annotation) else "0." if "list[" in str(field.annotation) else ""

@@ -79,7 +79,8 @@ class Recipe(RunSpec, TrainSpec):
     stages: dict[str, StageSpec] = Field(min_length=1)  # what is trained, one stage after the other, by names of your own
     # Those of `stages` that write data (`kind: write`), each with the train stage that it stands before.
     writes: dict[str, WriteSpec] = Field({}, exclude_if=is_default({}))
-    rounds: RoundsSpec | None = Field(None, exclude_if=is_default(None))  # write and train stages again and again
+    # stages that run several times in a row
+    rounds: RoundsSpec | None = Field(None, exclude_if=is_default(None))
     written: dict[str, str] = Field({}, exclude=True)  # while a run goes on: by write stage the folder of its rows
     # what the student is held against; `control: false`: nothing
     controls: dict[str, ControlSpec] = {name: ControlSpec(kind=name) for name in DEFAULT}  # noqa: RUF012

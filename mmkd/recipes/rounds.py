@@ -18,8 +18,8 @@ class RoundsSpec(Strict):
     round's student is taken.  keep: a round also learns from what earlier rounds wrote. `NAME_2` is the stage NAME in round 2.
     """
 
-    stages: list[str] = Field(min_length=1)  # those of a round, in their order
-    times: int = Field(ge=1, le=100)  # at most so many rounds
+    stages: list[str] = Field(min_length=1)  # names of the stages of a round
+    times: int = Field(ge=1, le=100)  # rounds, at most
     until: Literal["stall"] | None = None
     keep: bool = False
     # The stages of each round by name, as the recipe has them then.

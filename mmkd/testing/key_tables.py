@@ -25,21 +25,21 @@ from mmkd.terms.spec import options_of_term
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
 NAMES = {"stages": "STAGE", "teachers": "NAME", "controls": "NAME", "terms": "TERM", "control_terms": "TERM"}
-HIDDEN = ("written", "rounds.names")  # filled in while a recipe is read or run
-WRITES = "stages.STAGE (kind: write)"  # users name them among the stages; reading a recipe puts them apart
-SAME = {"teachers.NAME": "teacher", "stages.STAGE.control_terms.TERM": "stages.STAGE.terms.TERM"}  # described once
-APART = (f"{WRITES}.prompt", f"{WRITES}.row")  # keys of cards; docs/write.md tells of them
+PLACES = {"writes": "stages.WRITE"}  # what a recipe writes at another place than the schema has it
+SAME = {"teachers.NAME": "teacher", "stages.STAGE.control_terms.TERM": "stages.STAGE.terms.TERM",
+        "stages.WRITE.data.0": "stages.STAGE.data.0"}  # described once
+WHOLE = tuple(f"stages.WRITE.{key}" for key in ("prompt", "form", "checks.0", "row"))  # keys of cards: docs/write.md
 BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_length": "at least {} entries", "pattern": "`{}`"}
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false", NoneType: "null", Any: "anything"}
 
 HEAD = """\
 # Every key of a recipe
 
-A recipe is one YAML file; [distil.md](distil.md) says how it is used. Overrides on the command line take the same names with
-dots, `stages.answer.optimiser.learning_rate=1e-4`, and numbers index lists, `stages.answer.data.0.limit=500`. STAGE, TERM and NAME
-are names of your own. A key that is left out has its default; "—" means that it has none, must be given, or that another key takes
-its place. Prompts and rows of write stages are cards ([write.md](write.md)). Recipes of kind `ranking`, `matching` and `ablation`
-have keys of their own ([methods/cprd.md](methods/cprd.md), [distil.md](distil.md)).
+A recipe is one YAML file; [distil.md](distil.md) says how it is used. Overrides on the command line take the same names
+with dots, `stages.answer.optimiser.learning_rate=1e-4`, and numbers index lists, `stages.answer.data.0.limit=500`. STAGE, WRITE
+(a stage of `kind: write`, [write.md](write.md)), TERM and NAME are names of your own. A key that is left out has its default;
+"—" means that it has none, must be given, or that another key takes its place. Recipes of kind `ranking`, `matching` and
+`ablation` have keys of their own ([methods/cprd.md](methods/cprd.md), [distil.md](distil.md)).
 
 """
 FOOT = "\nThis page is written by `python -m mmkd.testing.key_tables`; edit the comments of the schema, not the page.\n"
@@ -59,12 +59,9 @@ class Key:
 def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:
     """All keys below a model of the schema, those of models inside it behind their own."""
     for name, field in model.model_fields.items():
-        where = f"{prefix}{field.alias or name}"
-        if where in HIDDEN:
+        if field.exclude:  # a run's own
             continue
-        if where == "writes":
-            yield from keys(inner_model(field.annotation), f"{WRITES}.")
-            continue
+        where = f"{prefix}{field.alias or name}" if name not in PLACES else f"{prefix}{PLACES[name]}"
         kind = words_of(field.annotation)
         yield Key(where, kind, default_of(field), bounds_of(field), meaning_of(model, name))
         inner = inner_model(field.annotation)
@@ -72,7 +69,7 @@ def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:
             continue
         below = f"{where}.{NAMES[name]}" if name in NAMES and holds(field.annotation, dict) else where
         below += ".0" if holds(field.annotation, list) else ""
-        if below not in SAME and below not in APART:
+        if below not in SAME and below not in WHOLE:
             yield from keys(inner, f"{below}.")
 
 
@@ -186,8 +183,8 @@ def page() -> str:
 
 
 def _group(name: str) -> str:
-    for head in ("stages.STAGE.data.0", "stages.STAGE.terms.TERM", "stages.STAGE.optimiser", "stages.STAGE", "teacher", "student",
-                 "controls", "evaluation", "guards"):  # fmt: skip
+    of_stages = ("stages.STAGE.data.0", "stages.STAGE.terms.TERM", "stages.STAGE.optimiser", "stages.STAGE", "stages.WRITE")
+    for head in (*of_stages, "rounds", "teacher", "student", "controls", "evaluation", "guards"):
         if name.startswith(f"{head}."):
             return f"`{head}`"
     return "The recipe itself"

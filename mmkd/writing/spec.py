@@ -31,11 +31,11 @@ class EndpointSpec(Strict):
     silent server is waited for."""
 
     endpoint: str = Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
-    model: str = Field(min_length=1)  # as the endpoint calls it
+    model: str = Field(min_length=1)  # what the endpoint calls it
     name: str | None = None  # by which checks and provenance call it; default: the model
     key: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     extra: dict[str, Any] = Field({})
-    length_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # in which key it takes the greatest length
+    length_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # the name of the length in its requests
     seed: bool = True  # whether requests carry a seed of their own
     at_once: int = Field(8, ge=1, le=1024)
     timeout: float = Field(120.0, gt=0, le=1e5)  # seconds of one request
@@ -68,23 +68,23 @@ class WriteSpec(Strict):
 
     model_config = ConfigDict(validate_default=True)
 
-    kind: Literal["write"] = "write"  # what makes a stage one that writes
+    kind: Literal["write"] = "write"  # says that the stage writes
     by: list[Author] = Field(min_length=1)
     prompt: str | PromptCard
-    data: list[DataSpec] = Field(min_length=1)  # what is asked about; answers need not be there
+    data: list[DataSpec] = Field(min_length=1)  # what is asked about
     per: Literal["question", "picture", "region"] = "question"
     samples: int = Field(1, ge=1, le=1000)  # answers of each author to each prompt
-    temperature: float = Field(0.0, ge=0, le=100)  # 0: the most likely token each time
-    top_p: float = Field(1.0, gt=0, le=1)  # draws from the likeliest tokens of so much probability
-    top_k: int = Field(0, ge=0)  # draws from so many of the likeliest tokens; 0: from all
-    max_new_tokens: int = Field(256, ge=1, le=2**16)  # of an answer
+    temperature: float = Field(0.0, ge=0, le=100)  # of drawing; 0: the likeliest tokens
+    top_p: float = Field(1.0, gt=0, le=1)  # drawn from the likeliest tokens of so much probability
+    top_k: int = Field(0, ge=0)  # drawn from so many tokens; 0: all
+    max_new_tokens: int = Field(256, ge=1, le=2**16)  # of an answer, at most
     keep_cut: bool = Field(False, exclude_if=is_default(False))  # whether answers that do not end in time may become rows
     stop: list[Annotated[str, Field(min_length=1)]] = Field([])  # texts that end an answer
-    batch_size: int = Field(64, ge=1, le=4096)  # prompts that are claimed and asked together
-    form: FormSpec | None = None  # in which form answers come; default: the card's
-    checks: list[CheckSpec] | None = None  # what answers must pass, in this order; default: the card's
-    row: RowSpec | None = None  # which training row comes of an answer; default: the card's
-    context: dict[str, str] = Field({})
+    batch_size: int = Field(32, ge=1, le=4096)  # prompts that are claimed and asked together
+    form: FormSpec | None = None  # the form of an answer, in place of the card's
+    checks: list[CheckSpec] | None = None  # what answers must pass, in place of the card's
+    row: RowSpec | None = None  # what becomes a row, in place of the card's
+    context: dict[str, str] = Field({})  # write stages before this one, by names of your own
     before: str | None = Field(None, exclude_if=is_default(None))  # the train stage that it stands before; the recipe says it
 
     @field_validator("by", mode="before")

@@ -21,8 +21,7 @@ def test_every_key_has_a_meaning():
 
 
 def test_keys_of_all_depths_are_there():
-    assert KEYS.keys() >= Recipe.model_fields.keys() - {"writes", "written"}  # filled in while a recipe is read or run
-    assert "stages.STAGE (kind: write).prompt" in KEYS and "stages.STAGE.data.0.from" in KEYS
+    assert KEYS.keys() >= Recipe.model_fields.keys() - {"writes", "written"}  # which recipes have below `stages`
     rate = KEYS["stages.STAGE.optimiser.learning_rate"]
     assert (rate.kind, rate.default, rate.bounds) == ("number", "`0.001`", "> 0, ≤ 1e+06")
     assert KEYS["stages.STAGE.optimiser.schedule"].kind == "`cosine`, `linear`, `constant`, `constant_with_warmup`"
