@@ -1,11 +1,9 @@
-"""Tiny models of a size that vLLM's build for CPUs can run: heads of 32 numbers, the hub's names of tensors."""
+"""Tiny models of a size that vLLM's build for CPUs can run: heads of 32 numbers."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tiny import WORDS, tiny_picture
 from transformers import (
     Qwen2_5_VLConfig,
@@ -80,17 +78,9 @@ def drawn(tower: Tower, seed: int) -> Tower:
 
 
 def saved(tower: Tower, folder: Path) -> Path:
-    """The folder of a model, with the hub's names of tensors."""
+    """The folder of a model."""
     tower.save(folder)
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file({_hub_name(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors", metadata)
     return folder
-
-
-def _hub_name(name: str) -> str:
-    before, tower, rest = name.partition("vision_tower.")
-    return name if not tower or rest.startswith("vision_model.") else f"{before}{tower}vision_model.{rest}"
 
 
 MODELS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}

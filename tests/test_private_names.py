@@ -34,6 +34,7 @@ NAMES = {
     "_hf_peft_config_loaded": (PreTrainedModel, None),
     "_name_or_path": ("keys of a configuration", None),
     "_dynamo": (torch, None),
+    "_weight_conversions": ("a model that was loaded, and what `save_pretrained` reads", None),
     "_parameters": (torch.nn.Module(), None),
 }
 PUBLIC = {"_exit"}  # of os: documented

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 from pydantic import Field, ValidationError
@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from mmkd.base.schema import Strict
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
+from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Schedule
 from mmkd.towers.inputs import Encoded
 from mmkd.towers.tower import Tower
@@ -26,11 +27,15 @@ Log = dict[str, tuple[float, float]]  # what goes into the log: name -> (sum, co
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt that is to be answered: as the student prepares it, what names its pictures, and a seed of its own."""
+    """A prompt that is to be answered: as the student prepares it, what names its pictures, and a seed of its own.
+
+    theirs: as each teacher prepares it.
+    """
 
     prompt: Encoded
     pictures: tuple[str, ...]
     seed: int
+    theirs: Mapping[str, Encoded] = field(default_factory=dict)
 
 
 class AnswerSource(ABC):
@@ -62,6 +67,14 @@ class GeneratedAnswers(Strict):
         """An answer to each prompt, as ids of the student's tokenizer, its end token the last of one that came to its end."""
         raise TypeError(f"{type(self).__name__} has no answer")
 
+    def needs(self, student: Tower, teachers: Mapping[str, Teacher]) -> list[str]:
+        """Why it cannot answer in a stage with these teachers; asked before the first step."""
+        return []
+
+    def answer_beside(self, student: Tower, teachers: Mapping[str, Teacher], asked: Sequence[Asked]) -> list[list[int]]:
+        """`answer`, for a source that a teacher has a part in."""
+        return self.answer(student, asked)
+
 
 class Stage(Protocol):
     """What a source is told by the stage that it works for (`mmkd.train.rollouts.Rollouts`)."""
@@ -70,6 +83,8 @@ class Stage(Protocol):
 
     @property
     def student(self) -> Tower: ...
+    @property
+    def teachers(self) -> Mapping[str, Teacher]: ...
     def is_skip(self, pair: Any) -> bool:
         """Whether what the loader gave is a sample that is left out."""
 

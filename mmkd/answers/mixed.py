@@ -11,6 +11,7 @@ import torch
 
 from mmkd.answers import AnswerSource, GeneratedAnswers, Log, Stage, generating
 from mmkd.answers.data import DataAnswers
+from mmkd.errors import DataError
 from mmkd.terms.term import Schedule
 from mmkd.towers.modes import evaluating
 
@@ -67,7 +68,7 @@ class MixedAnswers(AnswerSource):
         draws = range(source.samples)
         asked = [self.stage.asked(pair, self._seed(f"draw {n}", pair.student.id)) for pair in pairs for n in draws]
         with evaluating(self.stage.student.model), torch.no_grad():
-            answers = source.answer(self.stage.student, asked)
+            answers = source.answer_beside(self.stage.student, self.stage.teachers, asked)
         ends = self.stage.student.stop_ids
         self._count("generated_length", sum(map(len, answers)), len(answers))
         self._count("generated_cut", sum(not ids or ids[-1] not in ends for ids in answers), len(answers))
@@ -85,6 +86,10 @@ class MixedAnswers(AnswerSource):
 
 
 def answer_source(answers: Mapping[str, Any], stage: Stage | None) -> AnswerSource:
-    """The source of a stage's `answers`. stage: what it works for, where one of them generates."""
+    """The source of a stage's `answers`. stage: what it works for, where one of them generates. Raises DataError."""
     sources = generating(answers)
+    wrong = [f"answers.{name}: {error}" for name, (_, source) in sources.items()
+             for error in source.needs(stage.student, stage.teachers)]  # fmt: skip
+    if wrong:
+        raise DataError("; ".join(wrong))
     return MixedAnswers(sources, stage) if sources else DataAnswers()

@@ -23,12 +23,14 @@ from mmkd.errors import MmkdError, one_line, printable
 
 # Of each command its module and what it does. Modules to the right of this package are found by these names alone.
 COMMANDS = {
+    "init": ("mmkd.cli.init", "Write a recipe for your own data, teacher and student."),
     "distill": ("mmkd.cli.distill", "Run the stages of a recipe, then compare teacher, SFT control and student."),
     "write": ("mmkd.cli.write", "Let models write the data of a recipe's write stages, alone or with others."),
     "cache": ("mmkd.cli.cache", "Run the teacher of a recipe once and store what the terms compare with."),
     "estimate": ("mmkd.cli.estimate", "Measure a few steps: memory by part, time, disk, what to change."),
     "rank": ("mmkd.cli.rank", "Distil a dual encoder by ranking, or train a cross-encoder for it; compare recall."),
     "evaluate": ("mmkd.cli.evaluate", "Score a model on benchmarks."),
+    "ask": ("mmkd.cli.ask", "Ask one or several models a question about a picture."),
     "pairs": ("mmkd.cli.pairs", "Make preference pairs: right answers of one model, wrong ones of others."),
     "preferences": ("mmkd.cli.preferences", "Count how often a model prefers the chosen answers of pairs."),
     "report": ("mmkd.cli.report", "Write the HTML report of a run again."),

@@ -12,7 +12,10 @@ from mmkd.cli.startup import quick_imports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser, "a YAML file, see scripts/recipes", "for example stages.sft.steps=100 seed=1")
+    add_recipe(
+        parser, "a YAML file, the name of one in scripts/recipes, or pair:NAME (`mmkd list models`) with data=FOLDER",
+        "for example stages.sft.steps=100 seed=1",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan with its memory")
     parser.add_argument(
         "--offline", action="store_true", help="with --dry-run: no weights and no data, sizes and memory from configurations"

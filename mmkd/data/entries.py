@@ -65,7 +65,8 @@ def resolve(spec: Any) -> dict[str, Any]:
     card = load_card("data", spec.card, DataCard).model_dump(exclude=about) if spec.card else {}
     given = {k: v for k, v in spec.model_dump(exclude={"card", "from_"}).items() if v is not None}
     given |= {"format": "jsonl"} if spec.from_ is not None else {}
-    fields = {"prompt": "plain", "ocr": False, "files": None, "target": "first", "text_only": False, **card, **given}
+    standard = {"prompt": "plain", "ocr": False, "files": None, "target": "first", "text_only": False, "tag": spec.card}
+    fields = {**standard, **card, **given}
     missing = [name for name in ("format", "root") if name not in fields]
     if missing:
         raise DataError(f"a data entry lacks {' and '.join(missing)}; give them or name a `card`")

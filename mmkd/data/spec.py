@@ -30,7 +30,7 @@ class DataSpec(Strict):
     target: Literal["first", "majority", "sampled", "teacher"] | None = None
     answers: str | None = Field(None, exclude_if=is_default(None))  # a file of {"id", "answer"} lines in the place of the data's
     text_only: bool = Field(False, exclude_if=is_default(False))  # whether it is right that no sample has a picture
-    tag: str | None = Field(None, exclude_if=is_default(None))  # names its samples, for terms that choose a teacher by it
+    tag: str | None = Field(None, exclude_if=is_default(None))  # names its samples for routed_teachers; default: its card
     limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
     image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions
     weight: float = Field(1.0, gt=0, le=1000)  # how many times the set stands in one epoch (fractions by drawing)

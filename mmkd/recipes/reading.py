@@ -19,11 +19,12 @@ from mmkd.base.schema import is_number
 from mmkd.base.yaml_files import parse, read_mapping
 from mmkd.errors import RecipeError, did_you_mean, one_line, shown
 from mmkd.recipes.recipe import Recipe
+from mmkd.recipes.starter import is_pair, pair_recipe, shipped
 from mmkd.registry import import_modules
 
 logger = logging.getLogger(__name__)
 
-PATHS = ("model", "source", "cache", "root", "data_root")  # keys whose values may be paths
+PATHS = ("model", "source", "cache", "root", "data_root", "answers", "chat_template")  # keys whose values may be paths
 
 Model = TypeVar("Model", bound=BaseModel)
 SHOWN = 16  # errors that a message lists
@@ -31,6 +32,7 @@ SHOWN = 16  # errors that a message lists
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe at `path` with `key=value` overrides. Raises RecipeError with every error at once."""
+    path = found_recipe(path)
     raw = read_raw(path, overrides)
     if "kind" in raw:
         raise RecipeError(f"{path} is a recipe of kind {raw['kind']!r}, for dual encoders; run it with: mmkd rank {path}")
@@ -39,24 +41,37 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def read_raw(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """The keys and values of a recipe with what it extends, overrides and environment variables. Raises RecipeError."""
-    raw = read_mapping(Path(path), "recipe", RecipeError)
+    overrides = list(overrides or [])
+    if is_pair(path):
+        raw, overrides = pair_recipe(path, overrides)
+    else:
+        path = found_recipe(path)
+        raw = read_mapping(Path(path), "recipe", RecipeError)
     if "extends" in raw:
         parent = Path(path).parent / str(raw.pop("extends"))
         base = read_mapping(parent, "recipe", RecipeError)
         if "extends" in base:
             raise RecipeError(f"{parent} extends another recipe; `extends` goes one level deep")
         raw = _merge(base, raw)
-    for override in overrides or []:
+    for override in overrides:
         _apply(raw, override)
     return _expand(raw, str(path))
 
 
+def found_recipe(path: str | Path) -> str | Path:
+    """The path itself, or that of a recipe that mmkd brings where a name of these stands in its place (`quickstart`)."""
+    if is_pair(path) or Path(path).exists():
+        return path
+    return shipped(str(path)) or path
+
+
 def with_found_paths(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """A recipe whose relative paths of models and data are looked for where the command was given, then beside the recipe, then
-    in the folders above it up to its project's root (which holds .git or pyproject.toml). What is found elsewhere is logged.
+    in the folders above it up to its project's root (which holds .git or pyproject.toml, or is mmkd's own folder of cards). What
+    is found elsewhere is logged.
     """
     above = [path.absolute().parent, *path.absolute().parent.parents]
-    root = next((n for n, folder in enumerate(above) if any((folder / name).exists() for name in (".git", "pyproject.toml"))), 0)
+    root = next((n for n, folder in enumerate(above) if folder.name == "_cards" or _is_root(folder)), 0)
     folders = above[: root + 1]
 
     def found(value: str, where: str) -> str:
@@ -76,9 +91,14 @@ def with_found_paths(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             return [walk(v, f"{where}.{n}", key) for n, v in enumerate(value)]
         if not isinstance(value, str):
             return value
-        return found(value, where) if key in PATHS or (key == "prompt" and value.endswith(SUFFIXES)) else value
+        is_path = key in PATHS or (key in ("prompt", "benchmarks") and value.endswith(SUFFIXES))
+        return found(value, where) if is_path else value
 
     return walk(raw, "", "")
+
+
+def _is_root(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (".git", "pyproject.toml"))
 
 
 def _merge(base: Any, top: Any, key: str = "") -> Any:

@@ -17,6 +17,7 @@ from mmkd.runs.towers import build_student, load_teachers
 from mmkd.runs.writes import write_lines
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
+from mmkd.towers.export import serving_remarks
 from mmkd.towers.tower import Encoded, Tower
 from mmkd.train.batch import Pair
 from mmkd.train.build_stage import Stage, build_stage
@@ -38,6 +39,7 @@ def plan(recipe: Recipe) -> str:
     for name, teacher in teachers.items():
         lines += _tower(name, teacher.body)
     lines += [*(["teacher: none"] if not teachers else []), *_tower("student", student)]
+    lines += [f"  served elsewhere: {remark}" for remark in serving_remarks(student.model)]
     for name, teacher in teachers.items():
         ratio = student.parameter_count()["total"] / teacher.body.parameter_count()["total"]
         lines.append(f"the student has {100 * ratio:.1f} % of the {name}'s parameters")

@@ -41,6 +41,7 @@ class ModelCard(Strict):
     visual_tokens: str = ""
     vocabulary: str = ""
     student: str = ""
+    alignment: str = ""
     notes: str = ""
 
 

@@ -1,4 +1,4 @@
-"""Writing students that load without mmkd."""
+"""Writing students that load without mmkd, and what serving engines make of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+# Widths of attention heads that vLLM 0.32 computes on a CPU; on a GPU it takes any multiple of 8 up to 256.
+HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+SERVED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "pixtral")  # of LLaVA folders, by vLLM's own LLaVA
 
 
 @contextmanager
@@ -17,6 +22,34 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         yield model
         return
     yield _merge(copy.deepcopy(model))
+
+
+def with_hub_names(model: nn.Module) -> nn.Module:
+    """The model, which `save_pretrained` then writes with the tensor names of published folders.
+
+    transformers leaves the prefix `vision_model.` of CLIP and SigLIP encoders out of models that it did not load, and serving
+    engines look for it. A LLaVA loaded from a folder without it is written with it, too.
+    """
+    if model.config.model_type == "llava" or getattr(model, "_weight_conversions", None) is None:
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        if any(getattr(conversion, "prefix_to_remove", None) == "vision_model" for conversion in found):
+            model._weight_conversions = found
+    return model
+
+
+def serving_remarks(model: nn.Module) -> list[str]:
+    """What stands in the way of serving a model by vLLM, in words; [] where nothing that is known does."""
+    config = model.config
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    found = []
+    if width not in HEAD_WIDTHS:
+        widths = ", ".join(map(str, HEAD_WIDTHS))
+        found.append(f"its attention heads are {width} wide; vLLM on a CPU takes {widths} (a GPU: multiples of 8)")
+    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if config.model_type == "llava" and kind not in SERVED_ENCODERS:
+        found.append(f"vLLM's own LLaVA does not know the encoder {kind!r}; serve it with --model-impl transformers")
+    return found
 
 
 def _has_adapters(model: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mmkd.errors import TowerError
 from mmkd.towers import answering
 from mmkd.towers.experts import idle_parameters
-from mmkd.towers.export import merged
+from mmkd.towers.export import merged, with_hub_names
 from mmkd.towers.families import GRIDS, LANGUAGE_NAMES, REFUSED, VISION_NAMES, family_of
 from mmkd.towers.inputs import IGNORE, Encoded, Seen, TowerInputs, VisualTokens, split_features, split_tokens
 from mmkd.towers.likelihood import Likelihood
@@ -90,9 +90,10 @@ class Tower:
         return tower
 
     def save(self, folder: str | Path) -> None:
-        """Writes model (safetensors), processor, chat template and generation config: a plain transformers folder."""
+        """Writes model (safetensors), processor, chat template and generation config: a plain transformers folder, its tensors
+        named as those of published models are."""
         with merged(self.model) as model:
-            model.save_pretrained(folder)
+            with_hub_names(model).save_pretrained(folder)
         self.processor.save_pretrained(folder)
         if unsaved := not_saved(self.processor):
             logger.warning(

@@ -33,11 +33,16 @@ class Rollouts:
     def student(self) -> Tower:
         return self.dataset.student
 
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        return self.dataset.teachers
+
     def is_skip(self, pair: Pair | Skip) -> bool:
         return isinstance(pair, Skip)
 
     def asked(self, pair: Pair, seed: int) -> Asked:
-        return Asked(pair.prompts["student"], tuple(ref.key for ref in pair.sample.images), seed)
+        theirs = {name: pair.prompts[name] for name in self.dataset.teachers}
+        return Asked(pair.prompts["student"], tuple(ref.key for ref in pair.sample.images), seed, theirs)
 
     def answered(self, pair: Pair, ids: Sequence[int], draw: int) -> Pair | Skip:
         return self.dataset.answered(pair, ids, draw)

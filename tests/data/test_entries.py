@@ -42,6 +42,12 @@ def test_fields_of_the_entry_win_over_the_card(sample):
     assert len(samples) == 3 and all(s.turns[0].text.endswith("single word or phrase.") for s in samples)
 
 
+def test_samples_have_the_tag_of_their_entry_or_the_name_of_its_card(sample):
+    named = read_samples(DataSpec(card="sample_scienceqa", tag="mine", limit=4), 0, str(sample))
+    plain = read_samples(DataSpec(card="sample_scienceqa", limit=4), 0, str(sample))
+    assert {s.meta["tag"] for s in named} == {"mine"} and {s.meta["tag"] for s in plain} == {"sample_scienceqa"}
+
+
 def test_weight_repeats_a_set(sample):
     one = read_samples(DataSpec(card="sample_captions"), 0, str(sample))
     more = read_samples(DataSpec(card="sample_captions", weight=2.5), 0, str(sample))

@@ -96,6 +96,18 @@ def test_all_weight_on_one_teacher_is_that_teacher_alone_and_micro_batches_add_u
     assert sum(part[0].item() for part in parts) == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_a_micro_batch_without_rows_gives_nothing_and_logs_the_same_names(tmp_path, pair):
+    student, teachers = pair
+    own = make_term("mix", "gated_teachers", Schedule(1, 1), "generated", options=(("teachers", ["a", "b"]),))
+    samples = tiny_samples(tmp_path, 2)
+    distiller = Distiller(student, teachers, [own])
+    loss, log, ours = stepped(distiller, batch_of(student, teachers, samples, [own]))
+    assert loss.item() == 0 and all(g.abs().max() == 0 for g in ours.values())
+    assert {name for name, _ in distiller.extras.named_parameters()} <= {name.removeprefix("extras.") for name in ours}
+    _, full, _ = stepped(distiller, own_answers(student, teachers, own, samples))
+    assert log.keys() == full.keys()
+
+
 @pytest.mark.parametrize("by", ["answer", "entropy"])
 def test_the_surer_teacher_weighs_more(tmp_path, pair, by):
     student, teachers = pair
@@ -232,7 +244,7 @@ def test_an_assistant_is_matched_beside_the_teacher(tmp_path, pair):
     own = make_term("rest", "residual_match", Schedule(1, 1), options=(("assistant", "b"), ("threshold", 0.0)), teacher="a")
     samples = tiny_samples(tmp_path, 3, text_only=1)
     distiller = Distiller(student, teachers, [own])
-    loss, log, ours = stepped(distiller, batch_of(student, teachers, samples, [own]))
+    loss, _, ours = stepped(distiller, batch_of(student, teachers, samples, [own]))
     seen = [tower.see(batch_of(student, teachers, samples, [own]).student).features for tower in
             (student, teachers["a"].tower, teachers["b"].tower)]  # fmt: skip
     maps = distiller.extras["rest"]

@@ -13,11 +13,13 @@ from mmkd.evaluation.report.files import ModelFiles, read_evaluations, read_fact
 from mmkd.evaluation.report.gallery import GALLERY_SEED, gallery_of, marks, outcomes
 from mmkd.evaluation.report.scores import benchmark_entry, facts_of, headline, model_entries
 from mmkd.evaluation.report.text import byte_count, count, percent, points, seconds
+from mmkd.evaluation.roles import in_words
 
 TEMPLATE = "page.html.j2"
 # Models that have a colour and a mark of their own; all others take theirs by number.
 MARKED = ("teacher", "control", "student")
-MAX_LABEL = 22  # characters of a model's name beside a bar
+HUES, FREE = 6, 2  # colours by number, and the first that is none of the marked models'
+MAX_LABEL = 24  # characters of a model's name beside a bar
 
 
 def build_report(run: Path | str) -> Path:
@@ -71,7 +73,10 @@ def _write_page(
 
     names = [name for name in models if any(name in found for found in evaluations.values())]
     others = [name for name in models if name not in names]  # trained, but not evaluated or no longer
-    slugs = {name: name if name in MARKED else f"m{number}" for number, name in enumerate([*names, *others])}
+    unmarked = [name for name in (*names, *others) if name not in MARKED]
+    slugs = {name: f"m{unmarked.index(name)}" if name in unmarked else name for name in (*names, *others)}
+    first = FREE if len(unmarked) < len(slugs) else 0
+    hues = {f"m{number}": (first + number) % HUES for number in range(len(unmarked))}
     benchmarks = [benchmark_entry(name, found) for name, found in evaluations.items()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -80,14 +85,15 @@ def _write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "count": count, "bytes": byte_count, "seconds": seconds}
+    environment.filters |= {"percent": percent, "points": points, "count": count, "bytes": byte_count, "seconds": seconds, "in_words": in_words}
     gallery = gallery_of(benchmarks, slugs)
     page = environment.get_template(TEMPLATE).render(
         title=title,
         headline=headline(benchmarks),
         roles=names,
         slugs=slugs,
-        label_width=min(MAX_LABEL, max(map(len, names)) + 1),
+        hues=hues,
+        label_width=min(MAX_LABEL, max(len(in_words(name)) for name in names) + 1),
         models=model_entries(benchmarks),
         benchmarks=benchmarks,
         charts=charts({name: files.log for name, files in models.items() if files.log and files.log.exists()}),

@@ -24,6 +24,7 @@ __all__ = [
     "build_backbone",
     "reduced_config",
     "register_encoder",
+    "served",
     "tokens_of",
 ]
 
@@ -33,3 +34,7 @@ Build = TypeVar("Build", bound=Callable[..., nn.Module])
 def register_encoder(name: str) -> Callable[[Build], Build]:
     """The same as `register("encoders", name)`."""
     return register("encoders", name)
+
+
+def served() -> None:
+    """vLLM's plug-in (entry point `vllm.general_plugins`): importing this module has made its encoders known to transformers."""

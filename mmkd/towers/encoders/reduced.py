@@ -75,7 +75,7 @@ class ReducedEncoder(PreTrainedModel):
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """pixels [n, 3, H, W] -> features [n, M, D], as `last_hidden_state` and as the only hidden state; pooled: their mean."""
         states = self.encoder(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        features = self.reducer(states[self.config.feature_layer][:, self.config.prefix :])
+        features = self.reducer(states[self.config.feature_layer][:, self.config.prefix :]).contiguous()  # vLLM's kernels ask it
         return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,), pooler_output=features.mean(1))
 
 
