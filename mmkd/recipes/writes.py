@@ -10,7 +10,7 @@ from mmkd.errors import did_you_mean
 from mmkd.writing.spec import STUDENT
 
 # Of a data entry that reads what a stage wrote: all else follows from that stage.
-NOT_WRITTEN = ("card", "format", "root", "files", "target", "answers", "ocr")
+NOT_WRITTEN = ("card", "format", "root", "files", "target", "answers")
 
 
 def split_stages(given: dict[str, Any]) -> dict[str, Any]:

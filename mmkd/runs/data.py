@@ -46,7 +46,7 @@ def entry_samples(recipe: Recipe, spec: DataSpec, one_answer: bool = False) -> S
 
     Of one that reads what a write stage has not written yet: what that asks about, each with a stand-in for its answer.
     """
-    if _is_unwritten(spec):
+    if is_unwritten(spec):
         return _stand_ins(recipe, spec)
     return _entry(recipe, spec, one_answer)[0]
 
@@ -56,7 +56,8 @@ def asked_entry(spec: DataSpec) -> DataSpec:
     return spec if spec.from_ is not None else spec.model_copy(update={"target": "teacher", "answers": None})
 
 
-def _is_unwritten(spec: DataSpec) -> bool:
+def is_unwritten(spec: DataSpec) -> bool:
+    """Whether a data entry reads what a write stage has not written yet."""
     return spec.from_ is not None and spec.root is None
 
 
@@ -73,7 +74,7 @@ def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
     """By stage how many rows of its data cannot be used, for which reason; stages that use all of theirs are left out."""
     found: dict[str, dict[str, int]] = {}
     for name, stage in recipe.stages.items():
-        for tally in (_entry(recipe, spec, bool(stage.one_answer))[1] for spec in stage.data if not _is_unwritten(spec)):
+        for tally in (_entry(recipe, spec, bool(stage.one_answer))[1] for spec in stage.data if not is_unwritten(spec)):
             for reason, places in tally.dropped.items():
                 counts = found.setdefault(name, {})
                 counts[reason] = counts.get(reason, 0) + len(places)

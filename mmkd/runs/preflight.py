@@ -10,9 +10,9 @@ from mmkd.data.samples import Sample
 from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.control import control_errors
-from mmkd.runs.data import stage_parts
+from mmkd.runs.data import is_unwritten, stage_parts
 from mmkd.runs.room import room_errors
-from mmkd.runs.survey import LOOKED_AT, Survey, look
+from mmkd.runs.survey import LOOKED_AT, Survey, look, unseen
 from mmkd.runs.writes import write_findings
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term, terms_of_teacher
@@ -117,6 +117,9 @@ def _data_errors(
     entries = surveys[name] = []
     for entry, samples in zip(stage.data, parts, strict=True):
         key = entry.model_dump_json()
+        if is_unwritten(entry) and any(teacher.stored for teacher in needed.values()):
+            entries.append(unseen(entry, samples))  # no cache has what is not written yet
+            continue
         entries.append(look(entry, samples, student, needed, terms, known.get(key), most))
         known.setdefault(key, entries[-1])
     wrong = _left_out_errors(recipe, entries)

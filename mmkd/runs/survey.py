@@ -126,6 +126,11 @@ def _at_least(found: int, looked_at: int, of: int) -> float:
     return max(found, low * of)
 
 
+def unseen(spec: DataSpec, samples: Sequence[Sample]) -> Survey:
+    """A data entry of which nothing can be prepared yet."""
+    return Survey(_called(spec), len(samples), layout=layout_of(spec))
+
+
 def _called(spec: DataSpec) -> str:
     if spec.from_ is not None:
         return f"from {spec.from_}" + ("" if spec.root else ", before it is written")

@@ -154,6 +154,7 @@ def _line(one: Candidate, names: list[str], provenance: Mapping[str, Any]) -> di
     row |= {"choices": one.row["choices"]} if one.row.get("choices") else {}
     row |= {"hint": one.row["hint"]} if one.row.get("hint") else {}
     row |= {"images": names} if names else {}
+    row |= {"ocr_tokens": list(one.question.ocr_tokens)} if one.question.ocr_tokens else {}
     row |= {name: one.row[name] for name in ("categories", "told") if one.row.get(name)}
     notes = {name: value for name, value in one.notes.items() if name not in ("asked", "request", "model")}
     said = {

@@ -208,9 +208,15 @@ def test_all_findings_come_at_once_before_anything_is_asked(folder, tmp_path, fl
 
 
 def test_a_stage_that_keeps_nothing_ends_the_run_with_what_was_dropped(folder, tmp_path):
-    recipe = recipe_of(folder, tmp_path / "run", {"ask": {"checks": [{"length": {"max": 1}}]}})
+    alone = {"learn": {"data": [{"from": "ask"}]}}
+    recipe = recipe_of(folder, tmp_path / "run", {"ask": {"checks": [{"length": {"max": 1}}]}, **alone}, controls=False)
     with pytest.raises(DataError, match=r"kept none of 12 answers.*length: 12 answer too long.*dropped.jsonl"):
         distill(recipe)
+
+
+def test_a_stage_with_other_data_learns_from_them_and_that_is_said(folder, tmp_path, caplog):
+    distill(recipe_of(folder, tmp_path / "run", {"ask": {"checks": [{"length": {"max": 1}}]}}, controls=False))
+    assert "stage ask kept none of 12 answers; stage learn learns from its other data" in caplog.text
 
 
 def test_write_stages_need_a_stage_that_reads_them(folder, tmp_path):

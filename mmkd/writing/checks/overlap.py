@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -40,20 +41,25 @@ class Overlap(Check):
     off: bool = False  # takes the check away
 
     def prepare(self, around: Surroundings) -> None:
-        self._index = Index()
-        if self.off:
-            return
-        for name in self.benchmarks:
+        self._index: Index | None = None
+        self._sources: list[Callable[[], Sequence[Question]]] = []
+        for name in () if self.off else self.benchmarks:
             if name == "recipe":
-                for questions in around.benchmarks.values():
-                    self._index.add(questions())
+                self._sources += around.benchmarks.values()
             elif around.questions_of is None:
                 raise DataError(f"overlap.benchmarks: {name} cannot be read here")
             else:
-                self._index.add(around.questions_of(name))
+                around.questions_of(name)  # whether it is there, before anything is asked
+                self._sources.append(partial(around.questions_of, name))
+
+    def start(self) -> None:
+        if self._index is None:  # every picture of the benchmarks is decoded: not before answers are there
+            self._index = Index()
+            for questions in self._sources:
+                self._index.add(questions())
 
     def refuse(self, one: Candidate) -> str | None:
-        if self.off:
+        if self.off or self._index is None:
             return None
         if any(self._index.has_picture(picture) for picture in one.pictures):
             return "a benchmark's picture"
