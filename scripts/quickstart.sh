@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh ""
 .venv/bin/mmkd sample runs/sample --sizes train=4000,val=200,test=400
-.venv/bin/mmkd sample runs/unlabelled --seed 7 --sizes train=2400,val=2,test=2
+.venv/bin/mmkd sample runs/unlabelled --seed 7 --sizes train=400,val=2,test=2
 exec .venv/bin/mmkd distill scripts/recipes/quickstart.yaml "$@"
