@@ -35,7 +35,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     path = found_recipe(path)
     raw = read_raw(path, overrides)
     if "kind" in raw:
-        raise RecipeError(f"{path} is a recipe of kind {raw['kind']!r}, for dual encoders; run it with: mmkd rank {path}")
+        what, command = ("a grid of runs", "distill") if raw["kind"] == "ablation" else ("for dual encoders", "rank")
+        raise RecipeError(f"{path} is a recipe of kind {raw['kind']!r}, {what}; run it with: mmkd {command} {path}")
     return validate(with_found_paths(raw, Path(path)), str(path), Recipe)
 
 

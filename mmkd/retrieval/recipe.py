@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from mmkd.base.schema import Strict, is_default, one_of
 from mmkd.data.spec import DataSpec
 from mmkd.errors import RecipeError
-from mmkd.recipes.reading import read_raw, validate
+from mmkd.recipes.reading import found_recipe, read_raw, validate, with_found_paths
 from mmkd.recipes.recipe import RunSpec
 from mmkd.towers.spec import VisionConfig
 from mmkd.train.spec import AdamWSpec, LoopSpec
@@ -184,9 +184,10 @@ def load_ranking_recipe(path: str | Path, overrides: list[str] | None = None) ->
 
     Raises RecipeError with every error at once, RegistryError for a module that cannot be imported.
     """
+    path = found_recipe(path)
     raw = read_raw(path, overrides)
     kind = raw.get("kind")
     if kind not in KINDS:
         stated = "says no `kind`" if kind is None else f"is of kind {kind!r}"
         raise RecipeError(f"{path} {stated}; `mmkd rank` runs kind: {' or '.join(KINDS)}, `mmkd distill` recipes without one")
-    return validate(raw, str(path), MODELS[kind])
+    return validate(with_found_paths(raw, Path(path)), str(path), MODELS[kind])

@@ -23,7 +23,7 @@ from mmkd.base.jsonl import read_object
 from mmkd.base.schema import Strict
 from mmkd.errors import RecipeError
 from mmkd.evaluation.results import read_results
-from mmkd.recipes.reading import read_raw, validate
+from mmkd.recipes.reading import found_recipe, read_raw, validate, with_found_paths
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.control import role_of
 from mmkd.runs.run import distill, evaluate_all
@@ -116,14 +116,16 @@ class Run:
 
 def load_grid(path: str | Path, overrides: list[str]) -> tuple[Grid, list[Run]]:
     """The grid and its runs, all validated; seed by seed, so that a grid stopped early has whole seeds. Raises RecipeError."""
+    path = found_recipe(path)
     grid = validate(read_raw(path, overrides), str(path), Grid)
     recipes, problems = {}, []
     for data, entry in grid.data.items():
         for method, spec in grid.methods.items():
             where = f"{path}: {method} on {data}"
             try:
-                raw = _method_recipe(read_raw(Path(path).parent / entry.recipe, entry.overrides), spec, where)
-                recipes[data, method] = validate(raw, where, Recipe)
+                place = Path(path).parent / entry.recipe
+                raw = _method_recipe(read_raw(place, entry.overrides), spec, where)
+                recipes[data, method] = validate(with_found_paths(raw, place), where, Recipe)
             except RecipeError as error:
                 problems.append(str(error))
     if problems:
