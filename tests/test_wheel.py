@@ -54,7 +54,7 @@ print("towers", len(towers))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    build = pytest.importorskip("hatchling.build", reason="hatchling, which builds the wheel, is not installed: pip install hatchling")
+    build = pytest.importorskip("hatchling.build", reason="hatchling, which builds the wheel, is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     here = os.getcwd()
     os.chdir(ROOT)
