@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from html_page import Page
 from tiny import VISIONS, tiny_family, tiny_picture, tiny_samples, tiny_tower
 
 from mmkd.cli import main
@@ -115,6 +116,7 @@ def test_the_page_escapes_what_data_say_and_needs_nothing_else(models, tmp_path,
     assert main(["show", str(path), "--samples", "1", "--html", str(page)]) == 0
     assert sorted(tmp_path.rglob("*")) == sorted([*before, page]) and str(page) in capsys.readouterr().out
     text = page.read_text()
+    assert HOSTILE.partition(" \x1b")[0] in Page(text).words()
     assert "<script" not in text and "<img src=x" not in text and "<b>samples" not in text and "<i>row" not in text
     assert "\x1b" not in text and "&lt;script&gt;alert(1)" in text
     sources = re.findall(r'<img src="([^"]*)"', text)
@@ -145,3 +147,27 @@ def test_sizes_are_those_that_a_family_s_processor_makes(name, tmp_path):
         side = tower.processor.image_processor.patch_size * tower.processor.image_processor.merge_size
         assert sum(w * h for w, h in sizes) == tower.visual_count(encoded) * side**2
     assert "".join(piece.text for piece in pieces_of(tower, encoded) if piece.kind == "learnt").startswith(sample.answer)
+
+
+def test_a_pair_of_preferences_shows_both_answers(models, tmp_path):
+    tiny_picture(tmp_path / "data", "0.png", 0)
+    rows = [{"image": "0.png", "prompt": "what is it?", "chosen": "red round", "rejected": "blue square"}] * 4
+    (tmp_path / "data" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"format": "preference", "root": str(tmp_path / "data"), "files": {"annotations": "pairs.jsonl"}}
+    path = write_recipe(tmp_path, models, data=[entry], terms={"dpo": {"beta": 0.1, "weight": 1.0}})
+    (sample,) = entry_of(show(load_recipe(path, ["max_length=64"]), 1)).samples
+    texts = {view.role: "".join(p.text for p in view.pieces if p.kind == "learnt").strip() for view in sample.views}
+    assert texts["student"].startswith("red round") and texts["student, rejected answer"].startswith("blue square")
+
+
+def test_each_answer_of_a_conversation_is_marked(models, tmp_path):
+    said = [("human", "<image>\nwhat is it?"), ("gpt", "red"), ("human", "and its shape?"), ("gpt", "round")]
+    tiny_picture(tmp_path / "data", "0.png", 0)
+    row = {"id": "talk", "image": "0.png", "conversations": [{"from": who, "value": text} for who, text in said]}
+    (tmp_path / "data" / "talk.json").write_text(json.dumps([row] * 4))
+    entry = {"format": "llava", "root": str(tmp_path / "data"), "files": {"annotations": "talk.json"}}
+    path = write_recipe(tmp_path, models, data=[entry])
+    (sample,) = entry_of(show(load_recipe(path), 1)).samples
+    for view in sample.views:
+        learnt = [piece.text.replace("<|end|>", "").strip() for piece in view.pieces if piece.kind == "learnt"]
+        assert learnt == ["red", "round"]
