@@ -36,6 +36,13 @@ def test_there_are_grids_and_all_load():
         assert "mmkd distill" in path.read_text(encoding="utf-8"), f"{path} does not say how it is run"
 
 
+def test_grids_and_rankings_are_read_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, runs = load_grid("ablation", [])
+    assert {run.recipe.student.model for run in runs} == {str(ROOT / "models" / "sample-student")}
+    assert load_ranking_recipe("cprd_sample").kind == "ranking"
+
+
 def test_there_are_ranking_recipes_and_all_load():
     assert {load_ranking_recipe(path).kind for path in RANKING} == {"ranking", "matching"} and len(RANKING) >= 4
     for path in RANKING:
