@@ -81,6 +81,14 @@ def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
     return found
 
 
+def samples_by_entry(recipe: Recipe) -> dict[str, list[int | None]]:
+    """By stage how many samples each of its data entries has; None for one that reads what a write stage writes."""
+    return {
+        name: [None if is_unwritten(spec) else len(entry_samples(recipe, spec, bool(stage.one_answer))) for spec in stage.data]
+        for name, stage in recipe.stages.items()
+    }
+
+
 def _entry(recipe: Recipe, spec: DataSpec, one_answer: bool) -> tuple[Sequence[Sample], Tally]:
     """The samples of a data entry, and what was left out."""
     state = json.dumps(fingerprint(spec, recipe.data_root))
