@@ -24,6 +24,7 @@ from mmkd.errors import MmkdError, one_line, printable
 # Of each command its module and what it does. Modules to the right of this package are found by these names alone.
 COMMANDS = {
     "init": ("mmkd.cli.init", "Write a recipe for your own data, teacher and student."),
+    "show": ("mmkd.cli.show", "Show samples of a recipe as student and teachers read them, and what is learnt."),
     "distill": ("mmkd.cli.distill", "Run the stages of a recipe, then compare teacher, SFT control and student."),
     "write": ("mmkd.cli.write", "Let models write the data of a recipe's write stages, alone or with others."),
     "cache": ("mmkd.cli.cache", "Run the teacher of a recipe once and store what the terms compare with."),

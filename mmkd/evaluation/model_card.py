@@ -22,7 +22,8 @@ from mmkd.evaluation.roles import HARD_ANSWERS, STUDENT, TEACHER, in_words, is_c
 logger = logging.getLogger(__name__)
 
 CARD, TEMPLATE = "README.md", "model_card.md.j2"
-MARKER = "<!-- mmkd wrote this card from its run's records and writes it again; delete this line to keep changes of your own. -->"
+OURS = "<!-- mmkd wrote this card"  # how the line begins that tells a card of any version from a README of somebody else
+MARKER = f"{OURS} from its run's records and writes it again; delete this line to keep changes of your own. -->"
 LONGEST = 1000  # characters of a text that comes from the data, a recipe or a folder
 NOTHING_SHOWN = "no difference shown"
 _SPECIAL = re.compile(r"[\\`*_{}\[\]<>#!|~&$@\"]|:(?=/)|(?<=www)\.", re.I)
@@ -46,7 +47,7 @@ def write_model_card(run: Path | str) -> Path | None:
     if not target.parent.is_dir() or not (run / "summary.json").exists() or not (run / RECIPE).exists():
         return None
     before = _there(target)
-    if before is not None and MARKER not in before.splitlines():
+    if before is not None and not any(line.startswith(OURS) for line in before.splitlines()):
         logger.warning("%s is not of mmkd: it is kept, and no model card is written", target)
         return None
     text = model_card(run)

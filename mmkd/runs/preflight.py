@@ -76,7 +76,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
         wrong = _upcycle_errors(stage, student, sparse)
         sparse = sparse or stage.upcycle is not None
         wrong += [f"lora.{error}" for error in lora_errors(student, stage.lora)] if stage.lora else []
-        terms, needed = _terms_of(stage, teachers)
+        terms, needed = terms_of(stage, teachers)
         wrong += [f"terms.{error}" for error in term_errors(student, needed, terms, sparse=sparse)]
         wrong += [f"answers: {e}" for t in needed.values() if stage.generates and (e := stored_error(t))]
         wrong += [f"optimiser: {error}" for error in split_evenly(stage.optimiser, processes)]
@@ -84,7 +84,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
     return found
 
 
-def _terms_of(stage: StageSpec, teachers: Mapping[str, Teacher]) -> tuple[list[Term], dict[str, Teacher]]:
+def terms_of(stage: StageSpec, teachers: Mapping[str, Teacher]) -> tuple[list[Term], dict[str, Teacher]]:
     """The terms of a stage and the teachers that they read in each step."""
     terms = stage.build_terms()
     return terms, {name: teacher for name, teacher in teachers.items() if terms_of_teacher(terms, name, teachers)}
@@ -108,7 +108,7 @@ def _data_errors(
 ) -> list[str]:  # fmt: skip
     """surveys: gets what is found in the stage's data.  known: what was found in each data entry, in any stage."""
     stage = recipe.stages[name]
-    terms, needed = _terms_of(stage, teachers)
+    terms, needed = terms_of(stage, teachers)
     try:
         streamed = stage_stream(stage, recipe.seed, recipe.data_root) is not None
         parts = stage_parts(recipe, stage)

@@ -176,7 +176,7 @@ def _look_for_pictures(found: Survey, samples: Sequence[Sample]) -> None:
 
 def _prepare(found: Survey, dataset: PairDataset, places: Sequence[int], seconds: float) -> None:
     """places: of the data set's samples in the entry."""
-    towers = {"student": dataset.student, **{n: t.body for n, t in dataset.teachers.items() if not t.stored}}
+    towers = readers(dataset)
     found.lengths = {role: Lengths(tower.max_length) for role, tower in towers.items()}
     started = time.monotonic()
     for number, place in enumerate(places):
@@ -187,19 +187,25 @@ def _prepare(found: Survey, dataset: PairDataset, places: Sequence[int], seconds
         if isinstance(pair, Skip):
             found.skips.append(replace(pair, index=place))
         for role, tower in towers.items():
-            encoded = _whole(tower, dataset.samples[number], _of(pair, role))
+            encoded = whole(tower, dataset.samples[number], of_role(pair, role))
             if encoded is not None:
                 found.lengths[role].add(tower, encoded)
                 found.misread = found.misread or tower.preparer.misread(dataset.samples[number], encoded) or ""
 
 
-def _of(pair: Pair | Skip, role: str) -> Encoded | None:
+def readers(dataset: PairDataset) -> dict[str, Tower]:
+    """The towers that read the samples of a data set: the student, and the teachers that are not stored."""
+    return {"student": dataset.student, **{n: t.body for n, t in dataset.teachers.items() if not t.stored}}
+
+
+def of_role(pair: Pair | Skip, role: str) -> Encoded | None:
+    """A sample as the student or a teacher reads it; None where it is left out."""
     if isinstance(pair, Skip):
         return None
     return pair.student if role == "student" else pair.teachers[role].inputs
 
 
-def _whole(tower: Tower, sample: Sample, encoded: Encoded | None) -> Encoded | None:
+def whole(tower: Tower, sample: Sample, encoded: Encoded | None) -> Encoded | None:
     """A sample as long as it is; None where it cannot be prepared."""
     if encoded is not None and not encoded.truncated:
         return encoded
