@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mmkd.data.entries import read_samples
+from mmkd.data.entries import read_samples, stream_of
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
 from mmkd.data.lazy import Lazy, is_lazy, joined
 from mmkd.data.other_answers import STAND_IN
@@ -79,6 +79,19 @@ def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
                 counts = found.setdefault(name, {})
                 counts[reason] = counts.get(reason, 0) + len(places)
     return found
+
+
+def samples_by_entry(recipe: Recipe) -> dict[str, list[int | None]]:
+    """By stage how many samples each of its data entries has; None where nobody knows: of a stream, of rows not written yet."""
+    return {
+        name: [_count(recipe, spec, bool(stage.one_answer)) for spec in stage.data] for name, stage in recipe.stages.items()
+    }
+
+
+def _count(recipe: Recipe, spec: DataSpec, one_answer: bool) -> int | None:
+    if is_unwritten(spec) or stream_of(spec, recipe.seed, recipe.data_root) is not None:
+        return None
+    return len(entry_samples(recipe, spec, one_answer))
 
 
 def _entry(recipe: Recipe, spec: DataSpec, one_answer: bool) -> tuple[Sequence[Sample], Tally]:

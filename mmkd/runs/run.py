@@ -18,6 +18,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate, refuse_unscored
 from mmkd.evaluation.benchmarks import load_benchmark
 from mmkd.evaluation.items import refuse_missing_pictures
+from mmkd.evaluation.model_card import write_model_card
 from mmkd.evaluation.report import build_report
 from mmkd.evaluation.roles import HARD_ANSWERS, in_words, is_control, ordered
 from mmkd.evaluation.statistics import compare_runs
@@ -30,6 +31,7 @@ from mmkd.runs.evaluate import add_importance
 from mmkd.runs.kept import keeps, with_kept_teacher
 from mmkd.runs.plateau import plateau_facts
 from mmkd.runs.preflight import preflight
+from mmkd.runs.records import records
 from mmkd.runs.stages import train
 from mmkd.runs.survey import AT_START
 from mmkd.runs.teacher_answers import with_teacher_answers
@@ -83,6 +85,7 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         summary = summarise(recipe, run, results, time.monotonic() - started)
         if results:
             summary["report"] = str(build_report(run))
+            write_model_card(run)
         return summary
 
 
@@ -151,8 +154,10 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
         entry["parameters"] = {role: by_role[role]["parameters"]["total"] for role in roles}
         entry["parameters_active"] = {role: by_role[role]["parameters"]["active"] for role in roles}
         benchmarks[name] = entry
-    previous = _seconds(run / "summary.json")
-    summary = {"title": recipe.title, "seed": recipe.seed, "seconds": round(max(seconds, previous), 1), "benchmarks": benchmarks}
+    before = _before(run / "summary.json")
+    seconds = round(max(seconds, _seconds(before)), 1)
+    summary = {"title": recipe.title, "seed": recipe.seed, "seconds": seconds, "benchmarks": benchmarks}
+    summary |= records(recipe, benchmarks, before)
     if ended := plateau_facts(run, "student"):
         summary["plateau"] = ended
     if experts := _read(run / "experts.json"):
@@ -192,13 +197,18 @@ def _lead(difference: dict[str, Any]) -> dict[str, Any]:
     return lead
 
 
-def _seconds(path: Path) -> float:
-    """How long a run took when it was summarised before; a summary that was damaged is written anew."""
+def _before(path: Path) -> dict[str, Any]:
+    """What a run was summarised as before; a summary that was damaged is written anew."""
     try:
-        seconds = _read(path).get("seconds", 0.0)
+        return _read(path)
     except DataError as error:
         logger.warning("%s", error)
-        return 0.0
+        return {}
+
+
+def _seconds(before: dict[str, Any]) -> float:
+    """How long the run took when it was summarised before."""
+    seconds = before.get("seconds", 0.0)
     return seconds if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0
 
 

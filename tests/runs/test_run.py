@@ -14,7 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_tower
+from transformers import AutoModelForImageTextToText
 
+from mmkd.base.checksums import check_whole
+from mmkd.cli import main
 from mmkd.sample.sample_set import write_sample_set
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -97,6 +100,23 @@ def test_a_run_ends_in_a_comparison(undisturbed):
     rows = [json.loads(line) for line in (output / "log" / "student.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(s, n) for s in ("first", "second") for n in (2, 4, 6)]
     assert {"cross_entropy", "relation", "features"} <= rows[0].keys() and {"kl", "vsd"} <= rows[-1].keys()
+
+
+def test_the_student_has_a_model_card_that_report_writes_again(recipe, undisturbed):
+    output, _ = undisturbed
+    path, summary = output / "student" / "README.md", json.loads((output / "summary.json").read_text())
+    card = path.read_text(encoding="utf-8")
+    for entry in summary["benchmarks"].values():
+        assert f"| student | {100 * entry['student']:.1f} % |" in card
+    assert f"| ended | {summary['ended']} |" in card and str(recipe.parent) not in card and "base_model" not in card
+    counts = summary["samples"]
+    assert {stage: len(found) for stage, found in counts.items()} == {"first": 1, "second": 2} and "hub" not in summary
+    for name, count in zip(("captions", "scienceqa", "textvqa"), counts["first"] + counts["second"], strict=True):
+        assert count > 0 and f"| sample\\_{name} | {count} | split train, labels |" in card
+    path.unlink()
+    assert main(["report", str(output)]) == 0 and path.read_text(encoding="utf-8") == card
+    AutoModelForImageTextToText.from_pretrained(path.parent)
+    check_whole(path.parent, "")
 
 
 def test_the_first_line_says_that_a_random_teacher_gave_no_lead(undisturbed):
