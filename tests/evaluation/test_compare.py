@@ -54,9 +54,9 @@ def test_models_with_a_teacher(answered, tmp_path: Path, capsys) -> None:
     assert "The highest score beside the teacher's: small on 1 of 1." in words
     assert "Two <b> runs" in words and "Head to head" in words
     radios = {attrs["id"] for tag, attrs in page.tags if tag == "input"}
-    assert {"m-m1-right", "m-m1-wrong", "m-m2-right", "m-m2-wrong", "m-teacher-all"} <= radios
+    assert {"m-m0-right", "m-m0-wrong", "m-m1-right", "m-m1-wrong", "m-teacher-all"} <= radios
     marks = [attrs["class"].split() for tag, attrs in page.tags if tag == "article"]
-    assert sum("m2-wrong" in classes for classes in marks) > 0
+    assert sum("m1-wrong" in classes for classes in marks) > 0
 
 
 def test_runs_share_their_teacher(answered, tmp_path: Path) -> None:

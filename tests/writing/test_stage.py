@@ -206,7 +206,10 @@ def test_two_processes_share_the_work(tmp_path):
     log = tmp_path / "asked"
 
     def work():
-        write(stage_of(samples_of(24), [TableAuthor(number, log=log, wait=0.01)], batch_size=2), tmp_path / "shared")
+        (tmp_path / f"here-{os.getpid()}").touch()
+        while len(list(tmp_path.glob("here-*"))) < 2:  # neither begins before the other is there
+            time.sleep(0.002)
+        write(stage_of(samples_of(24), [TableAuthor(number, log=log, wait=0.05)], batch_size=2), tmp_path / "shared")
 
     processes = [child(work) for _ in range(2)]
     assert [ended(pid) for pid in processes] == [0, 0]
