@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import NoReturn
 
+from mmkd.base.bars import BesideBars, Printable, quiet_libraries
 from mmkd.base.distributed import end_process, lost_connection, world_size
 from mmkd.base.peers import watching_peers
 from mmkd.base.stopping import CODE, Terminated, listening
@@ -42,6 +43,7 @@ COMMANDS = {
 }
 
 SHARED = {"distill", "cache", "rank", "evaluate"}  # what several processes of a launcher do together
+TIMED = {*SHARED, "write"}  # whose lines of the log begin with day and time
 
 # What the file system refuses, and the way out. Any other OSError is a bug and keeps its traceback.
 _ROOM = "make room or take another output folder; the same command then goes on"
@@ -58,8 +60,10 @@ REFUSED = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a user's mistake is one message on stderr and exit code 2 (3: a value is not finite)."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(message)s"))
+    quiet_libraries()
+    handler = BesideBars()
+    times = arguments.command.prog.split()[-1] in TIMED
+    handler.setFormatter(Printable("%(asctime)s %(message)s" if times else "%(message)s", "%m-%d %H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
     # bitsandbytes warns at import about a kernel that only 4-bit models on a CPU would use.
@@ -89,13 +93,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(printable(f"mmkd: {message}"), file=sys.stderr)
         return code
-
-
-class _Printable(logging.Formatter):
-    """Names in data must not write to the terminal what they like."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
 
 def run() -> NoReturn:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmkd.base.bars import bar
 from mmkd.base.jsonl import lines_of
 from mmkd.data.prompts import letter_of
 from mmkd.data.samples import Question, Sample
@@ -230,12 +231,9 @@ def _open_batches(items: Sequence[Item], answers: Mapping[str, dict], batch_size
 def _answer_all(
     ask: _Ask, name: str, todo: Sequence[list[Item]], store: Store, cache_bytes: int, progress: bool
 ) -> None:
-    from tqdm import tqdm
-
     open_questions = Counter(item.image_keys for batch in todo for item in batch)
     cache = VisionCache(cache_bytes)
-    bar = tqdm(total=sum(map(len, todo)), desc=name, unit="question", disable=not progress)
-    with bar:
+    with bar(sum(map(len, todo)), name, "question", shown=progress) as told:
         for batch in todo:
             start = time.perf_counter()
             answers = _answer_batch(ask, batch, cache)
@@ -243,7 +241,7 @@ def _answer_all(
             open_questions.subtract(item.image_keys for item in batch)
             for key in [key for key in cache if open_questions[key] <= 0]:
                 del cache[key]
-            bar.update(len(batch))
+            told.update(len(batch))
 
 
 def _answer_batch(ask: _Ask, batch: list[Item], cache: VisionCache) -> dict[str, dict]:

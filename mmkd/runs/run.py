@@ -37,6 +37,7 @@ from mmkd.runs.survey import AT_START
 from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.runs.validation import validation_benchmarks
+from mmkd.runs.work import Work
 from mmkd.runs.writes import with_written
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
@@ -75,9 +76,10 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         if keeps(recipe):
             recipe = with_kept_teacher(recipe, live)
             teachers = load_teachers(recipe)
+        work = Work(recipe, student, teachers)
         if recipe.controls and (teachers or recipe.writes):
-            towers |= train_controls(recipe, lambda: build_student(recipe, live, texts), teachers, run, live)
-        towers["student"] = train(recipe, "student", student, teachers, run)
+            towers |= train_controls(recipe, lambda: build_student(recipe, live, texts), teachers, run, live, work)
+        towers["student"] = train(recipe, "student", student, teachers, run, work)
         if not is_main_process():
             return {}
         asked = {role: tower for role, tower in towers.items() if scored is None or role in scored}
@@ -114,7 +116,7 @@ def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[st
     for name in spec.benchmarks:
         benchmark = load_benchmark(name)
         for role in ordered(towers):
-            logger.info("evaluating the %s on %s", role, name)
+            logger.info("evaluating the %s on %s", in_words(role), name)
             options = {"data_root": recipe.data_root, "batch_size": spec.batch_size, "limit": spec.limit, "model_name": role}
             out = run / "evaluation" / role / benchmark.name
             results.setdefault(benchmark.name, {})[role] = evaluate(towers[role], benchmark, out, **options)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from mmkd.base.bars import bar
 from mmkd.base.distributed import alone_in
 from mmkd.base.jsonl import JsonLines
 from mmkd.data.samples import Sample
@@ -70,10 +70,12 @@ def _write(
     opened = {who: make() for who, make in towers.items()}
     words = _words(opened["student"], samples) if "probabilities" in needs else None
     logger.info("stage %s: %s of %d samples, for its sampler", name, ", ".join(needs), len(todo))
-    for start in tqdm(range(0, len(todo), 64), desc="scores"):
-        batch = todo[start : start + 64]
-        columns = {need: _values(need, opened, batch, words) for need in needs}
-        file.append({"id": one.id, **{need: column[n] for need, column in columns.items()}} for n, one in enumerate(batch))
+    with bar(len(todo), "scores", "sample") as told:
+        for start in range(0, len(todo), 64):
+            batch = todo[start : start + 64]
+            columns = {need: _values(need, opened, batch, words) for need in needs}
+            file.append({"id": one.id, **{need: column[n] for need, column in columns.items()}} for n, one in enumerate(batch))
+            told.update(len(batch))
 
 
 def _values(need: str, towers: Mapping[str, Tower], batch: Sequence[Sample], words: torch.Tensor | None) -> list[Any]:

@@ -209,6 +209,23 @@ def own_answer_errors(terms: Sequence[Term], answers: Mapping[str, Any]) -> list
     return wrong
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+class ReportSpec(Strict):
+    """Where a training is shown while it runs."""
+
+    # Dashboards: tensorboard (files in OUTPUT/tensorboard), wandb, trackio; the package must be installed.
+    report_to: list[Literal[TRACKERS]] = Field([], exclude_if=is_default([]))  # type: ignore[valid-type]
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def one_or_several(cls, given: Any) -> Any:
+        """`report_to: tensorboard` means [tensorboard], and `none` none."""
+        given = [given] if isinstance(given, str) else given
+        return [] if given in (None, ["none"]) else given
+
+
 class GuardSpec(Strict):
     """Checks before step 1; each can be switched off by name, with the reason in the recipe's comment."""
 

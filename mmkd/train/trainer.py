@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from mmkd.answers import AnswerSource
@@ -83,13 +83,15 @@ class DistillTrainer(Trainer):
         self._experts = ExpertUse()
         where = where or Where(Path(arguments.output_dir), "student", arguments.run_name)
         self.finite, self.stop = FiniteWatch(where, self._whole), StopWhenAsked()
+        self.term_log = TermLog(log, arguments.run_name)
         super().__init__(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[TermLog(log, arguments.run_name), TermStates(self), MixtureSteps(self), self.stop],
+            callbacks=[self.term_log, TermStates(self), MixtureSteps(self), self.stop],
         )
+        self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
         half = half_of(stage.precision)
@@ -246,8 +248,12 @@ class DistillTrainer(Trainer):
                 logs[name] = total / max(1.0, count)
             self._sums.clear()
             if (use := self._experts.take(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))) is not None:
-                logs[LOGGED] = use
+                self.term_log.beside[LOGGED] = use
         super().log(logs, start_time)
+
+    def tell(self, scores: dict[str, float]) -> None:
+        """Shows scores of the model that is being trained on the dashboards. The process that scored calls it."""
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, scores)
 
     # ---- order ----
 
@@ -349,7 +355,7 @@ def optimiser_of(distiller: Distiller, spec: OptimiserSpec) -> torch.optim.Optim
 
 
 def training_arguments(
-    stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0
+    stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0, report_to: Sequence[str] = ()
 ) -> TrainingArguments:
     """A stage in transformers' terms."""
     spec = stage.optimiser
@@ -376,10 +382,10 @@ def training_arguments(
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
-        report_to=[],
+        report_to=list(report_to),
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        disable_tqdm=False,
+        disable_tqdm=True,  # `TrainingLines` and its bar
         logging_nan_inf_filter=False,  # it would wait for every step's loss
     )
 
@@ -401,6 +407,7 @@ class TermLog(TrainerCallback):
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
+        self.beside: dict[str, Any] = {}  # what the next row has beside numbers; dashboards do not take it
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -411,7 +418,8 @@ class TermLog(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            row = {"stage": self.stage, "step": state.global_step, **{k: v if k == LOGGED else float(v) for k, v in logs.items()}}
+            row = {"stage": self.stage, "step": state.global_step, **{k: float(v) for k, v in logs.items()}, **self.beside}
+            self.beside.clear()
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
