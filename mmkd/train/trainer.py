@@ -252,8 +252,12 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def tell(self, scores: dict[str, float]) -> None:
-        """Shows scores of the model that is being trained on the dashboards. The process that scored calls it."""
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, scores)
+        """Shows scores of the model that is being trained on the dashboards. The process that scored calls it.
+
+        Not by the handler, which would take this for the row of the log that is due at the end of the step.
+        """
+        for callback in self.callback_handler.callbacks:
+            callback.on_log(self.args, self.state, self.control, model=self.model, logs=dict(scores))
 
     # ---- order ----
 
