@@ -67,4 +67,5 @@ def refusals(names: Sequence[str]) -> Iterator[None]:
         name = type(error).__module__.partition(".")[0]
         if name not in names or name not in TRACKERS:
             raise
-        raise DataError(f"report_to: {name} says: {one_line(error)}; {WAY_OUT[name]}") from error
+        said = one_line(error).rstrip(".")
+        raise DataError(f"report_to: {name} says: {said}; {WAY_OUT[name]}") from error

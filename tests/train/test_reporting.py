@@ -110,7 +110,7 @@ def test_what_a_dashboard_refuses_is_one_line():
 
     with pytest.raises(DataError, match=r"^report_to: wandb says: no API key; log in \(`wandb login`\), set WANDB_MODE=offline"):  # noqa: SIM117
         with refusals(["wandb"]):
-            raise UsageError("no\nAPI key")
+            raise UsageError("no\nAPI key.")
     with pytest.raises(UsageError), refusals(["tensorboard"]):  # not asked for, so it is no mistake of the user's
         raise UsageError("other")
 
