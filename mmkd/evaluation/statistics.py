@@ -35,8 +35,8 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
     Questions that any model skipped are left out for all, and counted.  Returns
         n, n_skipped                       questions compared and left out
         models      {name: {"score", "ci95"}}, and "remarks" where answers are degenerate (see `mmkd.evaluation.remarks`)
-        differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   students first,
-                                           controls and then teachers last; the last two count questions that one has fully right and the
+        differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   students first, controls
+                                           and teachers last; the last two count questions that one has fully right and the
                                            other has not; "nll" where probabilities are known (see
                                            `mmkd.evaluation.calibration.nll_difference`)
         fidelity    {name: agreement}      with the teacher, where there is one

@@ -78,7 +78,8 @@ def test_runs_share_their_teacher(answered, tmp_path: Path) -> None:
 
 def test_differences_have_one_sign_however_models_are_named(answered, tmp_path: Path, capsys) -> None:
     """The student's right answers count for it in a run's own comparison, among several runs, and among folders."""
-    wrong = {"teacher": [], "control": [f"red-{i}" for i in range(1, 7)], "hard_answers": ["red-1", "red-2"], "student": ["red-1"]}
+    six = [f"red-{i}" for i in range(1, 7)]
+    wrong = {"teacher": [], "control": six, "hard_answers": six[:2], "student": six[:1]}
     for number in (0, 1):
         for role, names in wrong.items():
             answered(f"run{number}/evaluation/{role}", names, "big" if role == "teacher" else "")

@@ -108,7 +108,8 @@ def test_a_loss_is_drawn_over_one_of_the_same_terms_alone(tmp_path: Path) -> Non
         "cross_entropy": ["student", "control", "control_equal_compute"], "kl": ["student"],
         "score tiny": ["student", "control_equal_compute"],
     }  # fmt: skip
-    assert [chart["name"] for chart in charts({role: path for role, path in paths.items() if role != "student"})][0] == "loss"
+    del paths["student"]
+    assert charts(paths)[0]["name"] == "loss"
 
 
 def test_predictions_are_escaped_and_nothing_is_fetched(run: Path) -> None:

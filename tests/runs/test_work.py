@@ -42,7 +42,7 @@ def test_a_teacher_costs_its_pass_against_the_students_three():
 
 def test_what_is_behind_a_stage():
     run = work(["equal_steps", "equal_compute"])
-    # Samples: 400 and 200. A control's takes 1 s, so the student's 2 s; the control of equal compute takes as long as the student.
+    # Samples: 400 and 200. A control's takes 1 s, so the student's 2 s; the control of equal compute takes as long as it.
     assert run.behind("control equal_steps", "one")(1.0) == 200 + 2 * (2 * 600)
     assert run.behind("control equal_compute", "two")(1.0) == 2 * 600
     assert run.behind("student", "one")(3.0) == 200 * 3

@@ -18,7 +18,6 @@ from mmkd.sample.sample_set import write_sample_set
 from mmkd.train import reporting
 from mmkd.train.reporting import refusals, report, tracker_errors
 
-
 VISION = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
     "image_size": 64, "patch_size": 16,

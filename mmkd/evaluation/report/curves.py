@@ -93,7 +93,8 @@ def charts(paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     charts = []
     for name in order:
         series = {role: terms[name] for role, (terms, _, _) in logs.items() if len(terms.get(name, [])) > 1}
-        for alike in _of_same_terms(series, {role: terms for role, (terms, _, _) in logs.items()}) if name == "loss" else [series]:
+        terms_of = {role: terms for role, (terms, _, _) in logs.items()}
+        for alike in _of_same_terms(series, terms_of) if name == "loss" else [series]:
             if alike:
                 stages = next(stages for role, (_, stages, _) in logs.items() if role in alike)
                 named = name if len(alike) == len(series) else f"{name} of {', '.join(map(in_words, alike))}"
