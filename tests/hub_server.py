@@ -1,4 +1,4 @@
-"""A server on loopback that takes models as the Hugging Face hub does, by the calls that its client makes, and that can misbehave.
+"""A server on loopback that takes models as the Hugging Face hub does, by the calls of its client, and that can misbehave.
 
 Its answers follow the client's own code (huggingface_hub): names of repositories, files as base64 in a commit, large files by the
 batch call of Git LFS. It is no hub: nothing can be downloaded.
@@ -94,8 +94,8 @@ class Hub:
             return self._create(json.loads(body))
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/preupload/main(\?.*)?", path):
             modes = [
-                {"path": one["path"], "shouldIgnore": False, "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
-                 "oid": self._oid(found[1], one["path"])}
+                {"path": one["path"], "shouldIgnore": False, "oid": self._oid(found[1], one["path"]),
+                 "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular"}
                 for one in json.loads(body)["files"]
             ]  # fmt: skip
             return 200, {"files": modes}

@@ -116,7 +116,8 @@ def hub_errors(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise DataError(_refusal(repo, error)) from error
     except Exception as error:  # of the network: which ones depends on the version of the hub's client
-        if not isinstance(error, OSError | RuntimeError) and type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
+        of_network = type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
+        if not (of_network or isinstance(error, OSError | RuntimeError)):
             raise
         raise DataError(
             f"the connection to the hub broke ({type(error).__name__}: {one_line(error, 120)}); the same command sends what is "

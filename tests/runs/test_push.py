@@ -1,4 +1,4 @@
-"""`mmkd push` against a stand-in of the hub: what is sent, what is refused, and what is said when the hub or the way to it fails."""
+"""`mmkd push` against a stand-in of the hub: what is sent and refused, and what is said when the hub or the way to it fails."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_damaged_student_is_not_sent(hub, tmp_path):
     ("fault", "words"),
     [
         ({"token": "hf_other"}, "the hub refuses (401): the hub does not know the token; log in with `hf auth login`"),
-        ({"readers": ("hf_right",), "token": "hf_other"}, "(403): the token may not write to me/valves; take one with write access"),
+        ({"readers": ("hf_right",), "token": "hf_other"}, "(403): the token may not write to me/valves; take one with write"),
         ({"status": {"/preupload/": 404}}, "(404): the hub has no place me/valves"),
         ({"status": {"/commit/": 507}}, "(507): "),
         ({"cut": "/preupload/"}, "the connection to the hub broke ("),
