@@ -101,7 +101,8 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise DataError(f"{repo!r} is no name of a repository ({one_line(error, 160)}); give NAME or ORGANISATION/NAME") from error
+        said = one_line(error, 160)
+        raise DataError(f"{repo!r} is no name of a repository ({said}); give NAME or ORGANISATION/NAME") from error
 
 
 @contextmanager
