@@ -39,7 +39,7 @@ from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
 from mmkd.train.finite import FiniteWatch, Where
-from mmkd.train.measured import MixtureSteps
+from mmkd.train.measured import MemorySteps, MixtureSteps
 from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
@@ -71,7 +71,7 @@ class DistillTrainer(Trainer):
         where: of which run and role, for what is kept of a step that is not finite.
         """
         self.stage, self.sizes = stage, sizes
-        self._answers = answers or DataAnswers()
+        self.answers = answers or DataAnswers()
         self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
         self._following: dict[int, Batch] = {}  # by the id of the batch before it
         self._sums: dict[str, Tensor] = {}
@@ -88,7 +88,7 @@ class DistillTrainer(Trainer):
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[TermLog(log, arguments.run_name), TermStates(self), MixtureSteps(self), self.stop],
+            callbacks=[TermLog(log, arguments.run_name), TermStates(self), MixtureSteps(self), MemorySteps(self), self.stop],
         )
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -109,9 +109,9 @@ class DistillTrainer(Trainer):
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
             step = self.state.global_step
-            self._answers.begin(step, progress_at(step, self.state.max_steps))
-            samples = self._answers.take(epoch_iterator, num_batches)
-            for name, seen in self._answers.observed().items():
+            self.answers.begin(step, progress_at(step, self.state.max_steps))
+            samples = self.answers.take(epoch_iterator, num_batches)
+            for name, seen in self.answers.observed().items():
                 self._add(name, torch.tensor(seen, device=device))
             self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
@@ -297,6 +297,7 @@ class DistillTrainer(Trainer):
             teacher.save_state(folder)
         if self.mixture is not None:
             self.mixture.save(folder)
+        self.answers.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resumed_from = Path(resume_from_checkpoint)
@@ -306,6 +307,7 @@ class DistillTrainer(Trainer):
         load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
         for teacher in self.teachers:
             teacher.load_state(Path(resume_from_checkpoint))
+        self.answers.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.finite.look()
