@@ -22,6 +22,7 @@ from mmkd.registry import registry
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Schedule
 from mmkd.towers.inputs import Encoded
+from mmkd.towers.samples import Sample
 from mmkd.towers.tower import Tower
 
 Log = dict[str, tuple[float, float]]  # what goes into the log: name -> (sum, count)
@@ -32,13 +33,14 @@ FILE = "answers.json"  # of a checkpoint: what sources carry from step to step
 class Asked:
     """A prompt that is to be answered: as the student prepares it, what names its pictures, and a seed of its own.
 
-    theirs: as each teacher prepares it.
+    theirs: as each teacher prepares it.  sample: what it is the prompt of.
     """
 
     prompt: Encoded
     pictures: tuple[str, ...]
     seed: int
     theirs: Mapping[str, Encoded] = field(default_factory=dict)
+    sample: Sample | None = None
 
 
 class Memory(ABC):
@@ -125,6 +127,7 @@ class GeneratedAnswers(Strict):
     own_share: ClassVar[bool] = False  # whether it finds its share itself, by a memory, and a recipe gives none
 
     samples: Annotated[int, Field(ge=1, le=1024)] = 1  # answers to each prompt
+    beside: bool = False  # the sample stays in the step with its answer of the data, too
 
     def memory(self, size: int, seed: int) -> Memory | None:
         """What it carries from step to step of a stage with `size` samples; None for nothing. Raises DataError."""
@@ -221,6 +224,11 @@ def _finds_share(name: str) -> bool:
 def _share(name: str, given: Any) -> Schedule | None:
     """As `share_of`; all that it may be of a source that finds its share itself."""
     return Schedule(0.0, 1.0) if _finds_share(name) else share_of(given)
+
+
+def replaced(answers: Mapping[str, Any]) -> list[Schedule]:
+    """The shares of a step's samples whose answers of the data are not learned from."""
+    return [share for share, source in generating(answers).values() if not source.beside]
 
 
 def _option_error(name: str, given: Any) -> str:

@@ -61,10 +61,11 @@ class MixedAnswers(AnswerSource):
         for name, (_, source) in self.sources.items():
             mine = {n: own[1] for n, own in enumerate(dealt) if own is not None and own[0] == name}
             again = {n: new for n, place in mine.items() if (new := self._recalled(name, place, pairs[n])) is not None}
-            found |= {n: [new] for n, new in again.items()}
+            stays = {n: [pairs[n]] if source.beside else [] for n in mine}
+            found |= {n: [*stays[n], new] for n, new in again.items()}
             places = [n for n in mine if n not in again]
-            for place, new in zip(places, self._generated(name, source, [pairs[n] for n in places]), strict=True):
-                found[place] = new
+            for n, new in zip(places, self._generated(name, source, [pairs[n] for n in places]), strict=True):
+                found[n] = [*stays[n], *new]
             if name in self.memories:
                 self._count(f"{name}_recalled", len(again), sum(not self.stage.is_skip(pair) for pair in pairs))
         self._count("generated_share", len(found), sum(not self.stage.is_skip(pair) for pair in pairs))

@@ -54,7 +54,7 @@ class Rollouts:
 
     def asked(self, pair: Pair, seed: int) -> Asked:
         theirs = {name: pair.prompts[name] for name in self.dataset.teachers}
-        return Asked(pair.prompts["student"], tuple(ref.key for ref in pair.sample.images), seed, theirs)
+        return Asked(pair.prompts["student"], tuple(ref.key for ref in pair.sample.images), seed, theirs, pair.sample)
 
     def answered(self, pair: Pair, ids: Sequence[int], draw: int) -> Pair | Skip:
         return self.dataset.answered(pair, ids, draw)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from mmkd.answers import generating, share_errors
+from mmkd.answers import generating, replaced, share_errors
 from mmkd.base.schema import Strict, is_default, is_number, one_of
 from mmkd.data.samplers.spec import SamplerSpec
 from mmkd.data.spec import DataSpec
@@ -192,7 +192,7 @@ class StageSpec(LoopSpec):
 
 def own_answer_errors(terms: Sequence[Term], answers: Mapping[str, Any]) -> list[str]:
     """Why terms cannot be in a stage some of whose answers are generated."""
-    shares, wrong = [share for share, _ in generating(answers).values()], []
+    shares, wrong = replaced(answers), []
     of_data = 1 - min(sum(share.at(place) for share in shares) for place in (0.0, 1.0))
     for term in terms:
         if term.needs_pairs:

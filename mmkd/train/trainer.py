@@ -77,7 +77,7 @@ class DistillTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self.mixture: MovingMixture | None = None
         self._resumed_from: Path | None = None
-        self._stateful = {t.name: t for t in distiller.terms if t.has_state}
+        self._stateful = {t.followed: t for t in distiller.terms if t.has_state}
         self._asks_step = any(t.has_step_sums for t in distiller.terms)
         self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
         self._experts = ExpertUse()
@@ -232,10 +232,11 @@ class DistillTrainer(Trainer):
     def update_terms(self) -> None:
         """Tells each term with a state its mean over the optimiser step that has just ended, the same on all ranks."""
         extras = self.accelerator.unwrap_model(self.model_wrapped).extras
-        for name, term in self._stateful.items():
-            if name in self._step:
-                total, count = self.accelerator.reduce(self._step[name], reduction="sum").tolist()
-                term.update(extras[name], total / max(1.0, count), self.state.global_step / max(1, self.state.max_steps))
+        for followed, term in self._stateful.items():
+            if followed in self._step:
+                total, count = self.accelerator.reduce(self._step[followed], reduction="sum").tolist()
+                if count:
+                    term.update(extras[term.name], total / count, self.state.global_step / max(1, self.state.max_steps))
         self._step.clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
