@@ -197,10 +197,12 @@ def share_errors(given: Mapping[str, Any]) -> list[str]:
     """What is wrong with a stage's `answers`."""
     known = registry("answers")
     wrong = [f"there is no answer source {name!r}; {did_you_mean(name, known)}" for name in given if name not in known]
-    wrong += [f"{name} finds its share itself; take `share` out" for name, value in given.items()
-              if not wrong and _finds_share(name) and (share_of(value) is not None or not isinstance(value, Mapping))]  # fmt: skip
     if wrong:
         return wrong
+    own = {name: value for name, value in given.items() if _finds_share(name)}
+    given_too = [name for name, value in own.items() if share_of(value) is not None or not isinstance(value, Mapping)]
+    if given_too:
+        return [f"{name} finds its share itself; take `share` out" for name in given_too]
     shares = {name: _share(name, value) for name, value in given.items()}
     wrong = [f"{name} needs a share: a number from 0 to 1, or {{start, end, over}}" for name, s in shares.items() if s is None]
     wrong += [error for name in given if (error := _option_error(name, given[name]))]

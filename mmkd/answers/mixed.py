@@ -34,7 +34,7 @@ class MixedAnswers(AnswerSource):
         found = {name: source.memory(stage.size, stage.seed) for name, (_, source) in sources.items()}
         self.memories = {name: memory for name, memory in found.items() if memory is not None}
         self._held_out = frozenset().union(*(memory.held_out for memory in self.memories.values()))
-        self._new: list[tuple[int, str, int, list[int]]] = []  # of this step: its draw, the source, the sample's place, the answer
+        self._new: list[tuple[int, str, int, list[int]]] = []  # of this step: draw, source, the sample's place, answer
 
     def begin(self, step: int, progress: float) -> None:
         self.step, self.progress = step, progress

@@ -14,7 +14,8 @@ NEAR = 1e-5  # added to a gap that is divided by
 class AdaptiveSkewKL:
     """Skew KL of each row, `Σ_v p_v log(p_v / m_v)` with `m = lam p + (1 - lam) q`, lam of the row's own.
 
-    student, teacher: logits `[R, V]`; lam `[R]` in (0, 1); returns `[R]`. At lam 0 it would be `forward_kl`. The gradient goes through the mixture, as in `SkewKL`.
+    student, teacher: logits `[R, V]`; lam `[R]` in (0, 1); returns `[R]`. At lam 0 it would be `forward_kl`. The gradient goes
+    through the mixture, as in `SkewKL`.
     Source: DistiLLM-2 (arXiv 2503.07067) and its released code, read: the term on the teacher's answers.
     """
 
@@ -36,7 +37,7 @@ class AdaptiveSkewKL:
 
 @dataclass(frozen=True)
 class AdaptiveSkewReverseKL:
-    """Skew reverse KL of each row, `Σ_v q_v log(q_v / m_v)` with `m = (1 - lam) p + lam q`, m without gradient, lam of the row's own.
+    """Skew reverse KL of each row, `Σ_v q_v log(q_v / m_v)` with `m = (1 - lam) p + lam q` of no gradient, lam of the row's own.
 
     Shapes and source as in `AdaptiveSkewKL`: the term on the student's answers. Gradient `q (log(q/m) - Σ q log(q/m))`.
     """

@@ -27,8 +27,8 @@ class AdaptiveSkew(RowTerm):
     """
 
     status: ClassVar[str] = (
-        "confirmed; our choice: a mean over tokens, where the released code takes one over answers of means over their tokens; the "
-        "anchor of the first anchor_steps steps (there: of the first log)"
+        "confirmed; our choice: a mean over tokens, where the released code takes one over answers of means over their tokens; "
+        "the anchor of the first anchor_steps steps (there: of the first log)"
     )
 
     lam: float = 0.1
@@ -85,7 +85,7 @@ class AdaptiveSkew(RowTerm):
 @register("terms", "adaptive_skew_kl")
 @dataclass(frozen=True)
 class AdaptiveSkewKL(AdaptiveSkew):
-    """KL(teacher || lam teacher + (1 - lam) student) on the teacher's answers, lam the smaller the closer both are on an answer."""
+    """KL(teacher || lam teacher + (1 - lam) student) on the teacher's answers; lam is smaller where both are close."""
 
     origin: ClassVar[str] = "DistiLLM-2 (arXiv 2503.07067) and its released code, on teacher answers"
 
@@ -96,7 +96,7 @@ class AdaptiveSkewKL(AdaptiveSkew):
 @register("terms", "adaptive_skew_reverse_kl")
 @dataclass(frozen=True)
 class AdaptiveSkewReverseKL(AdaptiveSkew):
-    """KL(student || lam student + (1 - lam) teacher) on the student's answers, no gradient through the mixture, lam as above."""
+    """KL(student || lam student + (1 - lam) teacher), no gradient through the mixture, on the student's answers; lam as above."""
 
     origin: ClassVar[str] = "DistiLLM-2 (arXiv 2503.07067) and its released code, on student answers"
     sign: ClassVar[int] = -1

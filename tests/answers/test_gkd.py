@@ -1,4 +1,4 @@
-"""GKD over beta and lambda against a reference of its own: NumPy, a row and a token at a time, on logits made the ordinary way."""
+"""GKD over beta and lambda against a reference of its own: NumPy, a row at a time, on logits made the ordinary way."""
 
 import math
 

@@ -4,7 +4,17 @@ import json
 
 import pytest
 import torch
-from objectives import TOKENIZER, assert_refused_by_top_k, assert_refused_options, batch_of, gradients, logits, stepped, term, towers
+from objectives import (
+    TOKENIZER,
+    assert_refused_by_top_k,
+    assert_refused_options,
+    batch_of,
+    gradients,
+    logits,
+    stepped,
+    term,
+    towers,
+)
 from tiny import tiny_samples, tiny_stage, tiny_stage_trainer, tiny_tower
 
 from mmkd.losses import AdaptiveSkewKL, AdaptiveSkewReverseKL, adaptive_lam, forward_kl, reverse_kl
@@ -91,7 +101,8 @@ def test_the_mixture_of_the_reverse_form_is_detached():
 
 def test_the_anchor_is_the_mean_gap_of_the_first_steps_and_survives_a_stop(tmp_path):
     terms = {
-        "given": {"kind": "adaptive_skew_kl", "positions": "given", "anchor_steps": 2, "weight": {"start": 1, "end": 0.5, "over": 0.5}},
+        "given": {"kind": "adaptive_skew_kl", "positions": "given", "anchor_steps": 2,
+                  "weight": {"start": 1, "end": 0.5, "over": 0.5}},
         "own": {"kind": "adaptive_skew_reverse_kl", "positions": "generated", "anchor_steps": 2},
     }
     samples, states, weights = tiny_samples(tmp_path / "pictures", 8), [], []
