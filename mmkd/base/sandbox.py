@@ -102,7 +102,7 @@ def _run(code: str, limits: Limits) -> Ended:
             if why := errors.read().decode(errors="replace"):
                 raise DataError(
                     f"no sandbox can be made here, so no program is executed: {one_line(why, 200)}. It takes Linux that lets "
-                    "this user make user namespaces (kernel.unprivileged_userns_clone, user.max_user_namespaces, AppArmor), or root"
+                    "this user make user namespaces (kernel.unprivileged_userns_clone, max_user_namespaces, AppArmor), or root"
                 )
         output.seek(0)
         said = output.read(limits.output)

@@ -12,6 +12,7 @@ import numpy as np
 from mmkd.data.entries import read_samples, stream_of
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
 from mmkd.data.lazy import Lazy, is_lazy, joined
+from mmkd.data.mixup import mixed
 from mmkd.data.other_answers import STAND_IN
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample, Turn
@@ -109,7 +110,7 @@ def _read_once(
     samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed, tally)
     if one_answer:
         samples = AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
-    return samples, tally
+    return mixed(samples, DataSpec.model_validate_json(entry).mixup, seed), tally
 
 
 class AnswersApart(Lazy[Sample]):

@@ -17,6 +17,10 @@ from mmkd.terms.term import Term
 from mmkd.towers.spec import PARTS
 from mmkd.train.optimisers import OPTIMISERS
 
+# What a term may read of a stage whose pictures are mixed.
+OF_PICTURES = frozenset({
+    f"{who}.{what}" for who in ("student", "teacher") for what in ("features", "tokens", "visual_rows", "gram")
+})  # fmt: skip
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
 
@@ -169,6 +173,16 @@ class StageSpec(LoopSpec):
             wrong = own_answer_errors(terms, self.answers)
         if wrong:
             raise ValueError("; and ".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def mixed_pictures_suit_terms(self) -> StageSpec:
+        wrong = [t.name for t in self.build_terms() if t.learns_answers or not set(t.needs) <= OF_PICTURES]
+        if wrong and any(entry.mixup is not None for entry in self.data):
+            raise ValueError(
+                f"data.mixup: an answer to one picture is none to a mixture of two, and the terms {', '.join(wrong)} read "
+                "answers; give mixed pictures a stage of terms on vision features (feature_match)"
+            )
         return self
 
     @property
