@@ -143,7 +143,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
                 entry.setdefault("remarks", {})[role] = said
         for other in ("control", HARD_ANSWERS, "teacher"):
             if found := compared["differences"].get(f"student - {other}"):
-                entry[f"student_minus_{other}"] = _lead(found)
+                named = {"name": facts[other]["name"]} if other == HARD_ANSWERS and other in facts else {}
+                entry[f"student_minus_{other}"] = _lead(found) | named
         entry |= _controls(compared, facts)
         if doubt := {role: found for role in roles if (found := by_role[role].get("calibration"))}:
             entry["calibration"] = {role: {k: v for k, v in found.items() if k != "curve"} for role, found in doubt.items()}

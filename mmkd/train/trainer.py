@@ -33,7 +33,7 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import half_of
 from mmkd.towers.modes import evaluating, varies_in_training
-from mmkd.train.batch import Batch
+from mmkd.train.batch import Batch, naming_samples
 from mmkd.train.checkpoints import writing_checkpoint
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
@@ -189,7 +189,8 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         progress = progress_at(self.state.global_step, self.state.max_steps)
-        loss, terms = model(inputs["batch"], num_items_in_batch, progress)
+        with naming_samples(inputs["batch"]):
+            loss, terms = model(inputs["batch"], num_items_in_batch, progress)
         self._note(inputs["batch"].on_host, loss, terms, num_items_in_batch, progress)
         self._count_experts(model, inputs["batch"])
         for name, (total, count) in terms.items():
