@@ -126,6 +126,8 @@ class GeneratedAnswers(Strict):
 
     own_share: ClassVar[bool] = False  # whether it finds its share itself, by a memory, and a recipe gives none
 
+    of_pairs: ClassVar[bool] = False  # whether every sample must have a chosen and a rejected answer
+
     samples: Annotated[int, Field(ge=1, le=1024)] = 1  # answers to each prompt
     beside: bool = False  # the sample stays in the step with its answer of the data, too
 

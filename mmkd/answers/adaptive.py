@@ -17,8 +17,7 @@ from mmkd.registry import register
 
 @register("answers", "adaptive")
 class AdaptiveAnswers(StudentAnswers):
-    """The student answers more of the samples whenever its loss on samples that are held out stops falling; later in the stage
-    more and more of its answers are earlier ones (DistiLLM's adaptive off-policy part, arXiv 2402.03898).
+    """More answers of the student whenever its held-out loss stalls, many of them earlier ones (DistiLLM, arXiv 2402.03898).
 
     Of a step's samples phi are the student's: 1 - t of these answered anew, t of them answers of the last `capacity`, with their
     own prompts, t going from 0 to 1 over the stage; all anew while there are fewer. Our choice: a coin a sample instead of one a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from mmkd.answers import Asked, GeneratedAnswers
 from mmkd.data.preference import rejected_of
@@ -18,6 +19,8 @@ class RejectedAnswers(GeneratedAnswers):
     The chosen answers are those of the data (`positions: given`), the rejected ones stand where generated ones do
     (`positions: generated`); no term takes their tokens for right.
     """
+
+    of_pairs: ClassVar[bool] = True
 
     beside: bool = True
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mmkd.answers import generating
 from mmkd.data.entries import read_samples, stream_of
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
 from mmkd.data.lazy import Lazy, is_lazy, joined
@@ -31,7 +32,8 @@ def stage_samples(recipe: Recipe, stage: StageSpec) -> Sequence[Sample]:
     samples = joined(stage_parts(recipe, stage))
     if not samples:
         raise DataError("a stage has no samples")
-    if any(t.needs_pairs for t in build_terms(stage.terms)):
+    rejected = any(source.of_pairs for _, source in generating(stage.answers).values())
+    if rejected or any(t.needs_pairs for t in build_terms(stage.terms)):
         for sample in samples[:FEW] if is_lazy(samples) else samples:
             rejected_of(sample)
     return samples

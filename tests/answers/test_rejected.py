@@ -1,5 +1,6 @@
 """DCKD: an aligned teacher's distributions on chosen and on rejected answers, against each answer read by itself."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 
 from mmkd.data.preference import REJECTED, rejected_of
 from mmkd.errors import DataError
+from mmkd.recipes.reading import validate
+from mmkd.recipes.recipe import Recipe
+from mmkd.runs.data import stage_samples
 from mmkd.train.spec import StageSpec
 
 TOKENIZER = tiny_tokenizer()
@@ -95,6 +99,14 @@ def test_data_without_pairs_and_terms_that_would_teach_the_rejected_are_refused(
     stage = tiny_stage(student, teacher, tiny_samples(tmp_path, 4), terms(), ANSWERS)
     with pytest.raises(DataError, match="one answer, not a chosen and a rejected one"):
         stage.batch_of(4)
+    rows = [{"id": str(n), "question": "what?", "answer": "red"} for n in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {"title": "t", "output": "runs/x", "teacher": {"model": "m"}, "student": {"model": "s"}, "stages": {"only": {
+        "data": [{"format": "jsonl", "root": str(tmp_path), "text_only": True}], "steps": 1, "terms": terms(),
+        "answers": ANSWERS}}}  # fmt: skip
+    recipe = validate(raw, "test", Recipe)
+    with pytest.raises(DataError, match="one answer, not a chosen and a rejected one"):  # before anything is trained
+        stage_samples(recipe, recipe.stages["only"])
     with pytest.raises(ValidationError, match="two answers of the data"):
         StageSpec(data=[{"format": "jsonl"}], steps=2, terms=terms() | {"dpo": 1}, answers=ANSWERS)
     spec = StageSpec(data=[{"format": "jsonl"}], steps=2, terms=terms(), answers={"student": {"share": 1, "beside": True}})

@@ -19,8 +19,10 @@ from mmkd.registry import register
 @register("samplers", "joint_confidence")
 @dataclass(frozen=True)
 class JointConfidence(ByScores):
-    """Of each answer that both together find likeliest the samples of which they are surest (KD3, arXiv 2307.11469), each once an
-    epoch: for pictures without labels, whose question is a probe and whose answers are the teacher's (`target: teacher`).
+    """Of each likeliest answer the samples of which student and teacher together are surest (KD3, arXiv 2307.11469).
+
+    Each once an epoch: for pictures without labels, whose question is a probe and whose answers are the teacher's (`target:
+    teacher`).
 
     share: of the samples with the same likeliest first word that are kept, rounded up. Sureness is the mean of both models'
     probabilities of it. Our reading of an abstract; a stage chooses once, as the student begins it: several stages, or `rounds`,
