@@ -63,6 +63,8 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
         keys = control.stages.get(name, {}) if control is not None else {}
         if free and "data" not in keys:
             own = own.model_copy(update={"data": _labelled(name, stage)})
+        if any(entry.mixup is not None for entry in own.data):  # an answer is learned from its own picture
+            own = own.model_copy(update={"data": [entry.model_copy(update={"mixup": None}) for entry in own.data]})
         if longer is not None and not {"steps", "epochs"} & keys.keys():
             own = own.model_copy(update=_times(own, longer[name]))
         stages[name] = changed(own, keys)

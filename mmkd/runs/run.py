@@ -24,6 +24,7 @@ from mmkd.evaluation.roles import HARD_ANSWERS, in_words, is_control, ordered
 from mmkd.evaluation.statistics import compare_runs
 from mmkd.recipes.recipe import CHANGEABLE, Recipe
 from mmkd.runs.answers_apart import with_answers_apart
+from mmkd.runs.brought import brought, brought_lines
 from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, rows_left_out, texts_of
 from mmkd.runs.dates import with_day
@@ -163,6 +164,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
     summary |= records(recipe, benchmarks, before)
     if ended := plateau_facts(run, "student"):
         summary["plateau"] = ended
+    if by_stage := brought(recipe, run):
+        summary["brought"] = by_stage
     if experts := _read(run / "experts.json"):
         summary["experts"] = experts
     skipped = {role: counts for role in ("control", "student") if (counts := skipped_counts(run, role))}
@@ -264,6 +267,7 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"  {entry['verdict']}")
         if "over_hard_answers" in entry:
             lines.append(f"  {entry['over_hard_answers']}")
+    lines += brought_lines(summary.get("brought", {}))
     if "experts" in summary:
         lines.append(experts_table(summary["experts"]))
     for stage, reasons in summary.get("rows_left_out", {}).items():

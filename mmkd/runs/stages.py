@@ -166,6 +166,11 @@ def prepare_stage(
         raise DataError(
             f"stage {name}: a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone"
         )
+    if stage.answers.memories and stream is not None:
+        raise DataError(
+            f"stage {name}: answers: {', '.join(stage.answers.memories)} gives earlier samples again, and streamed data have no "
+            "place to find them at; take `stream` out of its data"
+        )
     report(trainer, recipe.report_to, f"{Path(recipe.output).name}, {name_of or role}, {name}", run / EVENTS / role / name)
     _watch(recipe, role, stage, trainer, run, folder, resume)
     return stage, trainer, resume

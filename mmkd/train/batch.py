@@ -31,6 +31,7 @@ class Pair:
 
     student: Encoded
     teachers: dict[str, TeacherPart] = field(default_factory=dict)
+    index: int = field(default=-1, kw_only=True)  # the sample's place in the data; -1 for one that has none
     # Where answers will be generated: the sample, and its prompt as each of "student" and the teachers prepares it.
     sample: Sample | None = field(default=None, kw_only=True, repr=False)
     prompts: dict[str, Encoded] = field(default_factory=dict, kw_only=True)

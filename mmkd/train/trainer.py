@@ -39,7 +39,7 @@ from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
 from mmkd.train.finite import FiniteWatch, Where
-from mmkd.train.measured import MixtureSteps
+from mmkd.train.measured import MemorySteps, MixtureSteps
 from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
@@ -71,13 +71,13 @@ class DistillTrainer(Trainer):
         where: of which run and role, for what is kept of a step that is not finite.
         """
         self.stage, self.sizes = stage, sizes
-        self._answers = answers or DataAnswers()
+        self.answers = answers or DataAnswers()
         self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
         self._following: dict[int, Batch] = {}  # by the id of the batch before it
         self._sums: dict[str, Tensor] = {}
         self.mixture: MovingMixture | None = None
         self._resumed_from: Path | None = None
-        self._stateful = {t.name: t for t in distiller.terms if t.has_state}
+        self._stateful = {t.followed: t for t in distiller.terms if t.has_state}
         self._asks_step = any(t.has_step_sums for t in distiller.terms)
         self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
         self._experts = ExpertUse()
@@ -89,7 +89,7 @@ class DistillTrainer(Trainer):
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[self.term_log, TermStates(self), MixtureSteps(self), self.stop],
+            callbacks=[self.term_log, TermStates(self), MixtureSteps(self), MemorySteps(self), self.stop],
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
@@ -111,9 +111,9 @@ class DistillTrainer(Trainer):
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
             step = self.state.global_step
-            self._answers.begin(step, progress_at(step, self.state.max_steps))
-            samples = self._answers.take(epoch_iterator, num_batches)
-            for name, seen in self._answers.observed().items():
+            self.answers.begin(step, progress_at(step, self.state.max_steps))
+            samples = self.answers.take(epoch_iterator, num_batches)
+            for name, seen in self.answers.observed().items():
                 self._add(name, torch.tensor(seen, device=device))
             self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
@@ -235,10 +235,11 @@ class DistillTrainer(Trainer):
     def update_terms(self) -> None:
         """Tells each term with a state its mean over the optimiser step that has just ended, the same on all ranks."""
         extras = self.accelerator.unwrap_model(self.model_wrapped).extras
-        for name, term in self._stateful.items():
-            if name in self._step:
-                total, count = self.accelerator.reduce(self._step[name], reduction="sum").tolist()
-                term.update(extras[name], total / max(1.0, count), self.state.global_step / max(1, self.state.max_steps))
+        for followed, term in self._stateful.items():
+            if followed in self._step:
+                total, count = self.accelerator.reduce(self._step[followed], reduction="sum").tolist()
+                if count:
+                    term.update(extras[term.name], total / count, self.state.global_step / max(1, self.state.max_steps))
         self._step.clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -308,6 +309,7 @@ class DistillTrainer(Trainer):
             teacher.save_state(folder)
         if self.mixture is not None:
             self.mixture.save(folder)
+        self.answers.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resumed_from = Path(resume_from_checkpoint)
@@ -317,6 +319,7 @@ class DistillTrainer(Trainer):
         load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
         for teacher in self.teachers:
             teacher.load_state(Path(resume_from_checkpoint))
+        self.answers.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.finite.look()

@@ -112,6 +112,16 @@ def test_a_loss_is_drawn_over_one_of_the_same_terms_alone(tmp_path: Path) -> Non
     assert charts(paths)[0]["name"] == "loss"
 
 
+def test_what_each_teacher_brought_is_a_table(run: Path) -> None:
+    assert "What each teacher brought" not in build_report(run).read_text(encoding="utf-8")
+    own = {"weight": 0.7, "used": 0.5, "agreement": 0.601, "lead": 1.25}
+    brought = {"distil": {"mix": {"a <b>": own, "b": {"weight": 0.3, "used": 0, "agreement": None, "lead": None}}}}
+    (run / "summary.json").write_text(json.dumps({"steps": 200, "brought": brought}), encoding="utf-8")
+    words = Page(build_report(run).read_text(encoding="utf-8")).words()
+    assert "What each teacher brought" in words and "distil, mix" in words and "a <b>" in words
+    assert "70.0 %" in words and "60.1 %" in words and "+1.25" in words
+
+
 def test_predictions_are_escaped_and_nothing_is_fetched(run: Path) -> None:
     text = build_report(run).read_text(encoding="utf-8")
     page = Page(text)
