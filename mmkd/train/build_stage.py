@@ -27,6 +27,7 @@ from mmkd.train.preference import PreferenceDataset
 from mmkd.train.rollouts import Rollouts, refuse_stored, wait
 from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec, TrainSpec
+from mmkd.train.token_batches import ByTokens
 from mmkd.train.trainable import add_lora, remove_lora, set_trainable
 
 
@@ -59,13 +60,16 @@ class Stage:
             self.dataset.reference.zero_()
         self.dataset.skips.allowed = len(self.dataset)  # the preflight has counted them
         usable = (pair for i in range(len(self.dataset)) if isinstance(pair := self.dataset[i], Pair))
-        (taken,) = self.answers.take(iter([self.collator(list(islice(usable, count)))]), 1)
+        collate = wait if self.answers.generates else self.dataset.collator
+        (taken,) = self.answers.take(iter([collate(list(islice(usable, count)))]), 1)
         return taken["batch"].to(self.student.device)
 
     @property
     def collator(self) -> Callable[[Any], dict[str, Any]]:
-        """Of what the loader reads, what the answer source takes."""
-        return wait if self.answers.generates else self.dataset.collator
+        """Of what the loader reads, what the answer source takes: a micro-batch, or all those of a step where tokens tell."""
+        tokens = self.spec.optimiser.micro_batch_tokens
+        own = self.dataset.collator if tokens is None else ByTokens(self.dataset.collator, tokens)
+        return wait if self.answers.generates else own
 
     def leave(self) -> None:
         """Takes away what only this stage adds to its student, for who does not train it."""
