@@ -362,18 +362,19 @@ class TeacherCache:
         return len(self._keys)
 
     def __contains__(self, key: bytes) -> bool:
-        return self._find(key) is not None
+        return self.find(key) is not None
 
     def has_text(self, text: bytes) -> bool:
         return _found(self._texts, text) is not None
 
-    def _find(self, key: bytes) -> int | None:
+    def find(self, key: bytes) -> int | None:
+        """The number of an entry."""
         place = _found(self._keys, key)
         return None if place is None else int(self._order[place])
 
     def entry(self, key: bytes, positions: Iterable[str], features: bool = False) -> StoredRows | None:
         """The rows of these kinds of one sample, as views of the memory-mapped shard; None if it is not here."""
-        number = self._find(key)
+        number = self.find(key)
         if number is None:
             return None
         place = self._places.of(number)

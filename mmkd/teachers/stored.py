@@ -59,7 +59,7 @@ class StoredTeacher(Teacher):
         self.body = _body(self.cache.folder / "teacher", self.about, max_length, trust_remote_code, live)
         self.positions, self.features = frozenset(positions), features
         self._pictures: dict[ImageRef, bytes] = {}  # their hashes: each is read once
-        self._agreed = np.zeros(max(1, len(self.cache)), np.uint64)  # hashes of samples whose tokens were compared, by their keys
+        self._agreed = np.zeros(len(self.cache), np.uint64)  # hashes of the tokens that were compared with each entry
 
     @classmethod
     def open(cls, spec: TeacherSpec, opening: Opening) -> StoredTeacher:
@@ -154,10 +154,10 @@ class StoredTeacher(Teacher):
         digest = xxhash.xxh3_64(key)
         for tensor in (encoded.input_ids, encoded.targets):
             digest.update(tensor.contiguous().numpy())
-        place, found = int.from_bytes(key[:8]) % len(self._agreed), digest.intdigest()
-        if self._agreed[place] != found:
+        number, found = self.cache.find(key), digest.intdigest()
+        if self._agreed[number] != found:
             self._check_tokens(student, encoded, stored)
-            self._agreed[place] = found
+            self._agreed[number] = found
 
     def _check_tokens(self, student: Tower, encoded: Encoded, stored: StoredRows) -> None:
         """Raises DataError where the student does not predict the same tokens at the same rows."""
