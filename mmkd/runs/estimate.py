@@ -82,8 +82,8 @@ class StageEstimate:
         found.append(f"  terms: {self.terms}")
         if not self.fits:
             found.append(
-                "  not even one sample fits, so what is below is without activations; try gradient_checkpointing: true, precision: "
-                "bfloat16 and a smaller max_length first"
+                "  not even one sample fits, so what is below is without activations; first try gradient_checkpointing: true, "
+                "precision: bfloat16 and a smaller max_length"
             )
         for part in PARTS:
             naive = f"   (a naive computation: {bytes_text(self.naive_losses)})" if part == "losses" and self.naive_losses else ""

@@ -2,11 +2,11 @@
 """`mmkd estimate` against what it foretells: seconds of a step and most bytes at once, on small recipes.
 
     python scripts/bench/estimate.py                       # all; --recipes live kept features tokens fixed
-    python scripts/bench/estimate.py --steps 24
+    python scripts/bench/estimate.py --scenes 100
 
-A recipe's stage is estimated and then trained, both in one process and by its CPU time (steady where other programs run; one
-thread). Seconds are compared with the mean of the steps whose samples are prepared, bytes with the most that the allocator had given
-out at once from the first step on, prepared samples left out: gradients, optimiser, losses, activations.
+A recipe's stage is estimated and then trained for three epochs, both in one process and by its CPU time (steady where other
+programs run; one thread). The first epoch prepares the samples; bytes are the most that the allocator had given out at once in
+the second, beyond weights and optimiser; seconds are the mean step of the third.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 TERMS = "stages.answer.terms="
 RECIPES = {
     "live": [f"{TERMS}{{cross_entropy: 1, kl: {{kind: forward_kl, weight: 4}}}}"],
-    "features": [f"{TERMS}{{cross_entropy: 1, visual: {{kind: forward_kl, positions: visual}}, features: {{kind: feature_match}}}}"],
+    "features": [f"{TERMS}{{cross_entropy: 1, seen: {{kind: forward_kl, positions: visual}}, eyes: {{kind: feature_match}}}}"],
     "kept": ["teacher.keep=true"],
     "pieces": ["stages.answer.optimiser.micro_batch_size=8"],
     "fixed": [], "tokens": [],
@@ -35,7 +35,6 @@ LENGTHS = {"fixed": "4 samples", "tokens": "24,000 tokens"}  # variants of run.p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -53,11 +52,11 @@ def main() -> None:
                 recipe, overrides, variants = run.tokens(given)
                 arguments = [recipe, *overrides, *variants[LENGTHS[name]]]
             else:
-                options.recipe, options.overrides, options.variants = run.RECIPE, RECIPES[name], []
+                options.recipe, options.overrides, options.variants, options.steps = run.RECIPE, RECIPES[name], [], 1
                 arguments = [run.RECIPE, *run.sample(given, options)[1]]
             found = child([*arguments, f"output={given / 'run'}"])
-            (a, b), (c, d) = found["seconds"], found["bytes"]
-            print(f"| {name} | {1000 * a:.0f} | {1000 * b:.0f} | {a / b:.2f} | {c / 2**20:.1f} | {d / 2**20:.1f} | {c / d:.2f} |", flush=True)
+            (a, b), (c, d) = [1000 * s for s in found["seconds"]], [n / 2**20 for n in found["bytes"]]
+            print(f"| {name} | {a:.0f} | {b:.0f} | {a / b:.2f} | {c:.1f} | {d:.1f} | {c / d:.2f} |", flush=True)
 
 
 def child(arguments: list[str]) -> dict[str, Any]:
@@ -87,6 +86,9 @@ def compared(arguments: list[str]) -> dict[str, list[float]]:
     samples, teachers = all_samples(recipe), load_teachers(recipe)
     (name, spec), *_ = recipe.stages.items()
     foretold, _ = stage_estimate(recipe, name, spec, samples[name], build_student(recipe, teachers, texts_of(samples)), teachers)
+    batch = spec.optimiser.batch_size
+    epoch = len(samples[name]) // batch
+    recipe = recipe.model_copy(update={"stages": {name: spec.model_copy(update={"steps": 3 * epoch, "epochs": None})}})
     if keeps(recipe):
         recipe = with_kept_teacher(recipe, teachers)
         teachers = load_teachers(recipe)
@@ -94,15 +96,12 @@ def compared(arguments: list[str]) -> dict[str, list[float]]:
     recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     class Steps(TrainerCallback):
-        """The last steps, whose samples are prepared, are timed; the two before are looked at for memory."""
-
         def on_step_end(self, args: Any, state: Any, *given: Any, **named: Any) -> None:
-            half = state.max_steps // 2
-            if state.global_step == half - 2:
+            if state.global_step == epoch:
                 recorded.__enter__()
-            if state.global_step == half:
+            if state.global_step == 2 * epoch:
                 recorded.__exit__(None, None, None)
-            if state.global_step >= half:
+            if state.global_step >= 2 * epoch:
                 marks.append(time.process_time())
 
     def watched(self: Any, *given: Any, **named: Any) -> Any:

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""What a step of a whole recipe takes in the real training loop, by part: the control's, with the live teacher, from kept signals.
+"""What a step of a whole recipe takes in the real training loop, by part: control, live teacher, kept signals.
 
     python scripts/bench/run.py                                        # the embedded sample's recipe on 200 scenes
     python scripts/bench/run.py scripts/recipes/sample_labelled.yaml key=value --variants control kept --rounds 5
     python scripts/bench/run.py --roots /path/to/an/older/checkout .   # old and new side by side, in turn
     python scripts/bench/run.py --preset tokens                        # fixed micro-batches against `micro_batch_tokens`
 
-Every variant is a process of its own that trains the recipe's stages as `mmkd distill` does, all variants in turn, several rounds.
-Milliseconds are the process's CPU time (steady where other programs run) without data workers; a part's share is what was spent in
-it and in nothing that is a part itself. The first epoch prepares the samples and is told apart; the others are the steps of a long
-run. Medians over steps, then over rounds (least and most). The control's step is the floor. Memory is the greatest of the process
-over what it had before the first step.
+Every variant is a process of its own that trains the recipe's stages as `mmkd distill` does, all variants in turn, several
+rounds. Milliseconds are the process's CPU time (steady where other programs run) without data workers; a part's share is what was
+spent in it and in nothing that is a part itself. The first epoch prepares the samples and is told apart; the others are the steps
+of a long run. Medians over steps, then over rounds (least and most). The control's step is the floor. Memory is the greatest of
+the process over what it had before the first step.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def parse() -> argparse.Namespace:
 
 def named(variants: dict[str, list[str]], roots: list[str], root: str) -> list[tuple[str, list[str]]]:
     """The variants of a checkout; their names tell it where there are several."""
-    return [(name if len(roots) == 1 else f"{name}, {Path(root).resolve().name}", given) for name, given in variants.items()]
+    where = "" if len(roots) == 1 else f", {Path(root).resolve().name}"
+    return [(name + where, given) for name, given in variants.items()]
 
 
 # ---- what is raced ---------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ VISION = {"model_type": "vit", **SIZES, "hidden_size": 96, "intermediate_size": 
 
 
 def tokens(folder: Path, count: int = 48, least: int = 20, most: int = 3000) -> tuple[str, list[str], dict[str, list[str]]]:
-    """Questions of `least` to `most` tokens in all, evenly in their logarithm, half of them with a picture of 64 visual tokens."""
+    """Questions of `least` to `most` tokens, evenly in their logarithm, half of them with a picture of 64 visual tokens."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
     from PIL import Image
@@ -112,8 +113,8 @@ def tokens(folder: Path, count: int = 48, least: int = 20, most: int = 3000) -> 
     for role, width in (("teacher", 192), ("student", 96)):
         language = {"model_type": "llama", **SIZES, "hidden_size": width, "intermediate_size": 2 * width,
                     "max_position_embeddings": 4096}  # fmt: skip
-        tower = assemble(VisionSpec(config=VISION, image_size=(64, 64)), LanguageSpec(config=language), tokenizer=tokenizer, seed=1)
-        tower.save(folder / role)
+        eyes = VisionSpec(config=VISION, image_size=(64, 64))
+        assemble(eyes, LanguageSpec(config=language), tokenizer=tokenizer, seed=1).save(folder / role)
     stage = {
         "data": [{"format": "jsonl", "root": str(folder / "data"), "prompt": "plain"}], "epochs": 2, "log_every": 1,
         "terms": {"cross_entropy": 1, "kl": {"kind": "forward_kl"}}, "optimiser": {"batch_size": 24, "learning_rate": 1e-4},
@@ -255,8 +256,8 @@ def train(folder: str, arguments: list[str]) -> None:
 def write(trainer: Any, clock: Clock, kept: float, folder: Path) -> None:
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     found = {
-        "batch": trainer.stage.optimiser.batch_size, "epoch_steps": trainer.epoch_steps, "steps": clock.rows, "kept_seconds": kept,
-        "memory": greatest_memory() - clock.idle, "losses": losses,
+        "batch": trainer.stage.optimiser.batch_size, "epoch_steps": trainer.epoch_steps, "steps": clock.rows,
+        "kept_seconds": kept, "memory": greatest_memory() - clock.idle, "losses": losses,
     }  # fmt: skip
     (folder / "steps.json").write_text(json.dumps(found), encoding="utf-8")
 
@@ -275,7 +276,8 @@ def middle(found: dict[str, Any], first: bool) -> dict[str, float]:
     rows = found["steps"][:border] if first else found["steps"][border:]
     rows = rows or found["steps"]
     pick = statistics.mean if first else statistics.median
-    return {part: 1000 * pick(row[part] for row in rows) for part in PARTS} | {"all": 1000 * pick(sum(row.values()) for row in rows)}
+    found = {part: 1000 * pick(row[part] for row in rows) for part in PARTS}
+    return found | {"all": 1000 * pick(sum(row.values()) for row in rows)}
 
 
 def show(rounds: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -297,9 +299,9 @@ def show(rounds: list[dict[str, Any]], options: argparse.Namespace) -> None:
             f"({min(ratios):.2f} - {max(ratios):.2f}) | {speed:.0f} | {shares} | {statistics.median(first):.0f} | {memory:.0f} |"
         )
     for name in names:
-        losses = rounds[0][name]["losses"]
+        losses = ", ".join(f"{loss:.5f}" for loss in rounds[0][name]["losses"][:4])
         kept = rounds[0][name]["kept_seconds"]
-        print(f"\n{name}: losses {', '.join(f'{loss:.5f}' for loss in losses[:4])}" + (f"; {kept:.1f} s to keep" if kept > 1 else ""))
+        print(f"\n{name}: losses {losses}" + (f"; {kept:.1f} s to keep" if kept > 1 else ""))
 
 
 if __name__ == "__main__":
