@@ -19,7 +19,7 @@ from mmkd.recipes.recipe import Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, texts_of
 from mmkd.runs.kept import keeps
-from mmkd.runs.measure import SPREAD, Measured, candidates, measure, size
+from mmkd.runs.measure import Measured, candidates, measure, size, spread_count
 from mmkd.runs.plan import bytes_text, disk_line, loss_memory, term_text
 from mmkd.runs.preflight import preflight
 from mmkd.runs.towers import build_student, load_teachers
@@ -127,7 +127,8 @@ def stage_estimate(
     chosen = candidates(samples, batch if spec.optimiser.micro_batch_tokens is not None else micro)
     stage = build_stage(name, spec, recipe, student, teachers, chosen)
     student, pairs = stage.student, list(stage.usable())
-    found = measure(stage, pairs[:SPREAD], sorted(pairs, key=size, reverse=True), micro, batch)
+    some = spread_count(batch if spec.optimiser.micro_batch_tokens is not None else micro)
+    found = measure(stage, pairs[:some], sorted(pairs, key=size, reverse=True), micro, batch)
     parts = _memory(stage, teachers, found, recipe.chunk_bytes)
     steps = spec.steps or int((spec.epochs or 1) * (len(samples) // spec.optimiser.batch_size))
     shown = StageEstimate(

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError
+from mmkd.teachers.ahead import tensors_of
 from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Encoded
 from mmkd.train.batch import Batch, Pair
@@ -23,6 +24,7 @@ from mmkd.train.token_batches import padded, split
 from mmkd.train.trainer import optimiser_of
 
 SPREAD = 64  # samples, at least, that stand for all
+MOST = 512  # and no more than so many where a micro-batch has fewer
 SIZED = 20_000  # samples whose pictures' sizes are asked for
 TIMED = 4  # micro-batches that are timed
 
@@ -46,10 +48,16 @@ class Measured:
 # ---- which samples ---------------------------------------------------------------------------------------------------
 
 
+def spread_count(micro: int) -> int:
+    """How many samples stand for all: some micro-batches of them, so that sorting by length shows."""
+    return max(SPREAD, min(TIMED * micro, max(micro, MOST)))
+
+
 def candidates(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Samples among which the largest are looked for: those with the most text, those with the most pixels, and others
     that are spread over the set, which stand for all of them (first in the list)."""
-    spread = list(samples[:: max(1, len(samples) // max(SPREAD, 2 * count))])
+    wanted = spread_count(count)
+    spread = list(samples[:: max(1, len(samples) // wanted)])[:wanted]
     some = samples[:: max(1, len(samples) // SIZED)] if not is_lazy(samples) else spread
     largest = [*sorted(some, key=_text, reverse=True)[:count], *sorted(some, key=_pixels, reverse=True)[:count]]
     known = {id(sample) for sample in spread}
@@ -100,17 +108,21 @@ def measure(stage: Stage, spread: Sequence[Pair], largest: Sequence[Pair], micro
     meter = Meter(stage)
     by_tokens = stage.spec.optimiser.micro_batch_tokens is not None
     typical = micro_batches(stage, [spread[n % len(spread)] for n in range(batch)] if by_tokens else spread, micro)
-    most = max(micro_batches(stage, largest, micro), key=lambda own: padded([pair.lengths() for pair in own]))
+    most = list(largest[:micro])
+    if by_tokens:
+        most = max(micro_batches(stage, largest, micro), key=lambda own: padded([pair.lengths() for pair in own]))
+    count = len(typical) if by_tokens else max(1, batch // micro)
     found, held, taken = None, len(most), None
     while held and found is None:
         try:
             taken = stage.batch_from(most[:held])
             meter.step(taken)  # the optimiser's averages are there from now on
-            found = meter.peak(taken, accumulated=len(typical) > 1 if by_tokens else batch > micro)
+            found = meter.peak(taken, accumulated=count > 1) + (count + 1) * _bytes(taken, meter.device)
         except torch.OutOfMemoryError:
+            pass
+        if found is None:  # behind the exception, which holds what did not fit
             held //= 2
             meter.forget()
-    count = len(typical) if by_tokens else max(1, batch // micro)
     if found is None:
         return Measured(0, None, 0, count, 0.0)
     if held < len(most):
@@ -118,6 +130,12 @@ def measure(stage: Stage, spread: Sequence[Pair], largest: Sequence[Pair], micro
     timed = [meter.seconds(stage, own) for own in typical[:: max(1, len(typical) // TIMED)]]
     passes, teachers = (float(np.mean(column)) for column in zip(*timed, strict=True))
     return Measured(found, taken, held, count, count * passes + meter.update(), count * teachers)
+
+
+def _bytes(batch: Batch, device: torch.device) -> int:
+    """Of a batch's own tensors. The loader has all of a step's micro-batches there, and begins with the next step's."""
+    own = {t.data_ptr(): t.numel() * t.element_size() for t in tensors_of(batch) if t.device.type == device.type}
+    return sum(own.values())
 
 
 class Meter:

@@ -137,7 +137,8 @@ def tokens(folder: Path, count: int = 48, least: int = 20, most: int = 3000) -> 
 def step_of(root: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
     """Trains one variant in a process of its own with the code of a checkout."""
     folder.mkdir(parents=True)
-    environment = os.environ | {"PYTHONPATH": str(Path(root).resolve()), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    environment = os.environ | {"PYTHONPATH": str(Path(root).resolve()), "OMP_NUM_THREADS": threads}
     command = [sys.executable, __file__, "--child", str(folder), *arguments, f"output={folder / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if done.returncode:
