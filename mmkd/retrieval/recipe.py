@@ -112,6 +112,7 @@ class StepSpec(AdamWSpec):
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
     batch_size: int = Field(128, gt=1, le=2**20)  # pairs a step, over all processes
     micro_batch_size: ClassVar[None] = None
+    micro_batch_tokens: ClassVar[None] = None
 
 
 class AugmentSpec(Strict):

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from mmkd.base.distributed import world_size
 from mmkd.data.samples import Sample
 from mmkd.engine.positions import rows_at
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import RecipeError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.answers_apart import with_answers_apart
 from mmkd.runs.data import all_samples, texts_of
+from mmkd.runs.kept import keeps
+from mmkd.runs.measure import Measured, candidates, measure, size, spread_count
 from mmkd.runs.plan import bytes_text, disk_line, loss_memory, term_text
 from mmkd.runs.preflight import preflight
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.runs.write_cache import forecast_of, plan_of
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term
-from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Tower
 from mmkd.train.batch import Batch
 from mmkd.train.build_stage import Stage, build_stage
-from mmkd.train.distiller import Distiller
+from mmkd.train.collate import encode_whole
 from mmkd.train.optimisers import OPTIMISERS
+from mmkd.train.skips import LEFT_OUT
 from mmkd.train.spec import StageSpec
-from mmkd.train.trainer import optimiser_of
 
 logger = logging.getLogger(__name__)
 
-TIMED = 3  # steps that are timed, after one that is not
+PREPARED = 8  # samples whose preparation is timed
 GIB = 2**30
 # Parts of a step's memory, in the order of the table.
 PARTS = ("teacher weights", "student weights", "gradients", "optimiser", "activations", "losses")
@@ -49,30 +49,47 @@ class StageEstimate:
     name: str
     steps: int
     batch: int
-    micro_batch: int
+    micro_batches: int
     seconds: float
     memory: dict[str, int]
     naive_losses: int
     terms: str
     remedies: list[tuple[str, int]] = field(default_factory=list)  # (what to change, bytes that it saves)
+    fits: int = 1  # samples of a micro-batch that were measured
+    preparing: float = 0.0  # seconds that a sample takes in one process, before it can be trained on
+    distinct: int = 0  # samples that are prepared
+    workers: int = 0  # that prepare them, beside training
+    once: float = 0.0  # seconds that the teacher takes to read every sample once, where it is kept
 
     @property
     def total(self) -> int:
         return sum(self.memory.values())
 
+    @property
+    def all_seconds(self) -> float:
+        """Of the whole stage. Workers prepare while others train."""
+        training, data = self.steps * self.seconds, self.distinct * self.preparing / max(1, self.workers)
+        return self.once + (max(training, data) if self.workers else training + data)
+
     def lines(self, limit: int) -> list[str]:
-        count = self.batch // self.micro_batch
-        pieces = f" ({count} micro-batches of {self.micro_batch})" if count > 1 else ""
-        found = [
-            f"stage {self.name}: {self.steps:,} steps of {self.batch}{pieces}, {1000 * self.seconds:,.0f} ms each: "
-            f"{_duration(self.steps * self.seconds)}",
-            f"  terms: {self.terms}",
-        ]
+        pieces = f" ({self.micro_batches} micro-batches)" if self.micro_batches > 1 else ""
+        took = f"{1000 * self.seconds:,.0f} ms each" if self.seconds else "not timed, since it does not fit here"
+        found = [f"stage {self.name}: {self.steps:,} steps of {self.batch}{pieces}, {took}: {_duration(self.all_seconds)}"]
+        if self.preparing:
+            found.append(f"  with {1000 * self.preparing:.1f} ms to prepare a sample once, {self.workers or 'no'} workers")
+        if self.once:
+            found.append(f"  with {_duration(self.once)} in which the teacher reads every sample once (teacher.keep)")
+        found.append(f"  terms: {self.terms}")
+        if not self.fits:
+            found.append(
+                "  not even one sample fits, so what is below is without activations; first try gradient_checkpointing: true, "
+                "precision: bfloat16 and a smaller max_length"
+            )
         for part in PARTS:
             naive = f"   (a naive computation: {bytes_text(self.naive_losses)})" if part == "losses" and self.naive_losses else ""
             found.append(f"  {part:<16}{bytes_text(self.memory[part]):>12}{naive}")
         found.append(f"  {'together':<16}{bytes_text(self.total):>12}   of {bytes_text(limit)}")
-        return found + (self._changes(limit) if self.total > limit else [])
+        return found + (self._changes(limit) if self.total > limit or not self.fits else [])
 
     def _changes(self, limit: int) -> list[str]:
         found, left = ["  it does not fit; from the largest saving to the smallest:"], self.total
@@ -102,36 +119,65 @@ def estimate(recipe: Recipe, memory: float | None = None) -> str:
 
 
 def stage_estimate(
-    recipe: Recipe, name: str, spec: StageSpec, samples: list[Sample], student: Tower, teachers: Mapping[str, Teacher]
+    recipe: Recipe, name: str, spec: StageSpec, samples: Sequence[Sample], student: Tower, teachers: Mapping[str, Teacher]
 ) -> tuple[StageEstimate, Tower]:
     """Measures a few steps of one stage; the student's weights stay as they are. Also the student as the stage leaves it."""
-    batch = spec.optimiser.batch_size
+    batch = max(1, spec.optimiser.batch_size // world_size())  # of one process
     micro = min(spec.optimiser.micro_batch_size or batch, batch)
-    stage = build_stage(name, spec, recipe, student, teachers, _longest(samples, micro))
-    distiller, student = stage.distiller, stage.student
-    begun = time.perf_counter()
-    taken = stage.batch_of(micro)
-    generating = time.perf_counter() - begun if stage.answers.generates else 0.0
-    seconds, activations = _measure(distiller, taken, spec)
-    seconds += generating
-    rows = _row_count(taken, stage.terms)
-    ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
-    trained = [p for p in distiller.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
+    chosen = candidates(samples, batch if spec.optimiser.micro_batch_tokens is not None else micro)
+    stage = build_stage(name, spec, recipe, student, teachers, chosen)
+    student, pairs = stage.student, list(stage.usable())
+    some = spread_count(batch if spec.optimiser.micro_batch_tokens is not None else micro)
+    found = measure(stage, pairs[:some], sorted(pairs, key=size, reverse=True), micro, batch)
+    parts = _memory(stage, teachers, found, recipe.chunk_bytes)
+    steps = spec.steps or int((spec.epochs or 1) * (len(samples) // spec.optimiser.batch_size))
+    shown = StageEstimate(
+        name, steps, spec.optimiser.batch_size, found.micro_batches, found.seconds, parts.memory, parts.naive_losses,
+        ", ".join(term_text(t) for t in stage.terms), fits=found.held, preparing=preparing_seconds(stage, chosen),
+        distinct=min(len(samples), steps * spec.optimiser.batch_size), workers=recipe.workers,
+    )  # fmt: skip
+    if keeps(recipe) and not stage.of_pairs:
+        shown.once = found.teacher_seconds * shown.distinct / spec.optimiser.batch_size
+        shown.seconds -= found.teacher_seconds
+    shown.remedies = remedies(stage, teachers, parts.memory, micro)
+    stage.leave()
+    return shown, student
+
+
+@dataclass
+class _Parts:
+    memory: dict[str, int]
+    naive_losses: int
+
+
+def _memory(stage: Stage, teachers: Mapping[str, Teacher], found: Measured, chunk_bytes: int) -> _Parts:
+    """Bytes by part. What a step was measured to hold: gradients, losses, and as the rest activations, the teacher's too."""
+    rows = _row_count(found.rows_of, stage.terms) if found.rows_of is not None else 0
+    ours, naive = loss_memory(stage.student, stage.teachers, stage.terms, rows, chunk_bytes)
+    gradients = sum(p.numel() * p.element_size() for p in stage.distiller.parameters() if p.requires_grad)
     parts = {
         "teacher weights": sum(_weights(teacher.tower or teacher.body) for teacher in teachers.values()),
-        "student weights": _weights(student),
+        "student weights": _weights(stage.student),
         "gradients": gradients,
-        "optimiser": round(OPTIMISERS[spec.optimiser.kind].moments * gradients),  # in the weights' dtype
-        "activations": activations,
-        "losses": ours,
+        "optimiser": round(OPTIMISERS[stage.spec.optimiser.kind].moments * gradients),  # in the weights' dtype
+        "activations": max(0, found.bytes - gradients - min(ours, found.bytes)),
+        "losses": min(ours, found.bytes),
     }
-    steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
-    terms = ", ".join(term_text(t) for t in stage.terms)
-    found = StageEstimate(name, steps, batch, micro, seconds * (batch // micro), parts, naive, terms)
-    found.remedies = remedies(stage, teachers, parts, micro)
-    stage.leave()
-    return found, student
+    return _Parts(parts, naive)
+
+
+def preparing_seconds(stage: Stage, samples: Sequence[Sample]) -> float:
+    """Seconds that one process takes to read and prepare a sample for all models."""
+    towers = {id(stage.student.preparer): stage.student}
+    for name, teacher in stage.teachers.items():
+        if not (teacher.stored or stage.dataset.alike[name]):
+            towers[id(teacher.body.preparer)] = teacher.body
+    some, started = samples[:PREPARED], time.perf_counter()
+    for sample in some:
+        for tower in towers.values():
+            with suppress(*LEFT_OUT):
+                encode_whole(tower, sample)
+    return (time.perf_counter() - started) / max(1, len(some))
 
 
 def remedies(
@@ -139,7 +185,10 @@ def remedies(
 ) -> list[tuple[str, int]]:
     """Changes of the recipe that save memory, as overrides, with the bytes that each saves."""
     found, spec, name = [], stage.spec, stage.name
-    if micro > 1:
+    tokens = spec.optimiser.micro_batch_tokens
+    if tokens is not None:
+        found.append((f"stages.{name}.optimiser.micro_batch_tokens={max(1, tokens // 4)}", round(parts["activations"] * 0.75)))
+    elif micro > 1:
         fewer = max(1, micro // 4)
         found.append((f"stages.{name}.optimiser.micro_batch_size={fewer}", round(parts["activations"] * (1 - fewer / micro))))
     elif not spec.gradient_checkpointing:
@@ -155,48 +204,6 @@ def remedies(
         own = stage.student.part_parameters()["language"]
         found.append((f"stages.{name}.lora.rank=16", 3 * sum(p.numel() * p.element_size() for _, p in own if p.requires_grad)))
     return [(change, saved) for change, saved in found if saved > 0]
-
-
-def _longest(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Some samples spread over the set, the longest first: a step must fit with these too."""
-    some = samples[:: max(1, len(samples) // (8 * count))]
-    return sorted(some, key=lambda s: (len(s.images), sum(len(t.text) for t in s.turns)), reverse=True)
-
-
-def _measure(distiller: Distiller, batch: Batch, stage: StageSpec) -> tuple[float, int]:
-    """(seconds of a micro-step, bytes kept for backward). The learning rate is 0: no weight changes."""
-    distiller.train()
-    still = {"weight_decay": 0.0, "learning_rate": 0.0, "learning_rates": {}}
-    optimiser = optimiser_of(distiller, stage.optimiser.model_copy(update=still))
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    seconds = []
-    for number in range(TIMED + 1):
-        _synchronise(batch)
-        started = time.perf_counter()
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor) if number == 0 else nullcontext()
-        half = half_of(stage.precision)
-        with hooks, torch.autocast(distiller.tower.device.type, half) if half is not None else nullcontext():
-            loss, _ = distiller(batch)
-        if not loss.requires_grad:
-            raise DataError("the terms reach no trained parameter; train the part that they act on")
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        _synchronise(batch)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:]), sum(kept.values())
-
-
-def _synchronise(batch: Batch) -> None:
-    if batch.student.input_ids.is_cuda:
-        torch.cuda.synchronize()
 
 
 def _row_count(batch: Batch, terms: Sequence[Term]) -> int:

@@ -22,6 +22,7 @@ from mmkd.towers.tower import Encoded, Tower
 from mmkd.train.batch import Pair
 from mmkd.train.build_stage import Stage, build_stage
 from mmkd.train.optimisers import OPTIMISERS
+from mmkd.train.token_batches import count_line
 
 PROBE = 64  # samples prepared to learn lengths
 
@@ -67,7 +68,8 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
     batch = spec.optimiser.batch_size
     steps = spec.steps or int((spec.epochs or 1) * (len(samples) // batch))
     probed = [stage.dataset.prepare(s) for s in samples[:: max(1, len(samples) // PROBE)][:PROBE]]
-    rows = _rows(student, [pair.student for pair in probed if isinstance(pair, Pair)], stage.terms, batch)
+    usable = [pair for pair in probed if isinstance(pair, Pair)]
+    rows = _rows(student, [pair.student for pair in usable], stage.terms, batch)
     optimiser = round((OPTIMISERS[spec.optimiser.kind].moments + 1) * 4 * trained)  # its moments and the gradient, float32
     ours, naive = loss_memory(student, stage.teachers, stage.terms, rows, recipe.chunk_bytes)
     lines = [
@@ -78,6 +80,8 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
         f"  memory: gradients and optimiser {bytes_text(optimiser)}, losses {bytes_text(ours)} "
         f"(a naive computation: {bytes_text(naive)})",
     ]
+    if (tokens := spec.optimiser.micro_batch_tokens) is not None:
+        lines.insert(2, "  " + count_line(usable, batch, tokens))
     if spec.generates:
         lines.insert(1, "  answers: " + ", ".join(f"{name} {shown(given)}" for name, given in spec.answers.items()))
     if any(t.switched for t in stage.terms):

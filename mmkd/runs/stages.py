@@ -42,6 +42,7 @@ from mmkd.train.reference import fill_reference
 from mmkd.train.reporting import refusals, report
 from mmkd.train.sharded import make_whole, spreads_weights
 from mmkd.train.skips import in_words, skipped_file
+from mmkd.train.spec import StageSpec
 from mmkd.train.stop_at_step import ends_when_asked
 from mmkd.train.streaming import StreamDataset, stage_stream
 from mmkd.train.trainer import DistillTrainer, split_evenly, training_arguments
@@ -132,7 +133,7 @@ def prepare_stage(
         (teacher,) = teachers.values()
         fill_reference(
             stage.dataset, teacher, teacher.reference_folder(run.parent / "references"),
-            batch_size=arguments.per_device_train_batch_size, chunk_bytes=recipe.chunk_bytes,
+            batch_size=_pairs_at_once(recipe, spec, arguments), chunk_bytes=recipe.chunk_bytes,
             pixels_matter=recipe.guards.pixels_matter,
         )  # fmt: skip
     skips = stage.dataset.skips
@@ -162,6 +163,11 @@ def prepare_stage(
         stage.distiller, dataset, spec, arguments, log, stage.collator, ahead=ahead, sizes=sizes, answers=stage.answers,
         where=Where(run, role, name, recipe.model_dump(mode="json")),
     )  # fmt: skip
+    if spec.optimiser.micro_batch_tokens is not None and trainer.is_deepspeed_enabled:
+        raise DataError(
+            f"stage {name}: DeepSpeed counts micro-batches itself, so that it cannot have micro_batch_tokens; use FSDP2 "
+            "(docs/scale.md), or micro_batch_size"
+        )
     if stage.answers.generates and stage.distiller.lockstep:
         raise DataError(
             f"stage {name}: a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone"
@@ -174,6 +180,12 @@ def prepare_stage(
     report(trainer, recipe.report_to, f"{Path(recipe.output).name}, {name_of or role}, {name}", run / EVENTS / role / name)
     _watch(recipe, role, stage, trainer, run, folder, resume)
     return stage, trainer, resume
+
+
+def _pairs_at_once(recipe: Recipe, spec: StageSpec, arguments: TrainingArguments) -> int:
+    """Pairs that the reference reads at once: a micro-batch of training, as if all answers had `max_length` tokens."""
+    held, tokens = arguments.per_device_train_batch_size, spec.optimiser.micro_batch_tokens
+    return held if tokens is None else max(1, min(held, tokens // (2 * recipe.max_length)))
 
 
 def _watch(
@@ -202,7 +214,8 @@ def _arguments(recipe: Recipe, stage: Stage, folder: Path, *, streamed: bool) ->
     if not streamed and samples < batch:
         raise DataError(f"stage {stage.name} has {samples} samples, fewer than its batch_size {batch}")
     arguments = training_arguments(spec, stage.name, folder, recipe.seed, processes, recipe.workers, recipe.report_to)
-    check_steps(stage, arguments.gradient_accumulation_steps, processes)
+    by_tokens = spec.optimiser.micro_batch_tokens is not None  # as many as there are samples, at the most
+    check_steps(stage, arguments.per_device_train_batch_size if by_tokens else arguments.gradient_accumulation_steps, processes)
     return arguments
 
 

@@ -234,15 +234,16 @@ class StoredRows:
 
     @staticmethod
     def join(parts: Sequence[StoredRows]) -> StoredRows:
-        """The rows of several samples behind one another."""
+        """The rows of several samples behind one another, copied out of what they were read from."""
         names = parts[0].signal
+        features = [f for p in parts for f in p.features]
         return StoredRows(
             torch.cat([p.kinds for p in parts]),
             torch.cat([p.tokens for p in parts]),
             torch.cat([p.scores for p in parts]),
             {name: torch.cat([p.signal[name] for p in parts]) for name in names},
             [n for p in parts for n in p.images],
-            [f for p in parts for f in p.features],
+            list(torch.cat(features).split([len(f) for f in features])) if features else [],
             [len(p.kinds) for p in parts],
         )
 
@@ -361,34 +362,35 @@ class TeacherCache:
         return len(self._keys)
 
     def __contains__(self, key: bytes) -> bool:
-        return self._find(key) is not None
+        return self.find(key) is not None
 
     def has_text(self, text: bytes) -> bool:
         return _found(self._texts, text) is not None
 
-    def _find(self, key: bytes) -> int | None:
+    def find(self, key: bytes) -> int | None:
+        """The number of an entry."""
         place = _found(self._keys, key)
         return None if place is None else int(self._order[place])
 
     def entry(self, key: bytes, positions: Iterable[str], features: bool = False) -> StoredRows | None:
-        """The rows of these kinds of one sample, from the memory-mapped shard; None if it is not here."""
-        number = self._find(key)
+        """The rows of these kinds of one sample, as views of the memory-mapped shard; None if it is not here."""
+        number = self.find(key)
         if number is None:
             return None
         place = self._places.of(number)
         path = self.paths[place.shard]
         try:
             shard = _open_shard(str(path), os.getpid())
-            names = ("kinds", "tokens", "scores", *self.about.signals)
-            read = {name: shard.get_slice(name)[place.row : place.row + place.rows] for name in names}
-            stored = StoredRows(*(read.pop(name) for name in names[:3]), read, place.image_rows)
+            rows = slice(place.row, place.row + place.rows)
+            signal = {name: shard[name][rows] for name in self.about.signals}
+            stored = StoredRows(shard["kinds"][rows], shard["tokens"][rows], shard["scores"][rows], signal, place.image_rows)
             if features and place.feature_rows:
-                whole = shard.get_slice("features")[place.feature : place.feature + sum(place.feature_rows)]
+                whole = shard["features"][place.feature : place.feature + sum(place.feature_rows)]
                 stored.features = list(whole.split(place.feature_rows))
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise DataError(f"{path} is damaged or gone ({one_line(error)}); {_REMEDY}") from error
         self._check(number, path, stored, features)
-        return _cut(stored, positions)
+        return stored if {*self.about.rows} <= {*positions} else _cut(stored, positions)
 
     def _check(self, number: int, path: Path, stored: StoredRows, features: bool) -> None:
         """Raises DataError for an entry that is not what was written; once an entry."""
@@ -476,8 +478,10 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _open_shard(path: str, process: int) -> Any:
-    return safe_open(path, "pt")
+def _open_shard(path: str, process: int) -> dict[str, Tensor]:
+    """A shard's tensors, memory-mapped: what is read of them is read from the disk's cache."""
+    with safe_open(path, "pt") as shard:
+        return {name: shard.get_tensor(name) for name in {*shard.keys()} - {*_INDEX}}
 
 
 def _sorted(digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

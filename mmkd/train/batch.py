@@ -37,6 +37,15 @@ class Pair:
     prompts: dict[str, Encoded] = field(default_factory=dict, kw_only=True)
     facts: dict[str, Any] = field(default_factory=dict, kw_only=True)  # by term, what `Term.sample_fact` says of the sample
 
+    def lengths(self) -> dict[str, int]:
+        """Tokens of each sequence that a model reads of it, visual ones included."""
+        found = {"student": len(self.student.input_ids)}
+        for name, part in self.teachers.items():
+            for reading, encoded in ((name, part.inputs), (f"{name} switched", part.switch)):
+                if isinstance(encoded, Encoded):
+                    found[f"of {reading}"] = len(encoded.input_ids)
+        return found
+
 
 @dataclass
 class TeacherBatch:

@@ -5,7 +5,7 @@ The dry run, `mmkd estimate`, `mmkd cache` and the run itself all use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -27,6 +27,7 @@ from mmkd.train.preference import PreferenceDataset
 from mmkd.train.rollouts import Rollouts, refuse_stored, wait
 from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec, TrainSpec
+from mmkd.train.token_batches import ByTokens
 from mmkd.train.trainable import add_lora, remove_lora, set_trainable
 
 
@@ -55,17 +56,27 @@ class Stage:
 
     def batch_of(self, count: int) -> Batch:
         """A micro-batch of at most `count` of its samples, on the student's device, to be measured and not trained on."""
+        return self.batch_from(list(islice(self.usable(), count)))
+
+    def usable(self) -> Iterator[Pair]:
+        """Its samples as they are prepared, to be measured; those that cannot be used are left out."""
         if self.of_pairs:
             self.dataset.reference.zero_()
         self.dataset.skips.allowed = len(self.dataset)  # the preflight has counted them
-        usable = (pair for i in range(len(self.dataset)) if isinstance(pair := self.dataset[i], Pair))
-        (taken,) = self.answers.take(iter([self.collator(list(islice(usable, count)))]), 1)
+        return (pair for i in range(len(self.dataset)) if isinstance(pair := self.dataset[i], Pair))
+
+    def batch_from(self, pairs: Sequence[Pair]) -> Batch:
+        """A micro-batch of these, on the student's device."""
+        collate = wait if self.answers.generates else self.dataset.collator
+        (taken,) = self.answers.take(iter([collate(list(pairs))]), 1)
         return taken["batch"].to(self.student.device)
 
     @property
     def collator(self) -> Callable[[Any], dict[str, Any]]:
-        """Of what the loader reads, what the answer source takes."""
-        return wait if self.answers.generates else self.dataset.collator
+        """Of what the loader reads, what the answer source takes: a micro-batch, or all those of a step where tokens tell."""
+        tokens = self.spec.optimiser.micro_batch_tokens
+        own = self.dataset.collator if tokens is None else ByTokens(self.dataset.collator, tokens)
+        return wait if self.answers.generates else own
 
     def leave(self) -> None:
         """Takes away what only this stage adds to its student, for who does not train it."""

@@ -43,6 +43,9 @@ class PreferencePair(Pair):
     rejected: Encoded | None = None
     reference: Tensor | None = None  # [2] log-probabilities of the chosen and the rejected answer under the teacher
 
+    def lengths(self) -> dict[str, int]:
+        return super().lengths() | {"rejected": len(self.rejected.input_ids)}
+
 
 @dataclass
 class PreferenceBatch(Batch):

@@ -45,6 +45,9 @@ class OptimiserSpec(AdamWSpec):
     learning_rates: dict[Literal[PARTS], Annotated[float, Field(ge=0, le=LARGEST_RATE)]] = Field({})  # type: ignore[valid-type]  # per part, over learning_rate
     batch_size: int = Field(32, gt=0, le=2**20)  # samples a step, over all processes and micro-batches
     micro_batch_size: int | None = Field(None, gt=0)  # samples a process holds at once
+    # In its place: padded tokens that a process holds at once, of student and teachers, visual ones included. A step keeps its
+    # `batch_size` samples; they are split by their lengths.
+    micro_batch_tokens: int | None = Field(None, gt=0, le=2**40, exclude_if=is_default(None))
 
     @field_validator("kind")
     @classmethod
@@ -52,6 +55,12 @@ class OptimiserSpec(AdamWSpec):
         if value not in OPTIMISERS:
             raise ValueError(f"there is no optimiser {value!r}; {did_you_mean(value, OPTIMISERS)}")
         return value
+
+    @model_validator(mode="after")
+    def one_measure(self) -> OptimiserSpec:
+        if self.micro_batch_size is not None and self.micro_batch_tokens is not None:
+            raise ValueError("give either `micro_batch_size` or `micro_batch_tokens`; the other is `null`")
+        return self
 
 
 class LoraSpec(Strict):
@@ -192,6 +201,10 @@ class StageSpec(LoopSpec):
 
     @model_validator(mode="after")
     def consistent(self) -> StageSpec:
+        if self.generates and self.optimiser.micro_batch_tokens is not None:
+            raise ValueError(
+                "optimiser.micro_batch_tokens: answers that are generated have no length before the step; use micro_batch_size"
+            )
         if self.group_by_length and self.sampler is not None:
             raise ValueError("give either `group_by_length` or `sampler`")
         if self.lora is not None and ("mlp" in self.train or self.upcycle is not None):

@@ -44,6 +44,7 @@ from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
 from mmkd.train.stop_at_step import StopWhenAsked
+from mmkd.train.token_batches import apart
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class DistillTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
-        distiller.lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        distiller.lockstep = self._lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._by_tokens = stage.optimiser.micro_batch_tokens is not None
         half = half_of(stage.precision)
         self._ahead = Ahead(distiller.prefetch, arguments.device, half) if ahead else None
         if distiller.lockstep and half is not None:  # as accelerate does for DDP; the engines' own casts leave the teacher out
@@ -112,39 +114,65 @@ class DistillTrainer(Trainer):
         if self._ahead is None:
             step = self.state.global_step
             self.answers.begin(step, progress_at(step, self.state.max_steps))
-            samples = self.answers.take(epoch_iterator, num_batches)
+            samples = self._micro_batches(self.answers.take(epoch_iterator, num_batches))
             for name, seen in self.answers.observed().items():
                 self._add(name, torch.tensor(seen, device=device))
             self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
             self._sum_over_step(samples)
-            return samples, counts
+            return self._as_the_loop_counts(samples), counts
         peeked = self._peeked[1] if self._peeked[0] is epoch_iterator else []
         coming = itertools.chain(peeked, epoch_iterator)
-        samples = list(itertools.islice(coming, num_batches))
+        samples = self._micro_batches(list(itertools.islice(coming, num_batches)))
         self._count_skipped(samples)
         last = self.state.global_step + 1 >= self.state.max_steps
         self._peeked = (epoch_iterator, [] if last else list(itertools.islice(coming, 1)))
-        queue = [inputs["batch"] for inputs in (*samples, *self._peeked[1])]
+        queue = [inputs["batch"] for inputs in (*samples, *apart(self._peeked[1]))]
         self._following = {id(batch): following for batch, following in itertools.pairwise(queue)}
         self._sum_over_step(samples)
-        return samples, self._get_num_items_in_batch(samples, device)
+        return self._as_the_loop_counts(samples), self._get_num_items_in_batch(samples, device)
+
+    def _micro_batches(self, collated: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of a step, of what the loader gave.
+
+        Where they follow from tokens, processes in lockstep must take as many all the same: who has fewer goes through its last
+        one again, which is "idle" then and counts nothing.
+        """
+        samples = apart(collated)
+        if self._by_tokens and self._lockstep and self.args.world_size > 1 and samples:
+            most = torch.tensor(len(samples))
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self._host_group)
+            samples += [{**samples[-1], "idle": True}] * (int(most) - len(samples))
+        return samples
+
+    def _as_the_loop_counts(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A step's micro-batches for transformers' loop, which counts them: where they follow from tokens, all of them as one."""
+        return [{"micro_batches": samples}] if self._by_tokens and samples else samples
 
     def _count_skipped(self, samples: Sequence[dict[str, Batch]]) -> None:
         """Counts what was left out of a step's micro-batches; workers that made them could not. Raises DataError."""
         skips = self.train_dataset.skips
-        for batch in (inputs["batch"] for inputs in samples):
+        for batch in (inputs["batch"] for inputs in samples if "idle" not in inputs):
             skips.seen += len(batch.student.ids) + len(batch.skipped)
             for skip in batch.skipped:
                 skips.add(skip)
 
     # ---- loss ----
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the trainer's own; of several micro-batches only the last one's gradients are sent to other processes."""
+        *first, last = inputs.get("micro_batches", [inputs])
+        total: Any = 0.0
+        for part in first:
+            with self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, num_items_in_batch)
+        return total + super().training_step(model, last, num_items_in_batch)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Counts of one optimiser step over its micro-batches and all ranks. [len(COUNTS)], on the CPU"""
         if not batch_samples:
             return torch.zeros(len(COUNTS))
-        counts = torch.stack([inputs["batch"].counts for inputs in batch_samples]).sum(0)
+        counts = torch.stack([inputs["batch"].counts for inputs in batch_samples if "idle" not in inputs]).sum(0)
         if self.args.world_size > 1:
             told = torch.cat([counts, torch.tensor([float(stopping.asked())])])  # a process that is asked to end tells all
             torch.distributed.all_reduce(told, group=self._host_group)
@@ -170,6 +198,7 @@ class DistillTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     batch = inputs["batch"].to(self.args.device, non_blocking=True)  # a pass ahead is for the step itself
                     for name, sums in model(batch, step_sums=True).items():
+                        sums = torch.zeros_like(sums) if "idle" in inputs else sums
                         totals[name] = totals[name] + sums if name in totals else sums
         if self.args.world_size > 1:
             totals = {name: self.accelerator.reduce(sums, reduction="sum") for name, sums in totals.items()}
@@ -181,11 +210,11 @@ class DistillTrainer(Trainer):
         """Counts are added up between the processes' CPUs: a sum from the accelerators would have to be waited for."""
         return torch.distributed.new_group(backend="gloo")
 
-    def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = inputs["batch"]
         if self._ahead is not None:
-            return {"batch": self._ahead.take(batch, self._following.get(id(batch)))}
-        return {"batch": batch.to(self.args.device, non_blocking=True)}
+            return {**inputs, "batch": self._ahead.take(batch, self._following.get(id(batch)))}
+        return {**inputs, "batch": batch.to(self.args.device, non_blocking=True)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -193,6 +222,8 @@ class DistillTrainer(Trainer):
         progress = progress_at(self.state.global_step, self.state.max_steps)
         with naming_samples(inputs["batch"]):
             loss, terms = model(inputs["batch"], num_items_in_batch, progress)
+        if "idle" in inputs:
+            return loss * 0.0
         self._note(inputs["batch"].on_host, loss, terms, num_items_in_batch, progress)
         self._count_experts(model, inputs["batch"])
         for name, (total, count) in terms.items():
@@ -368,7 +399,7 @@ def training_arguments(
     """A stage in transformers' terms."""
     spec = stage.optimiser
     per_process = max(1, spec.batch_size // world_size)
-    micro = min(spec.micro_batch_size or per_process, per_process)
+    micro = min(spec.micro_batch_size or per_process, per_process)  # by tokens: what is split further
     return TrainingArguments(
         output_dir=str(folder),
         run_name=name,

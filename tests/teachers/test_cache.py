@@ -524,3 +524,22 @@ def test_two_data_sets_of_one_teacher_do_not_take_each_others_rows(folder, cache
     one_way, other_way = rows(samples), rows(samples[::-1])
     for name, hidden in one_way.items():
         assert torch.equal(hidden, other_way[name]), name
+
+
+def test_tokens_are_compared_once_a_sample_and_again_where_they_are_others(folder, cache, monkeypatch):
+    content = recipe(folder, teacher__cache=str(cache))
+    teacher = the_teacher(content)
+    student = build_student(content, teacher, [])
+    sample = stage_samples(content, content.stages["only"])[0]
+    encoded, compared = student.encode(sample), []
+    check = teacher._check_tokens
+    monkeypatch.setattr(teacher, "_check_tokens", lambda *given: (compared.append(1), check(*given)))
+    rows = [teacher.prepare(sample, encoded, student=student, alike=True) for _ in range(3)]
+    assert len(compared) == 1 and torch.equal(rows[0].signal["hidden"], rows[2].signal["hidden"])
+    other = replace(encoded, input_ids=encoded.input_ids.clone(), targets=encoded.targets.clone())
+    place = int((other.targets >= 0).nonzero()[0])
+    other.targets[place] += 1
+    with pytest.raises(DataError, match="or others"):
+        teacher.prepare(sample, other, student=student, alike=True)
+    batch = teacher.collate(rows)  # its own memory, whatever becomes of the shard
+    assert batch.signal["hidden"].untyped_storage().nbytes() < 10 * batch.signal["hidden"].numel() * 4

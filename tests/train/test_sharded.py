@@ -70,6 +70,18 @@ def one_process(recipe):
     return load_file(output / "student" / "model.safetensors")
 
 
+ALONE = "stages.only.terms.words=0"  # negatives of `contrastive` are those of a micro-batch, so a split changes it
+BY_TOKENS = [ALONE, "stages.only.optimiser.micro_batch_size=null", "stages.only.optimiser.micro_batch_tokens=1200"]
+
+
+@pytest.fixture(scope="module")
+def one_split(recipe):
+    output = recipe.parent / "one_split"
+    command = [sys.executable, *CLI, str(recipe), f"output={output}", ALONE]
+    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+    return load_file(output / "student" / "model.safetensors")
+
+
 def interrupt(command: list[str], folder: Path) -> Path:
     """Runs a command until `folder` has a complete checkpoint, which is returned."""
     said = folder.parents[3] / f"{folder.parents[2].name}.log"
@@ -95,6 +107,20 @@ def test_two_processes_are_one(recipe, one_process, engine):
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_weights(output, one_process)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_that_split_by_tokens_are_one(recipe, one_split, engine):
+    """Processes have other samples, so other numbers of micro-batches."""
+    output = recipe.parent / f"{engine}_tokens"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if engine == "fsdp2":
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "fsdp2.yaml")]
+        launch += ["--num_processes", "2", "--main_process_port", "0"]
+    command = [*launch, *CLI, str(recipe), f"output={output}", *BY_TOKENS]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_weights(output, one_split)
 
 
 def assert_weights(output: Path, expected: dict) -> None:
