@@ -163,23 +163,29 @@ def prepare_stage(
         stage.distiller, dataset, spec, arguments, log, stage.collator, ahead=ahead, sizes=sizes, answers=stage.answers,
         where=Where(run, role, name, recipe.model_dump(mode="json")),
     )  # fmt: skip
-    if spec.optimiser.micro_batch_tokens is not None and trainer.is_deepspeed_enabled:
-        raise DataError(
-            f"stage {name}: DeepSpeed counts micro-batches itself, so that it cannot have micro_batch_tokens; use FSDP2 "
-            "(docs/scale.md), or micro_batch_size"
-        )
-    if stage.answers.generates and stage.distiller.lockstep:
-        raise DataError(
-            f"stage {name}: a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone"
-        )
-    if stage.answers.memories and stream is not None:
-        raise DataError(
-            f"stage {name}: answers: {', '.join(stage.answers.memories)} gives earlier samples again, and streamed data have no "
-            "place to find them at; take `stream` out of its data"
-        )
+    if errors := _engine_errors(stage, trainer, streamed=stream is not None):
+        raise DataError(f"stage {name}: " + "; and ".join(errors))
     report(trainer, recipe.report_to, f"{Path(recipe.output).name}, {name_of or role}, {name}", run / EVENTS / role / name)
     _watch(recipe, role, stage, trainer, run, folder, resume)
     return stage, trainer, resume
+
+
+def _engine_errors(stage: Stage, trainer: DistillTrainer, *, streamed: bool) -> list[str]:
+    """What the stage asks for and its engine or its data cannot give."""
+    found = []
+    if stage.spec.optimiser.micro_batch_tokens is not None and trainer.is_deepspeed_enabled:
+        found.append(
+            "DeepSpeed counts micro-batches itself, so that it cannot have micro_batch_tokens; use FSDP2 (docs/scale.md), or "
+            "micro_batch_size"
+        )
+    if stage.answers.generates and stage.distiller.lockstep:
+        found.append("a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone")
+    if stage.answers.memories and streamed:
+        found.append(
+            f"answers: {', '.join(stage.answers.memories)} gives earlier samples again, and streamed data have no place to find "
+            "them at; take `stream` out of its data"
+        )
+    return found
 
 
 def _pairs_at_once(recipe: Recipe, spec: StageSpec, arguments: TrainingArguments) -> int:
