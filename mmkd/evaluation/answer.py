@@ -93,9 +93,9 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     header = _header(tower, benchmark, items, blind, choices)
     store = Store(out, header, resume, processes)
-    batches = processes.share(_open_batches(items, store.answers, batch_size))
+    batches = processes.share(_open_batches(items, store.before, batch_size))
     _answer_all(_asker(tower, benchmark, choices), benchmark.name, batches, store, cache_bytes, progress and processes.is_first)
-    parts = processes.gather((store.answers, _peak_bytes()))
+    parts = processes.gather((store.answers(), _peak_bytes()))
     answers = {name: answer for part, _ in parts for name, answer in part.items()}
     peak = max((found for _, found in parts if found is not None), default=None)
     scorer = Scorer(benchmark, _opens_thinking(tower, items), choices == "likelihood")
