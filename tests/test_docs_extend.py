@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text(encoding="ut
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for language, text in BLOCKS if not language for line in text.splitlines()]
 NAMES = {
-    "terms": ("total_variation", "mean_feature"), "formats": ("semicolons",), "metrics": ("no_spaces",),
+    "terms": ("total_variation", "mean_feature", "by_picture"), "formats": ("semicolons",), "metrics": ("no_spaces",),
     "samplers": ("short_first",), "encoders": ("patches",),
 }  # fmt: skip
 
@@ -60,9 +60,9 @@ def here(folder, monkeypatch):
 def test_the_page_has_an_example_of_each_kind():
     files = [text.partition("\n")[0].removeprefix("# ") for language, text in BLOCKS if language == "python"]
     assert [name.partition("my_")[2] for name in files] == [
-        "row_term.py", "feature_term.py", "format.py", "metric.py", "sampler.py", "encoder.py"
+        "row_term.py", "feature_term.py", "mixture.py", "format.py", "metric.py", "sampler.py", "encoder.py"
     ]  # fmt: skip
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -81,6 +81,9 @@ def test_what_the_commands_left():
     """Runs after the commands of the page, in the same folder."""
     logged = [json.loads(line) for line in Path("runs/features/log/student.jsonl").read_text().splitlines()]
     assert logged[-1]["mean_feature"] > 0
+    brought = json.loads(Path("runs/several/summary.json").read_text())["brought"]["answer"]["mix"]
+    assert brought["seeing"]["weight"] == pytest.approx(0.9) and brought["seeing"]["used"] == 1
+    assert brought["reading"] == {"weight": pytest.approx(0.1), "used": 0, "agreement": None, "lead": None}
     assert json.loads(next(Path("runs/scored").rglob("results.json")).read_text())["empty_answers"] >= 0
     assert Path("runs/assembled/student/config.json").exists()
 

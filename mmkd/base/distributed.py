@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -19,6 +20,8 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
          "NCCL communicator was aborted", "Socket Timeout", "connection was closed")  # fmt: skip
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -42,6 +45,25 @@ def wait_for_all() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def of_all(value: T) -> list[T]:
+    """The value of each process, in their order; all of them must ask. It goes from CPU to CPU."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value, group=_host_group())
+    return found
+
+
+@cache
+def _host_group() -> Any:
+    """Connects the processes' CPUs, whatever connects their accelerators."""
+    import torch
+
+    return torch.distributed.new_group(backend="gloo")
 
 
 @contextmanager

@@ -12,13 +12,27 @@ from mmkd.registry import options_of, registry
 
 
 class Plugged(Strict):
-    """A dataclass of one kind of the registry by name; its fields are the options. Unknown names and options are refused."""
+    """A dataclass of one kind of the registry by name; its fields are the options. Unknown names and options are refused.
+
+    `NAME` and `{NAME: {options}}` are short for `{kind: NAME, options}`.
+    """
 
     model_config = ConfigDict(extra="allow")  # the options of the kind: fields of its class
     of: ClassVar[str]  # the kind in the registry
     one: ClassVar[str]  # what one of them is called
 
     kind: str  # a name of `mmkd list` of its kind
+
+    @model_validator(mode="before")
+    @classmethod
+    def from_short_form(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"kind": given}
+        if isinstance(given, dict) and "kind" not in given and len(given) == 1:
+            ((name, options),) = given.items()
+            if options is None or isinstance(options, dict):
+                return {"kind": name, **(options or {})}
+        return given
 
     @model_validator(mode="after")
     def known(self) -> Plugged:
@@ -46,13 +60,3 @@ def _words(error: Any) -> str:
         return error["msg"].removeprefix("Value error, ")
     return f"{error['msg']}, got {error['input']!r}"
 
-
-def long_form(given: Any) -> Any:
-    """`NAME` and `{NAME: {options}}` as `{kind: NAME, options}`; anything else as it is."""
-    if isinstance(given, str):
-        return {"kind": given}
-    if isinstance(given, dict) and "kind" not in given and len(given) == 1:
-        ((name, options),) = given.items()
-        if options is None or isinstance(options, dict):
-            return {"kind": name, **(options or {})}
-    return given

@@ -24,6 +24,7 @@ from mmkd.errors import DataError, one_line
 logger = logging.getLogger(__name__)
 
 RECIPE, FACTS = "recipe.yaml", "run.json"
+EVENTS = "tensorboard"  # what TensorBoard reads, a folder a role and stage
 SKIPPED = "_skipped.jsonl"  # ending of the files in log/ that name the samples that were left out; the others are logs
 UNTRAINED = (RECIPE, FACTS, ".lock", "upcycle.json")  # files of a run in which nothing was trained yet
 
@@ -96,6 +97,11 @@ def take_control(shared: Path, run: Path, role: str) -> None:
             write_whole(logs / f"{role}{ending}", log.read_text(encoding="utf-8"))
         elif (logs / f"{role}{ending}").exists():
             remove(logs / f"{role}{ending}")
+    events, mine = shared / EVENTS / "control", run / EVENTS / role
+    if mine.exists():
+        remove(mine)
+    if events.exists():
+        copy_whole(events, mine)
 
 
 def _recorded(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import NoReturn
 
+from mmkd.base.bars import BesideBars, Printable, quiet_libraries
 from mmkd.base.distributed import end_process, lost_connection, world_size
 from mmkd.base.peers import watching_peers
 from mmkd.base.stopping import CODE, Terminated, listening
@@ -35,6 +36,7 @@ COMMANDS = {
     "pairs": ("mmkd.cli.pairs", "Make preference pairs: right answers of one model, wrong ones of others."),
     "preferences": ("mmkd.cli.preferences", "Count how often a model prefers the chosen answers of pairs."),
     "report": ("mmkd.cli.report", "Write the HTML report of a run again."),
+    "push": ("mmkd.cli.push", "Send a student to the hub, or list what would be sent."),
     "compare": ("mmkd.cli.compare", "Compare models on the same questions: differences, agreement, one report for all."),
     "check": ("mmkd.testing.command", "Check that a model works as a tower, or replay a step that was not finite."),
     "list": ("mmkd.cli.list", "List cards, or what a recipe can name: terms, formats, metrics and their like."),
@@ -42,6 +44,7 @@ COMMANDS = {
 }
 
 SHARED = {"distill", "cache", "rank", "evaluate"}  # what several processes of a launcher do together
+TIMED = {*SHARED, "write"}  # whose lines of the log begin with day and time
 
 # What the file system refuses, and the way out. Any other OSError is a bug and keeps its traceback.
 _ROOM = "make room or take another output folder; the same command then goes on"
@@ -58,8 +61,10 @@ REFUSED = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a user's mistake is one message on stderr and exit code 2 (3: a value is not finite)."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(message)s"))
+    quiet_libraries()
+    handler = BesideBars()
+    times = arguments.command.prog.split()[-1] in TIMED
+    handler.setFormatter(Printable("%(asctime)s %(message)s" if times else "%(message)s", "%m-%d %H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("mmkd").setLevel(logging.INFO)
     # bitsandbytes warns at import about a kernel that only 4-bit models on a CPU would use.
@@ -89,13 +94,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(printable(f"mmkd: {message}"), file=sys.stderr)
         return code
-
-
-class _Printable(logging.Formatter):
-    """Names in data must not write to the terminal what they like."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
 
 def run() -> NoReturn:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import mmkd
+from mmkd.base.bars import bar
 from mmkd.base.cache_folder import cache_folder
 from mmkd.base.distributed import claimed, is_main_process
 from mmkd.data.annotations import Row
@@ -109,12 +109,12 @@ def _find(
 
 def _tried(path: Path, names: dict[str, str], make: Callable[[Row], Any], tally: Tally) -> Iterator[tuple[int, int, int]]:
     size, quiet = path.stat().st_size, not is_main_process()
-    with tqdm(total=size, desc=f"reading {path.name} once", unit="B", unit_scale=True, disable=quiet) as bar:
+    with bar(size, f"reading {path.name} once", "byte", shown=not quiet, unit_scale=True) as told:
         for number, (start, length, value) in enumerate(list_entries(path)):
             where = f"{path} entry {number}"
             if _try(lambda value=value, where=where: Row(value, where, names, 0, tally.used), where, make, tally):
                 yield start, length, number
-            bar.update(start + length - bar.n)
+            told.update(start + length - told.n)
 
 
 def _keep(kept: Path, starts: np.ndarray, sizes: np.ndarray, numbers: np.ndarray, facts: dict) -> None:

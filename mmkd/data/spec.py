@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from mmkd.base.schema import Strict, is_default
+from mmkd.data.mixup import MixupSpec
 from mmkd.data.prompts import PromptStyle
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
@@ -31,6 +32,8 @@ class DataSpec(Strict):
     target: Literal["first", "majority", "sampled", "teacher"] | None = None
     answers: str | None = Field(None, exclude_if=is_default(None))  # a file of {"id", "answer"} lines in the place of the data's
     text_only: bool = Field(False, exclude_if=is_default(False))  # whether it is right that no sample has a picture
+    # some of its pictures mixed with others, for terms that compare vision features alone
+    mixup: MixupSpec | None = Field(None, exclude_if=is_default(None))
     tag: str | None = Field(None, exclude_if=is_default(None))  # names its samples for routed_teachers; default: its card
     limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
     image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions

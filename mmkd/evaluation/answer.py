@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmkd.base.bars import bar
 from mmkd.base.jsonl import lines_of
 from mmkd.data.prompts import letter_of
 from mmkd.data.samples import Question, Sample
@@ -92,9 +93,9 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     header = _header(tower, benchmark, items, blind, choices)
     store = Store(out, header, resume, processes)
-    batches = processes.share(_open_batches(items, store.answers, batch_size))
+    batches = processes.share(_open_batches(items, store.before, batch_size))
     _answer_all(_asker(tower, benchmark, choices), benchmark.name, batches, store, cache_bytes, progress and processes.is_first)
-    parts = processes.gather((store.answers, _peak_bytes()))
+    parts = processes.gather((store.answers(), _peak_bytes()))
     answers = {name: answer for part, _ in parts for name, answer in part.items()}
     peak = max((found for _, found in parts if found is not None), default=None)
     scorer = Scorer(benchmark, _opens_thinking(tower, items), choices == "likelihood")
@@ -230,12 +231,9 @@ def _open_batches(items: Sequence[Item], answers: Mapping[str, dict], batch_size
 def _answer_all(
     ask: _Ask, name: str, todo: Sequence[list[Item]], store: Store, cache_bytes: int, progress: bool
 ) -> None:
-    from tqdm import tqdm
-
     open_questions = Counter(item.image_keys for batch in todo for item in batch)
     cache = VisionCache(cache_bytes)
-    bar = tqdm(total=sum(map(len, todo)), desc=name, unit="question", disable=not progress)
-    with bar:
+    with bar(sum(map(len, todo)), name, "question", shown=progress) as told:
         for batch in todo:
             start = time.perf_counter()
             answers = _answer_batch(ask, batch, cache)
@@ -243,7 +241,7 @@ def _answer_all(
             open_questions.subtract(item.image_keys for item in batch)
             for key in [key for key in cache if open_questions[key] <= 0]:
                 del cache[key]
-            bar.update(len(batch))
+            told.update(len(batch))
 
 
 def _answer_batch(ask: _Ask, batch: list[Item], cache: VisionCache) -> dict[str, dict]:

@@ -12,7 +12,7 @@ from mmkd.evaluation.calibration import nll_difference, probabilities
 from mmkd.evaluation.intervals import interval, paired_difference
 from mmkd.evaluation.remarks import remarks
 from mmkd.evaluation.results import group_of, read_predictions, same_questions
-from mmkd.evaluation.roles import HARD_ANSWERS, best_control, in_words
+from mmkd.evaluation.roles import HARD_ANSWERS, STUDENT, TEACHER, best_control, in_words, is_control, learnt_answers
 
 
 def agreement(a_predictions: Sequence[str | None], b_predictions: Sequence[str | None]) -> float:
@@ -35,8 +35,8 @@ def compare_runs(predictions: Mapping[str, Path | str]) -> dict:
     Questions that any model skipped are left out for all, and counted.  Returns
         n, n_skipped                       questions compared and left out
         models      {name: {"score", "ci95"}}, and "remarks" where answers are degenerate (see `mmkd.evaluation.remarks`)
-        differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   student first, then
-                                           in the order given; the last two count questions that one has fully right and the
+        differences {"a - b": {"difference", "ci95", "agreement", "only_first", "only_second"}}   students first, controls
+                                           and teachers last; the last two count questions that one has fully right and the
                                            other has not; "nll" where probabilities are known (see
                                            `mmkd.evaluation.calibration.nll_difference`)
         fidelity    {name: agreement}      with the teacher, where there is one
@@ -140,10 +140,20 @@ def modality_importance(seen: Mapping[str, Mapping], blind: Mapping[str, Mapping
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
-    """Every pair once, the student always first and the teacher always last."""
-    rank = {"student": -1, "teacher": len(names)}
-    names = sorted(names, key=lambda name: rank.get(name, names.index(name)))
+    """Every pair once, minuend first: students, then other models, what they are held against, the teacher.
+
+    So a difference has the same sign wherever it is shown; models of one kind keep the order given.
+    """
+    names = sorted(names, key=_place)
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+
+def _place(name: str) -> int:
+    """Where a model stands in differences, by its role, which is the last word of its name where several runs are compared."""
+    role = name.rpartition(" ")[2]
+    if role in (STUDENT, TEACHER):
+        return 0 if role == STUDENT else 4
+    return 2 if learnt_answers(role) else 3 if is_control(role) else 1
 
 
 def _over_hard_answers(differences: Mapping[str, Any]) -> str | None:
@@ -175,7 +185,7 @@ def verdict(difference: Mapping | None, control: str = "control") -> str:
     points = 100 * difference["difference"]
     span, other = f"[{low:+.1f}, {high:+.1f}]", in_words(control)
     if low > 0:
-        return f"student leads its {other} by {points:.1f} points {span}"
+        return f"student leads its {other}: {points:+.1f} points {span}"
     if high < 0:
-        return f"student is behind its {other} by {-points:.1f} points {span}"
+        return f"student is behind its {other}: {points:+.1f} points {span}"
     return f"student and {other} show no difference: {points:+.1f} points {span}"

@@ -26,14 +26,18 @@ log = logging.getLogger(__name__)
 
 
 class Store:
-    """Answers by id, kept on disk batch by batch below a header that says whose they are; one file a process."""
+    """Answers by id, kept on disk batch by batch below a header that says whose they are; one file a process.
+
+    before: those of an interrupted or finished evaluation.  What is added is on the disk alone, so that memory stays flat however
+    many questions there are; `answers` reads it again at the end.
+    """
 
     def __init__(self, out: Path, header: dict[str, Any], resume: bool, processes: Processes) -> None:
         self.out, self.header = out, header
         self.lines = JsonLines(out / _partial_name(processes.index), errors=LONE_SURROGATES, durable=True)
-        self.answers: dict[str, dict] = {}
+        self.before: dict[str, dict] = {}
         if resume:
-            self.answers = self._kept() or _finished_answers(out, header)
+            self.before = self._kept() or _finished_answers(out, header)
         elif processes.is_first:
             self.close()
         processes.wait()  # everyone has read all files before anyone writes
@@ -41,9 +45,11 @@ class Store:
 
     def add(self, answers: dict[str, dict], seconds: float) -> None:
         share = seconds / len(answers)
-        rows = [{"id": name, **answer, "seconds": share} for name, answer in answers.items()]
-        self.lines.append(rows)
-        self.answers |= {row["id"]: row for row in rows}
+        self.lines.append({"id": name, **answer, "seconds": share} for name, answer in answers.items())
+
+    def answers(self) -> dict[str, dict]:
+        """All that this process knows: what was there before, and what it has added."""
+        return self.before | self._read(self.lines.path)
 
     def close(self) -> None:
         """Removes the files of all processes."""
@@ -60,7 +66,12 @@ class Store:
     def _kept(self) -> dict[str, dict]:
         """The answers of an interrupted evaluation, whatever the number of its processes."""
         paths = [self.out / PARTIAL, *sorted(self.out.glob(_partial_name("*")))]
-        return {name: answer for path in paths for name, answer in self._read(path).items()}
+        found: dict[str, dict] = {}
+        for path in paths:
+            if own := self._read(path):
+                log.info("going on with %d answers of %s", len(own), path)
+            found |= own
+        return found
 
     def _read(self, path: Path) -> dict[str, dict]:
         """The answers in one process's file."""
@@ -80,7 +91,6 @@ class Store:
                 f"{path} holds answers of another evaluation ({difference}); finish that one, "
                 "choose another output folder, or start anew with resume=False"
             )
-        log.info("going on with %d answers of %s", len(answers), path)
         return answers
 
 

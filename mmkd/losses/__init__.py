@@ -1,6 +1,7 @@
 """Pure loss functions on tensors. They import nothing of mmkd, take no means over a batch, and shift
 nothing."""
 
+from mmkd.losses.adaptive_skew import AdaptiveSkewKL, AdaptiveSkewReverseKL, adaptive_lam
 from mmkd.losses.dac import DACKL, DenseBand
 from mmkd.losses.difference import DBiLD, dbild, kneedle_k
 from mmkd.losses.divergence import (
@@ -39,6 +40,8 @@ __all__ = [
     "PWCE",
     "TAID",
     "AdaptiveKL",
+    "AdaptiveSkewKL",
+    "AdaptiveSkewReverseKL",
     "CrossEntropy",
     "DBiLD",
     "DenseBand",
@@ -53,6 +56,7 @@ __all__ = [
     "TopKForwardKL",
     "TopKJSD",
     "TopKLD",
+    "adaptive_lam",
     "balance_of_layers",
     "calibrated_c",
     "choose_experts",

@@ -19,13 +19,13 @@ from mmkd.recipes.writes import split_stages, write_errors
 from mmkd.teachers.spec import TeacherSpec
 from mmkd.terms.term import Term
 from mmkd.towers.spec import StudentSpec
-from mmkd.train.spec import Seed, StageSpec, TrainSpec
+from mmkd.train.spec import ReportSpec, Seed, StageSpec, TrainSpec
 from mmkd.writing.spec import WriteSpec
 
 # Keys of which a run may go on with other values: they do not change what it has learnt so far. `max_length` changes which
 # samples are left out or cut from here on; data go by content, wherever they lie.
 CHANGEABLE = (
-    "max_length", "guards", "guards.*", "evaluation", "evaluation.*", "workers", "data_root", "chunk_bytes",
+    "max_length", "guards", "guards.*", "evaluation", "evaluation.*", "workers", "data_root", "chunk_bytes", "report_to",
     "stages.*.save_every", "stages.*.log_every", "stages.*.gradient_checkpointing",
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ class EvaluationSpec(Strict):
         return self
 
 
-class RunSpec(Strict):
+class RunSpec(ReportSpec):
     """What every recipe says of its run."""
 
     title: str  # one line for logs and reports

@@ -11,6 +11,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import mmkd
 from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import alone_in, is_main_process, wait_for_all, world_size
 from mmkd.base.files import save_whole
-from mmkd.base.run_folder import claim, restart, take_control
+from mmkd.base.run_folder import EVENTS, claim, restart, take_control
 from mmkd.errors import DataError
 from mmkd.retrieval.batches import PairDataset
 from mmkd.retrieval.cross_encoders import load_matching
@@ -39,6 +41,8 @@ from mmkd.retrieval.trainer import PairTrainer, freeze_unreached
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import device_of_process
 from mmkd.train.checkpoints import last_checkpoint
+from mmkd.train.lines import TrainingLines
+from mmkd.train.reporting import refusals, report, tracker_errors
 from mmkd.train.stop_at_step import ends_when_asked
 from mmkd.train.trainer import split_evenly, training_arguments
 
@@ -58,7 +62,7 @@ def rank(recipe: RankingRecipe, *, anew: bool = False) -> dict[str, Any]:
     with alone_in(run, "the same output"):
         if anew:
             restart(run)
-        claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed)
+        claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed, changeable=("report_to",))
         teacher = load_cross_teacher(recipe.teacher)
         before = build_dual(recipe.student, pairs.texts, recipe.seed)
         models: dict[str, DualEncoder] = {"before": before}
@@ -88,12 +92,12 @@ def train_matching(recipe: MatchingRecipe, *, anew: bool = False) -> dict[str, A
     with alone_in(run, "the same output"):
         if anew:
             restart(run)
-        claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed)
+        claim(run, claimed_content(recipe), title=recipe.title, seed=recipe.seed, changeable=("report_to",))
         final = run / "model"
         if not final.exists():
             encoder = build_matching(recipe.model, pairs.texts, recipe.seed)
             model = MatchingModel(encoder, pairs, recipe.negatives, augment=recipe.training.augment)
-            train_model(model, MatchingDataset(pairs, encoder), recipe.training, recipe.seed, "model", run)
+            train_model(model, MatchingDataset(pairs, encoder), recipe.training, recipe.seed, "model", run, recipe.report_to)
             save_on_main(encoder, final)
             clear(run, "model")
         check_whole(final, "put it back, or delete it: the same command trains it again")
@@ -107,6 +111,8 @@ def train_matching(recipe: MatchingRecipe, *, anew: bool = False) -> dict[str, A
 
 def _read(recipe: RankingRecipe | MatchingRecipe) -> tuple[PairSet, PairSet]:
     """The pairs to train on, and the test set."""
+    if wrong := list(tracker_errors(recipe.report_to)):
+        raise DataError("; ".join(wrong))
     return tuple(read_pairs(data, recipe.seed, recipe.data_root) for data in (recipe.data, recipe.evaluation.data))
 
 
@@ -133,7 +139,7 @@ def train_dual(recipe: RankingRecipe, role: str, pairs: PairSet, run: Path, tabl
     if not final.exists():
         student = build_dual(recipe.student, pairs.texts, recipe.seed)
         model = RankingModel(student, pairs, recipe.ranking, table, recipe.training.augment)
-        train_model(model, PairDataset(pairs, student), recipe.training, recipe.seed, role, run)
+        train_model(model, PairDataset(pairs, student), recipe.training, recipe.seed, role, run, recipe.report_to)
         save_on_main(student, final)
         clear(run, role)
     check_whole(final, "put it back, or delete it: the same command trains it again")
@@ -141,10 +147,13 @@ def train_dual(recipe: RankingRecipe, role: str, pairs: PairSet, run: Path, tabl
     return model.to(device_of_process()).eval()
 
 
-def train_model(model: nn.Module, dataset: PairDataset, training: TrainingSpec, seed: int, role: str, run: Path) -> None:
-    """One training: checkpoints under OUTPUT/stages, losses in OUTPUT/log."""
+def train_model(
+    model: nn.Module, dataset: PairDataset, training: TrainingSpec, seed: int, role: str, run: Path,
+    report_to: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """One training: checkpoints under OUTPUT/stages, losses in OUTPUT/log and on the dashboards `report_to`."""
     folder = run / "stages" / role
-    arguments = training_arguments(training, role, folder, seed, world_size())
+    arguments = training_arguments(training, role, folder, seed, world_size(), report_to=report_to)
     set_seed(seed)
     unreached = freeze_unreached(model, dataset.collate([dataset[0], dataset[1]])["batch"].to(arguments.device))
     if unreached:
@@ -153,10 +162,13 @@ def train_model(model: nn.Module, dataset: PairDataset, training: TrainingSpec, 
     if resume is None:
         logger.info("%s: %d pairs, batches of %d", role, len(dataset), training.optimiser.batch_size)
     else:
-        logger.info("%s: going on from %s", role, resume)
+        logger.info("%s: resumed at step %s", role, resume.rpartition("-")[2])
     set_seed(seed)
     trainer = PairTrainer(model, dataset, training.optimiser, arguments, run / "log" / f"{role}.jsonl")
-    with ends_when_asked(trainer, role):
+    report(trainer, report_to, f"{run.name}, {role}", run / EVENTS / role)
+    lines = TrainingLines(role, training.optimiser.batch_size)
+    trainer.add_callback(lines)
+    with ends_when_asked(trainer, role), closing(lines), refusals(report_to):
         trainer.train(resume_from_checkpoint=resume)
     trainer.finite.look()
     check_trained(model.state_dict().items(), role)

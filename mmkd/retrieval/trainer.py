@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mmkd.base import stopping
 from mmkd.base.distributed import wait_for_all
@@ -41,6 +41,7 @@ class PairTrainer(Trainer):
         self.stop = StopWhenAsked()
         callbacks = [TermLog(log, arguments.run_name), self.stop]
         super().__init__(model, arguments, data_collator=dataset.collate, train_dataset=dataset, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, PairBatch], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -27,6 +27,7 @@ from mmkd.runs.stages import seconds_of, train
 from mmkd.runs.teacher_answers import all_by_teacher
 from mmkd.runs.tuned import tuned
 from mmkd.runs.validation import validation_scores
+from mmkd.runs.work import Work
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.spec import TermSpec
 from mmkd.towers.tower import Tower
@@ -62,6 +63,8 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
         keys = control.stages.get(name, {}) if control is not None else {}
         if free and "data" not in keys:
             own = own.model_copy(update={"data": _labelled(name, stage)})
+        if any(entry.mixup is not None for entry in own.data):  # an answer is learned from its own picture
+            own = own.model_copy(update={"data": [entry.model_copy(update={"mixup": None}) for entry in own.data]})
         if longer is not None and not {"steps", "epochs"} & keys.keys():
             own = own.model_copy(update=_times(own, longer[name]))
         stages[name] = changed(own, keys)
@@ -123,12 +126,12 @@ def control_key(recipe: Recipe, student: Tower) -> str:
 
 def train_controls(
     recipe: Recipe, fresh: Callable[[], Tower], teachers: Mapping[str, Teacher], run: Path,
-    live: Mapping[str, Teacher] | None = None,
+    live: Mapping[str, Teacher] | None = None, work: Work | None = None,
 ) -> dict[str, Tower]:  # fmt: skip
     """All controls of a recipe by role.
 
     fresh: the student before its first stage.  live: the teachers that this run has read once for what it keeps (`teachers` then
-    are what is kept).
+    are what is kept).  work: all that the run trains, for how long it will take.
     """
     towers, facts = {}, {}
     counted: dict[str, dict[str, int]] = {}
@@ -139,13 +142,15 @@ def train_controls(
             of = all_by_teacher(recipe, live)
         if control.kind in ("equal_compute", HARD_ANSWERS):
             counted = counted or _counted(recipe, fresh, teachers, live)
+            if work is not None:
+                work.counted(counted)
             longer = {stage: _ratio(recipe, stage, counted) for stage in recipe.stages}
         own, role = control_recipe(of, control, longer), role_of(name, control.kind)
         logger.info("control %s: %s", name, ", ".join(f"{stage} {_length(spec)}" for stage, spec in own.stages.items()))
         found: dict[str, Any] = {}
         if control.kind == "tuned":
-            own, found = _tuned(own, control, fresh, run)
-        towers[role], trained = train_control(own, fresh(), run, role)
+            own, found = _tuned(own, control, fresh, run, work)
+        towers[role], trained = train_control(own, fresh(), run, role, work, f"control {name}")
         facts[role] = {"name": name, "kind": control.kind} | trained | found
         if longer is not None:
             facts[role]["operations"] = {"of": "one step on the same samples, student and control", **counted}
@@ -184,7 +189,9 @@ def _length(stage: StageSpec) -> str:
     return f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs or 1:g} epochs"
 
 
-def _tuned(own: Recipe, control: ControlSpec, fresh: Callable[[], Tower], run: Path) -> tuple[Recipe, dict[str, Any]]:
+def _tuned(
+    own: Recipe, control: ControlSpec, fresh: Callable[[], Tower], run: Path, work: Work | None
+) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a control with the values that are best on the validation split."""
 
     def score(recipe: Recipe, tower: Tower) -> float:
@@ -192,18 +199,23 @@ def _tuned(own: Recipe, control: ControlSpec, fresh: Callable[[], Tower], run: P
         found = validation_scores(recipe, tower, folder, "control", resume=True)
         return sum(found.values()) / len(found)
 
-    found, tried = tuned(own, control.tries or TuningSpec(), lambda recipe: train_control(recipe, fresh(), run, None), score)
+    def learn(recipe: Recipe) -> tuple[Tower, dict[str, Any]]:
+        return train_control(recipe, fresh(), run, None, work, "control tuned")
+
+    found, tried = tuned(own, control.tries or TuningSpec(), learn, score)
     return found, {"tuned": tried}
 
 
-def train_control(own: Recipe, student: Tower, run: Path, role: str | None) -> tuple[Tower, dict[str, Any]]:
+def train_control(
+    own: Recipe, student: Tower, run: Path, role: str | None, work: Work | None = None, name_of: str | None = None
+) -> tuple[Tower, dict[str, Any]]:
     """A control and what is known of its training; trained once for all runs beside this one that would train the very same.
 
-    role: under which the run takes it; None: it is only one that was tried.
+    role: under which the run takes it; None: it is only one that was tried.  work, name_of: for the log, as in `train`.
     """
     shared = shared_folder(own, student, run)
     with alone_in(shared, "the SFT control of this one, too,", wait=True):
-        control = train(own, "control", student, {}, shared)
+        control = train(own, "control", student, {}, shared, work, name_of)
     if role is not None and is_main_process():
         take_control(shared, run, role)
         summarise_experts(run)

@@ -9,9 +9,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from mmkd.answers import generating
 from mmkd.data.entries import read_samples, stream_of
 from mmkd.data.fingerprint import fingerprint, samples_fingerprint
 from mmkd.data.lazy import Lazy, is_lazy, joined
+from mmkd.data.mixup import mixed
 from mmkd.data.other_answers import STAND_IN
 from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample, Turn
@@ -30,7 +32,8 @@ def stage_samples(recipe: Recipe, stage: StageSpec) -> Sequence[Sample]:
     samples = joined(stage_parts(recipe, stage))
     if not samples:
         raise DataError("a stage has no samples")
-    if any(t.needs_pairs for t in build_terms(stage.terms)):
+    rejected = any(source.of_pairs for _, source in generating(stage.answers).values())
+    if rejected or any(t.needs_pairs for t in build_terms(stage.terms)):
         for sample in samples[:FEW] if is_lazy(samples) else samples:
             rejected_of(sample)
     return samples
@@ -109,7 +112,7 @@ def _read_once(
     samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed, tally)
     if one_answer:
         samples = AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
-    return samples, tally
+    return mixed(samples, DataSpec.model_validate_json(entry).mixup, seed), tally
 
 
 class AnswersApart(Lazy[Sample]):

@@ -13,6 +13,7 @@ from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.towers.loading import device_of_process
 from mmkd.train.optimisers import why_not
+from mmkd.train.reporting import tracker_errors
 
 # Attention that is a package of its own -> (whether it is installed, its name). transformers also takes kernels from the hub.
 FLASH = {
@@ -50,6 +51,7 @@ def machine_errors(recipe: Recipe) -> Iterator[str]:
             yield f"stages.{name}.precision: float16 needs a GPU, and there is none here; take bfloat16 or float32"
         if (why := why_not(stage.optimiser.kind, cuda=cuda, sharded=sharded)) is not None:
             yield f"stages.{name}.optimiser.kind: {why}"
+    yield from tracker_errors(recipe.report_to)
     if recipe.tf32 and not cuda:
         yield "tf32: needs an NVIDIA GPU, and there is none here; take it out"
     elif recipe.tf32 and torch.cuda.get_device_capability() < TF32_CAPABILITY:

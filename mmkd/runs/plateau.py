@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ class Plateau(TrainerCallback):
     """
 
     def __init__(
-        self, recipe: Recipe, role: str, stage: str, spec: StageSpec, student: Tower, run: Path, folder: Path, done: int
-    ) -> None:
+        self, recipe: Recipe, role: str, stage: str, spec: StageSpec, student: Tower, run: Path, folder: Path, done: int,
+        tell: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:  # fmt: skip
+        """done: steps of the checkpoint from which the stage goes on.  tell: takes scores for dashboards."""
+        self.tell = tell or (lambda scores: None)
         self.recipe, self.student, self.folder = recipe, student, folder
         self.patience, self.every = spec.until.patience, spec.until.every or recipe.evaluation.every
         self.role, self.stage, self.log = role, stage, run / "log" / f"{role}.jsonl"
@@ -71,6 +75,7 @@ class Plateau(TrainerCallback):
         row = {"stage": self.stage, "step": step} | {f"score {name}": value for name, value in found.items()}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         JsonLines(self.log).append([row])
+        self.tell({f"eval_{name}": value for name, value in found.items()})
         best = self._best()
         over = sum(s > best for s in self.scores) >= self.patience
         logger.info(

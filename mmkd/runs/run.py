@@ -24,6 +24,7 @@ from mmkd.evaluation.roles import HARD_ANSWERS, in_words, is_control, ordered
 from mmkd.evaluation.statistics import compare_runs
 from mmkd.recipes.recipe import CHANGEABLE, Recipe
 from mmkd.runs.answers_apart import with_answers_apart
+from mmkd.runs.brought import brought, brought_lines
 from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, rows_left_out, texts_of
 from mmkd.runs.dates import with_day
@@ -37,6 +38,7 @@ from mmkd.runs.survey import AT_START
 from mmkd.runs.teacher_answers import with_teacher_answers
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.runs.validation import validation_benchmarks
+from mmkd.runs.work import Work
 from mmkd.runs.writes import with_written
 from mmkd.teachers.teacher import Teacher
 from mmkd.towers.tower import Tower
@@ -75,9 +77,10 @@ def distill(recipe: Recipe, scored: Sequence[str] | None = None, *, anew: bool =
         if keeps(recipe):
             recipe = with_kept_teacher(recipe, live)
             teachers = load_teachers(recipe)
+        work = Work(recipe, student, teachers)
         if recipe.controls and (teachers or recipe.writes):
-            towers |= train_controls(recipe, lambda: build_student(recipe, live, texts), teachers, run, live)
-        towers["student"] = train(recipe, "student", student, teachers, run)
+            towers |= train_controls(recipe, lambda: build_student(recipe, live, texts), teachers, run, live, work)
+        towers["student"] = train(recipe, "student", student, teachers, run, work)
         if not is_main_process():
             return {}
         asked = {role: tower for role, tower in towers.items() if scored is None or role in scored}
@@ -114,7 +117,7 @@ def evaluate_all(recipe: Recipe, run: Path, towers: dict[str, Tower]) -> dict[st
     for name in spec.benchmarks:
         benchmark = load_benchmark(name)
         for role in ordered(towers):
-            logger.info("evaluating the %s on %s", role, name)
+            logger.info("evaluating the %s on %s", in_words(role), name)
             options = {"data_root": recipe.data_root, "batch_size": spec.batch_size, "limit": spec.limit, "model_name": role}
             out = run / "evaluation" / role / benchmark.name
             results.setdefault(benchmark.name, {})[role] = evaluate(towers[role], benchmark, out, **options)
@@ -142,7 +145,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
                 entry.setdefault("remarks", {})[role] = said
         for other in ("control", HARD_ANSWERS, "teacher"):
             if found := compared["differences"].get(f"student - {other}"):
-                entry[f"student_minus_{other}"] = _lead(found)
+                named = {"name": facts[other]["name"]} if other == HARD_ANSWERS and other in facts else {}
+                entry[f"student_minus_{other}"] = _lead(found) | named
         entry |= _controls(compared, facts)
         if doubt := {role: found for role in roles if (found := by_role[role].get("calibration"))}:
             entry["calibration"] = {role: {k: v for k, v in found.items() if k != "curve"} for role, found in doubt.items()}
@@ -160,6 +164,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
     summary |= records(recipe, benchmarks, before)
     if ended := plateau_facts(run, "student"):
         summary["plateau"] = ended
+    if by_stage := brought(recipe, run):
+        summary["brought"] = by_stage
     if experts := _read(run / "experts.json"):
         summary["experts"] = experts
     skipped = {role: counts for role in ("control", "student") if (counts := skipped_counts(run, role))}
@@ -261,6 +267,7 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"  {entry['verdict']}")
         if "over_hard_answers" in entry:
             lines.append(f"  {entry['over_hard_answers']}")
+    lines += brought_lines(summary.get("brought", {}))
     if "experts" in summary:
         lines.append(experts_table(summary["experts"]))
     for stage, reasons in summary.get("rows_left_out", {}).items():

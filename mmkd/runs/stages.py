@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmkd.base.checksums import check_whole
 from mmkd.base.distributed import is_main_process, wait_for_all, world_size
 from mmkd.base.files import copy_whole, save_whole, write_whole
 from mmkd.base.jsonl import JsonLines
+from mmkd.base.run_folder import EVENTS
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_parts, stage_samples
@@ -24,6 +26,7 @@ from mmkd.runs.rounds import Rounds
 from mmkd.runs.scores import with_scores
 from mmkd.runs.towers import load_student
 from mmkd.runs.watch import Watch
+from mmkd.runs.work import Work
 from mmkd.runs.writes import with_written
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher
@@ -34,7 +37,9 @@ from mmkd.train.checkpoints import last_checkpoint
 from mmkd.train.experts import summarise_experts, write_receipt
 from mmkd.train.finite import Where
 from mmkd.train.guards import freeze_unreached, run_guards
+from mmkd.train.lines import TrainingLines
 from mmkd.train.reference import fill_reference
+from mmkd.train.reporting import refusals, report
 from mmkd.train.sharded import make_whole, spreads_weights
 from mmkd.train.skips import in_words, skipped_file
 from mmkd.train.spec import StageSpec
@@ -47,9 +52,13 @@ logger = logging.getLogger(__name__)
 SECONDS = "seconds.json"  # of a stage's folder: how long it was trained
 
 
-def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teacher] | Teacher | None, run: Path) -> Tower:
+def train(
+    recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teacher] | Teacher | None, run: Path,
+    work: Work | None = None, name_of: str | None = None,
+) -> Tower:  # fmt: skip
     """Puts the student through all stages; what is done already is loaded. Returns the trained tower.
 
+    work: all that the run trains, for how long it will take.  name_of: what the log calls the model; default: the role.
     Every stage ends on disk and the next starts from there, so that a resumed run and an undisturbed one are the same.
     """
     final, teachers = run / role, as_teachers(teachers)
@@ -67,9 +76,10 @@ def train(recipe: Recipe, role: str, student: Tower, teachers: Mapping[str, Teac
                 folder = last
                 continue
             recipe = with_scores(recipe, name, teachers, student)
-            stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder)
+            stage, trainer, resume = prepare_stage(recipe, role, name, student, teachers, run, folder, name_of)
+            lines = _lines(stage, trainer, name_of or role, work)
             started = time.monotonic()
-            with ends_when_asked(trainer, f"{role}, stage {name}"):
+            with ends_when_asked(trainer, f"{role}, stage {name}"), closing(lines), refusals(recipe.report_to):
                 trainer.train(resume_from_checkpoint=resume)
             if is_main_process():
                 _add_seconds(folder, time.monotonic() - started)
@@ -95,9 +105,19 @@ def _add_seconds(folder: Path, seconds: float) -> None:
     write_whole(folder / SECONDS, json.dumps(round(before + seconds, 1)))
 
 
+def _lines(stage: Stage, trainer: DistillTrainer, what: str, work: Work | None) -> TrainingLines:
+    """What the log says of a stage while it is trained."""
+    behind = work.behind(what, stage.name) if work is not None else None
+    batch, terms = stage.spec.optimiser.batch_size, [term.name for term in stage.terms]
+    lines = TrainingLines(f"{what}, stage {stage.name}", batch, terms, behind)
+    trainer.add_callback(lines)
+    return lines
+
+
 def prepare_stage(
-    recipe: Recipe, role: str, name: str, student: Tower, teachers: Mapping[str, Teacher], run: Path, folder: Path
-) -> tuple[Stage, DistillTrainer, str | None]:
+    recipe: Recipe, role: str, name: str, student: Tower, teachers: Mapping[str, Teacher], run: Path, folder: Path,
+    name_of: str | None = None,
+) -> tuple[Stage, DistillTrainer, str | None]:  # fmt: skip
     """A stage ready to be trained, its trainer, and the checkpoint to go on from. Raises DataError, TowerError, GuardError."""
     spec = recipe.stages[name]
     if unanswered := [entry for entry in spec.data if entry.target == "teacher" and entry.answers is None]:
@@ -123,11 +143,12 @@ def prepare_stage(
     resume = last_checkpoint(folder)
     skips.keep_in(JsonLines(skipped_file(run, role)) if is_main_process() else None, name, anew=resume is None)
     if resume is None:
-        logger.info("%s, stage %s: %d samples, terms %s", role, name, len(samples), ", ".join(t.name for t in stage.terms))
+        terms = ", ".join(t.name for t in stage.terms)
+        logger.info("%s, stage %s: %s samples, terms %s", name_of or role, name, f"{len(samples):,}", terms)
         guards, first = recipe.guards, name == next(iter(recipe.stages))
         run_guards(stage.distiller, stage.dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
     else:
-        logger.info("%s, stage %s: going on from %s", role, name, resume)
+        logger.info("%s, stage %s: resumed at step %s", name_of or role, name, resume.rpartition("-")[2])
     set_seed(recipe.seed)
     dataset: Any = stage.dataset
     if stream is not None:
@@ -142,17 +163,29 @@ def prepare_stage(
         stage.distiller, dataset, spec, arguments, log, stage.collator, ahead=ahead, sizes=sizes, answers=stage.answers,
         where=Where(run, role, name, recipe.model_dump(mode="json")),
     )  # fmt: skip
-    if spec.optimiser.micro_batch_tokens is not None and trainer.is_deepspeed_enabled:
-        raise DataError(
-            f"stage {name}: DeepSpeed counts micro-batches itself, so that it cannot have micro_batch_tokens; use FSDP2 "
-            "(docs/scale.md), or micro_batch_size"
-        )
-    if stage.answers.generates and stage.distiller.lockstep:
-        raise DataError(
-            f"stage {name}: a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone"
-        )
+    if errors := _engine_errors(stage, trainer, streamed=stream is not None):
+        raise DataError(f"stage {name}: " + "; and ".join(errors))
+    report(trainer, recipe.report_to, f"{Path(recipe.output).name}, {name_of or role}, {name}", run / EVENTS / role / name)
     _watch(recipe, role, stage, trainer, run, folder, resume)
     return stage, trainer, resume
+
+
+def _engine_errors(stage: Stage, trainer: DistillTrainer, *, streamed: bool) -> list[str]:
+    """What the stage asks for and its engine or its data cannot give."""
+    found = []
+    if stage.spec.optimiser.micro_batch_tokens is not None and trainer.is_deepspeed_enabled:
+        found.append(
+            "DeepSpeed counts micro-batches itself, so that it cannot have micro_batch_tokens; use FSDP2 (docs/scale.md), or "
+            "micro_batch_size"
+        )
+    if stage.answers.generates and stage.distiller.lockstep:
+        found.append("a student that FSDP or DeepSpeed spreads over processes cannot answer in training; use torchrun alone")
+    if stage.answers.memories and streamed:
+        found.append(
+            f"answers: {', '.join(stage.answers.memories)} gives earlier samples again, and streamed data have no place to find "
+            "them at; take `stream` out of its data"
+        )
+    return found
 
 
 def _pairs_at_once(recipe: Recipe, spec: StageSpec, arguments: TrainingArguments) -> int:
@@ -171,10 +204,10 @@ def _watch(
         key = "until" if until else "evaluation.every"
         raise DataError(f"{key}: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")
     if scored:
-        trainer.add_callback(Watch(recipe, role, stage.name, stage.student, run))
+        trainer.add_callback(Watch(recipe, role, stage.name, stage.student, run, trainer.tell))
     if until:
         done = 0 if resume is None else int(resume.rpartition("-")[2])
-        trainer.add_callback(Plateau(recipe, role, stage.name, stage.spec, stage.student, run, folder, done))
+        trainer.add_callback(Plateau(recipe, role, stage.name, stage.spec, stage.student, run, folder, done, trainer.tell))
 
 
 def _arguments(recipe: Recipe, stage: Stage, folder: Path, *, streamed: bool) -> TrainingArguments:
@@ -186,7 +219,7 @@ def _arguments(recipe: Recipe, stage: Stage, folder: Path, *, streamed: bool) ->
     samples, batch = len(stage.dataset), spec.optimiser.batch_size
     if not streamed and samples < batch:
         raise DataError(f"stage {stage.name} has {samples} samples, fewer than its batch_size {batch}")
-    arguments = training_arguments(spec, stage.name, folder, recipe.seed, processes, recipe.workers)
+    arguments = training_arguments(spec, stage.name, folder, recipe.seed, processes, recipe.workers, recipe.report_to)
     by_tokens = spec.optimiser.micro_batch_tokens is not None  # as many as there are samples, at the most
     check_steps(stage, arguments.per_device_train_batch_size if by_tokens else arguments.gradient_accumulation_steps, processes)
     return arguments

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mmkd.base.bars import bar
 from mmkd.base.distributed import alone_in
 from mmkd.base.jsonl import JsonLines
 from mmkd.data.samplers.length import lengths_of
@@ -76,8 +77,6 @@ def _ask(path: Path, samples: Sequence[Sample], recipe: Recipe, name: str, teach
     Batches depend on the questions alone and are asked whole: an answer may depend, in its last bits, on what stands beside it.
     Questions on one picture are asked together: what stands before them is then read once (see `mmkd.towers.greedy`).
     """
-    from tqdm import tqdm
-
     file = JsonLines(path, errors="backslashreplace", durable=True)
     file.drop_torn_line()
     known = {row["id"] for row in file.rows()}
@@ -88,12 +87,12 @@ def _ask(path: Path, samples: Sequence[Sample], recipe: Recipe, name: str, teach
         return
     tower, cache = tower_of(recipe, name, teacher), VisionCache(PICTURES)
     logger.info("the %s answers %d questions of %d, once for all runs beside this one", name, sum(map(len, todo)), len(samples))
-    with tqdm(total=sum(map(len, todo)), desc="teacher answers", unit="question") as bar:
+    with bar(sum(map(len, todo)), "teacher answers", "question") as told:
         for batch in todo:
             answers = tower.answer(batch, max_new_tokens=MAX_NEW_TOKENS, vision_cache=cache)
             new = zip(batch, answers, strict=True)
             file.append({"id": sample.id, "answer": answer} for sample, answer in new if sample.id not in known)
-            bar.update(len(batch))
+            told.update(len(batch))
 
 
 def _by_picture(samples: Sequence[Sample]) -> list[Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,12 @@ class Watch(TrainerCallback):
     One process asks, the others wait for it.
     """
 
-    def __init__(self, recipe: Recipe, role: str, stage: str, student: Tower, run: Path):
+    def __init__(
+        self, recipe: Recipe, role: str, stage: str, student: Tower, run: Path,
+        tell: Callable[[dict[str, float]], None] | None = None,
+    ):  # fmt: skip
+        """tell: takes scores for dashboards."""
+        self.tell = tell or (lambda scores: None)
         self.recipe, self.stage, self.student = recipe, stage, student
         self.folder = run / FOLDER / role / stage
         self.log = run / "log" / f"{role}.jsonl"
@@ -70,6 +75,7 @@ class Watch(TrainerCallback):
             logger.info("step %d, %s: %.1f %%", step, name, 100 * results["score"])
         self.log.parent.mkdir(parents=True, exist_ok=True)
         JsonLines(self.log).append([row])
+        self.tell({key.replace("score ", "eval_", 1): value for key, value in row.items() if key.startswith("score ")})
 
 
 @contextmanager

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from mmkd.base.bars import bar
 from mmkd.base.checksums import sums_in
 from mmkd.base.distributed import is_main_process, rank, world_size
 from mmkd.base.files import room_for, synced
@@ -358,7 +358,7 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
     written: set[bytes] = set()
     done = unreadable = 0
     checked = not pixels_matter
-    with tqdm(total=len(mine), desc="teacher cache", unit="sample", disable=not is_main_process()) as bar:
+    with bar(len(mine), "teacher cache", "sample", shown=is_main_process()) as told:
         for count, items, left_out in loader:
             unreadable += _log_left_out(left_out)
             if items:
@@ -370,7 +370,7 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
                     writer.add(*entry)
                 written |= set(new)
                 done += len(new)
-            bar.update(count)
+            told.update(count)
     writer.close()
     return {"samples": len(mine), "read": done, "unreadable": unreadable, "rows": writer.rows, "bytes": writer.bytes}
 

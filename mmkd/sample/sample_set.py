@@ -42,6 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmkd.base.bars import bar
 from mmkd.data.scenes import Scene, caption, captions_of_parts, picture_bytes
 from mmkd.errors import DataError
 from mmkd.sample.choice_questions import TEXT_SHARE, picture_items, problem, text_item_of
@@ -164,10 +165,8 @@ def _write_all(plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]) -> 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="writing the sample", unit="scene") as bar:
-        yield lambda: bar.update(1)
+    with bar(total, "writing the sample", "scene") as told:
+        yield lambda: told.update(1)
 
 
 def _is_written(root: Path, wanted: dict[str, Any]) -> bool:

@@ -237,16 +237,20 @@ def same_processor(student: Tower, teacher: Tower) -> bool:
 
 
 def check_vocabularies(student: Tower, teacher: Tower) -> None:
-    """Both tokenizers must give every token the same id; tokens added to one of them only may differ.
+    """Both tokenizers must give every token the same id, but for tokens added to one of them only and those that stand for
+    pictures, which no answer holds.
 
     Padding rows of a head do not matter. Raises TowerError for unrelated tokenizers.
     """
     own, other = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    pictures = {t.tokenizer.convert_ids_to_tokens(t.image_token_id) for t in (student, teacher) if t.has_visual_tokens}
     added = {*student.tokenizer.get_added_vocab(), *teacher.tokenizer.get_added_vocab()}
-    differing = [t for t in {*own, *other} if own.get(t) != other.get(t) and (t not in added or (t in own and t in other))]
+    words = {*own, *other} - pictures
+    differing = [t for t in words if own.get(t) != other.get(t) and (t not in added or (t in own and t in other))]
     if differing:
         raise TowerError(
             f"{len(differing):,} tokens of the student's {len(own):,} and the teacher's {len(other):,} have another id or none "
             f"in the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be compared; build the "
-            "student on a language model with the teacher's tokenizer"
+            "student on a language model with the teacher's tokenizer, or compare spans of text (teacher.alignment=spans and the "
+            "term spans)"
         )

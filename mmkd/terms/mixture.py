@@ -24,6 +24,7 @@ from mmkd.terms.signals import Signals
 from mmkd.terms.term import Pair, Rows, RowTerm, Term
 
 TOLD = 64  # rows of a micro-batch on which agreement and lead are measured
+FACTS = ("weight", "used", "agreement", "lead")  # what the log tells of each teacher, as TERM.TEACHER.FACT
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class TeacherMixture(Term):
         views = [signals.of(name) for name in self.several]
         rows = [view["student.rows"] for view in views]
         if not len(rows[0].targets):  # the log has the same names in every process
-            for name, fact in ((name, fact) for name in self.several for fact in ("weight", "agreement", "lead")):
+            for name, fact in ((name, fact) for name in self.several for fact in FACTS):
                 signals.observe(f"{self.name}.{name}.{fact}", signals.zero, signals.zero)
             return rows[0].student.sum() * 0.0 + self.dummy(signals, rows[0].student)
         weights = self.weights(signals, views, rows)
@@ -126,6 +127,7 @@ class TeacherMixture(Term):
             agrees = (likeliest_token(view, other, first) == best).float()
             lead = target_log_probs(view, other, first) - said
             signals.observe(f"{self.name}.{name}.weight", weights[number].sum(), signals.counts[self.count])
+            signals.observe(f"{self.name}.{name}.used", used.sum(), torch.tensor(float(len(used))))
             signals.observe(f"{self.name}.{name}.agreement", (agrees * used).sum(), used.sum())
             signals.observe(f"{self.name}.{name}.lead", (lead * used).sum(), used.sum())
 

@@ -5,27 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mmkd import losses
 from mmkd.registry import register
 from mmkd.terms.signals import Signals
+from mmkd.terms.state import ExactState
 from mmkd.terms.term import Pair, Rows, RowTerm
-
-
-class TAIDState(nn.Module):
-    """The schedule's state (t, momentum, previous loss) as a buffer: in checkpoints, and equal on all ranks."""
-
-    def __init__(self, start: Tensor):
-        super().__init__()
-        # Its bits as whole numbers: engines that cast all floating-point buffers to half precision would round its steps away.
-        self.dtype = start.dtype
-        self.register_buffer("bits", start.view(torch.int64 if start.dtype == torch.float64 else torch.int32))
-
-    @property
-    def state(self) -> Tensor:
-        return self.bits.view(self.dtype)
 
 
 @register("terms", "taid")
@@ -50,7 +36,7 @@ class TAID(RowTerm):
         return losses.TAID()
 
     def extra(self, pair: Pair) -> nn.Module:
-        return TAIDState(self.schedule().start(pair.student.device))
+        return ExactState(self.schedule().start(pair.student.device))
 
     def extras(self, signals: Signals, rows: Rows) -> tuple[Tensor, ...]:
         return (signals.extra.state[:1].expand(len(rows.targets)),)

@@ -235,8 +235,13 @@ class Term:
         """Whether `update` is called after each optimiser step."""
         return type(self).update is not Term.update
 
+    @property
+    def followed(self) -> str:
+        """What in the log `update` gets the mean of: the term itself, or what it observes (`signals.observe`)."""
+        return self.name
+
     def update(self, extra: nn.Module, mean: float, progress: float) -> None:
-        """After each optimiser step, with the term's mean over the whole step: the same number on all ranks."""
+        """After each optimiser step with rows of the term, with its mean over the whole step: the same number on all ranks."""
 
 
 @dataclass(frozen=True)

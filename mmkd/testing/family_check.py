@@ -42,7 +42,7 @@ def check_families(
             raise TowerError(f"{name!r} is no image-text family of the installed transformers; {did_you_mean(name, known)}")
     families = list(names) or known
     results: Results = {}
-    with tqdm(total=len(families), disable=not progress, unit="family") as bar:
+    with tqdm(total=len(families), disable=None if progress else True, unit="family") as bar:
         for family, result in _finished(families, seconds, workers or os.cpu_count() or 1):
             results[family] = result
             bar.set_postfix_str(f"{sum(r['ok'] for r in results.values())} pass, last {family}")

@@ -61,6 +61,14 @@ def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
     return processor
 
 
+def tell_model(config: Any, reading: Reading) -> None:
+    """Sets what a model's configuration says of its pictures as the processor's options do, where both have it: LLaVA-NeXT and
+    OneVision cut by the processor's `image_grid_pinpoints` and count the pieces by the model's."""
+    for name, value in reading.processor.items():
+        if name in config.to_dict():
+            setattr(config, name, copy.deepcopy(value))
+
+
 def not_saved(processor: Any) -> list[str]:
     """The options of `_with_options` that stand in no file of a saved processor, since its class has them for every call."""
     own, of_class = vars(processor).get("images_kwargs", {}), getattr(type(processor), "images_kwargs", {})

@@ -34,7 +34,7 @@ from mmkd.towers.likelihood import Likelihood
 from mmkd.towers.loading import load_model_and_processor
 from mmkd.towers.logits import LogitRule, measured_rule
 from mmkd.towers.one_sample import preparing
-from mmkd.towers.options import configured, not_saved
+from mmkd.towers.options import configured, not_saved, tell_model
 from mmkd.towers.parts import feature_width, first_input, parameters_by_part, part_named
 from mmkd.towers.prepare import Preparer
 from mmkd.towers.reading import AS_SAVED, Reading
@@ -56,6 +56,7 @@ class Tower:
             raise TowerError(f"{kind!r} can be no tower: {REFUSED[kind]}; take another model")
         self.model = model
         self.processor = configured(processor, model.config.model_type, reading)
+        tell_model(model.config, reading)
         self.tokenizer = processor.tokenizer
         self.preparer = Preparer(model, self.processor, max_length=max_length, thinking=reading.thinking, day=reading.date)
         self._family = family_of(model.config.model_type)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +31,7 @@ class Pair:
 
     student: Encoded
     teachers: dict[str, TeacherPart] = field(default_factory=dict)
+    index: int = field(default=-1, kw_only=True)  # the sample's place in the data; -1 for one that has none
     # Where answers will be generated: the sample, and its prompt as each of "student" and the teachers prepares it.
     sample: Sample | None = field(default=None, kw_only=True, repr=False)
     prompts: dict[str, Encoded] = field(default_factory=dict, kw_only=True)
@@ -112,3 +115,15 @@ class Batch:
         teachers = {name: TeacherBatch(move(part.inputs), move(part.switch)) for name, part in self.teachers.items()}
         return replace(self, student=student, teachers=teachers)
 
+
+@contextmanager
+def naming_samples(batch: Batch) -> Iterator[None]:
+    """Whatever is raised within says for which samples (from Python 3.11 on): a model may fail on one picture in a million."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            ids, length = batch.student.ids, batch.student.input_ids.shape[1]
+            more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+            error.add_note(f"in the micro-batch of {', '.join(ids[:8])}{more}, of {length:,} tokens with padding (the student's)")
+        raise

@@ -115,7 +115,9 @@ class PairDataset(Dataset):
     def prepare(self, sample: Sample, index: int = -1) -> Pair | Skip:
         """A sample as student and teachers get it, or why it is left out. index: -1 for one that is none of the set's own."""
         try:
-            return self._prepare(sample, keep=index >= 0 and not is_lazy(self.samples))
+            pair = self._prepare(sample, keep=index >= 0 and not is_lazy(self.samples))
+            pair.index = index
+            return pair
         except LEFT_OUT as error:
             return Skip.of(sample, error, index)
 

@@ -68,7 +68,7 @@ def run_guards(distiller: Distiller, dataset: PairDataset, samples: int, pixels_
     if teacher_is_better:
         for name in (n for n in batch.teachers if not distiller.teachers[n].of_student):
             _check_teacher(name, facts)
-    _log(distiller, facts)
+    _log(distiller, facts, len(pairs))
     return facts
 
 
@@ -177,7 +177,7 @@ def _picture_losses(role: str, tower: Tower, inputs: TowerInputs, hidden: Tensor
     """The loss with other samples' pictures; raises GuardError where these change nothing. hidden [R, D]: `answer_rows`."""
     if not exchange.other:
         if any(inputs.images):
-            logger.info("guard: the %d samples hold no two pictures, so whether pictures matter to the %s is not known",
+            logger.info("guards: the %d samples hold no two pictures, so whether pictures matter to the %s is not known",
                         len(inputs.ids), role)  # fmt: skip
         return {}
     if exchange.probe:
@@ -253,9 +253,23 @@ def _check_teacher(name: str, facts: dict[str, float]) -> None:
         )
 
 
-def _log(distiller: Distiller, facts: dict[str, float]) -> None:
-    for name, value in facts.items():
-        logger.info("guard: %s %.4f", name, value)
+def _log(distiller: Distiller, facts: dict[str, float], samples: int) -> None:
+    for said in in_words(facts, samples):
+        logger.info("%s", said)
+    parts = []
     for part, parameters in distiller.tower.part_parameters().items():
-        trained = sum(p.numel() for _, p in parameters if p.requires_grad)
-        logger.info("trained: %-9s %12s of %12s parameters", part, f"{trained:,}", f"{sum(p.numel() for _, p in parameters):,}")
+        trained, of = sum(p.numel() for _, p in parameters if p.requires_grad), sum(p.numel() for _, p in parameters)
+        parts.append(f"{part} {trained:,}" + (f" of {of:,}" if trained < of else ""))
+    logger.info("trained parameters: %s", ", ".join(parts))
+
+
+def in_words(facts: dict[str, float], samples: int) -> list[str]:
+    """What the guards measured, a sentence a model."""
+    names = [key.removesuffix("_loss") for key in facts if key.endswith("_loss")]
+    said = []
+    for name in names:
+        text = f"guards: the {name}'s loss on the answers of {samples} samples is {facts[f'{name}_loss']:.3f}"
+        if (other := facts.get(f"{name}_loss_permuted")) is not None:
+            text += f", with other samples' pictures {other:.3f}"
+        said.append(text)
+    return said

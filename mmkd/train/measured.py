@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from mmkd.answers import Memory
 from mmkd.data.samplers.mixture import MovingMixture
 from mmkd.data.samples import Sample
-from mmkd.errors import TowerError
+from mmkd.errors import DataError, TowerError
 from mmkd.towers.inputs import IGNORE
 from mmkd.towers.likelihood import logits_of
+from mmkd.towers.modes import evaluating
 from mmkd.towers.tower import Tower, TowerInputs
+from mmkd.train.batch import Pair
 from mmkd.train.guards import answer_rows
 
 BATCH = 16
@@ -83,3 +86,32 @@ class MixtureSteps(TrainerCallback):
                 )
             self._teacher = [perplexity(answer_losses(towers[0], part)) for part in parts]
         mixture.measured([perplexity(answer_losses(dataset.student, part)) for part in parts], self._teacher)
+
+
+class MemorySteps(TrainerCallback):
+    """Measures the student where an answer source asks for it (`mmkd.answers.Memory`), before the first step and each `every`.
+
+    Every process measures all of it, and so finds the same.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for memory in self.trainer.answers.memories.values():
+            if not memory.is_measured:
+                self._measure(memory)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for memory in self.trainer.answers.memories.values():
+            if state.global_step % memory.every == 0:
+                self._measure(memory)
+
+    def _measure(self, memory: Memory) -> None:
+        dataset = self.trainer.train_dataset
+        places = [place for place in sorted(memory.held_out) if isinstance(dataset.look(place), Pair)]
+        if not places:
+            raise DataError("answers: none of the samples that are held out, to measure the student on, can be used")
+        with evaluating(dataset.student.model):
+            found = answer_losses(dataset.student, [dataset.samples[place] for place in places])
+        memory.measured(sum(loss for loss, _ in found) / max(1, sum(count for _, count in found)))

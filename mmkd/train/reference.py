@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor
-from tqdm import tqdm
 
+from mmkd.base.bars import bar
 from mmkd.errors import DataError, NotFiniteError, one_line
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher, same_processor
@@ -103,7 +103,7 @@ def fill_reference(
     dataset.reference.zero_()  # processes add up their shares
     mine = range(rank, len(dataset), world)
     read = 0
-    with tqdm(total=len(mine), desc="reference log-probabilities", unit="pair", disable=rank > 0) as bar:
+    with bar(len(mine), "reference log-probabilities", "pair", shown=rank == 0) as told:
         for start in range(0, len(mine), batch_size):
             indices = list(mine[start : start + batch_size])
             pairs = {i: pair for i in indices if isinstance(pair := dataset[i], PreferencePair)}
@@ -117,7 +117,7 @@ def fill_reference(
                 read += len(encoded)
             for i, both in zip(pairs, keys, strict=True):
                 dataset.reference[i] = torch.tensor([cache.values[key] for key in both], dtype=torch.float64)
-            bar.update(len(indices))
+            told.update(len(indices))
     if world > 1:
         _add_up(dataset.reference, device_of_process())
     logger.info("reference: the teacher read %d of %d pairs, the others were in %s", read, len(mine), cache.folder)

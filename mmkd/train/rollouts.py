@@ -30,6 +30,10 @@ class Rollouts:
         self._collator = dataset.collator
 
     @property
+    def size(self) -> int:
+        return len(self.dataset)
+
+    @property
     def student(self) -> Tower:
         return self.dataset.student
 
@@ -40,9 +44,17 @@ class Rollouts:
     def is_skip(self, pair: Pair | Skip) -> bool:
         return isinstance(pair, Skip)
 
+    def pair(self, place: int) -> Pair | Skip:
+        return self.dataset.look(place)
+
+    def usable(self, pair: Pair, held_out: frozenset[int]) -> Pair:
+        while pair.index in held_out:
+            pair = self.dataset.next_usable(pair.index)
+        return pair
+
     def asked(self, pair: Pair, seed: int) -> Asked:
         theirs = {name: pair.prompts[name] for name in self.dataset.teachers}
-        return Asked(pair.prompts["student"], tuple(ref.key for ref in pair.sample.images), seed, theirs)
+        return Asked(pair.prompts["student"], tuple(ref.key for ref in pair.sample.images), seed, theirs, pair.sample)
 
     def answered(self, pair: Pair, ids: Sequence[int], draw: int) -> Pair | Skip:
         return self.dataset.answered(pair, ids, draw)

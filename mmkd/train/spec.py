@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from mmkd.answers import generating, share_errors
+from mmkd.answers import generating, replaced, share_errors
 from mmkd.base.schema import Strict, is_default, is_number, one_of
 from mmkd.data.samplers.spec import SamplerSpec
 from mmkd.data.spec import DataSpec
@@ -17,6 +17,10 @@ from mmkd.terms.term import Term
 from mmkd.towers.spec import PARTS
 from mmkd.train.optimisers import OPTIMISERS
 
+# What a term may read of a stage whose pictures are mixed.
+OF_PICTURES = frozenset({
+    f"{who}.{what}" for who in ("student", "teacher") for what in ("features", "tokens", "visual_rows", "gram")
+})  # fmt: skip
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
 
@@ -180,6 +184,16 @@ class StageSpec(LoopSpec):
             raise ValueError("; and ".join(wrong))
         return self
 
+    @model_validator(mode="after")
+    def mixed_pictures_suit_terms(self) -> StageSpec:
+        wrong = [t.name for t in self.build_terms() if t.learns_answers or not set(t.needs) <= OF_PICTURES]
+        if wrong and any(entry.mixup is not None for entry in self.data):
+            raise ValueError(
+                f"data.mixup: an answer to one picture is none to a mixture of two, and the terms {', '.join(wrong)} read "
+                "answers; give mixed pictures a stage of terms on vision features (feature_match)"
+            )
+        return self
+
     @property
     def order(self) -> SamplerSpec:
         """The order of the samples."""
@@ -205,7 +219,7 @@ class StageSpec(LoopSpec):
 
 def own_answer_errors(terms: Sequence[Term], answers: Mapping[str, Any]) -> list[str]:
     """Why terms cannot be in a stage some of whose answers are generated."""
-    shares, wrong = [share for share, _ in generating(answers).values()], []
+    shares, wrong = replaced(answers), []
     of_data = 1 - min(sum(share.at(place) for share in shares) for place in (0.0, 1.0))
     for term in terms:
         if term.needs_pairs:
@@ -220,6 +234,23 @@ def own_answer_errors(terms: Sequence[Term], answers: Mapping[str, Any]) -> list
     if all(t.positions in ("given", "prompt") for t in terms):
         wrong.append("no term learns from the student's own answers; add one that compares with a teacher, such as forward_kl")
     return wrong
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+class ReportSpec(Strict):
+    """Where a training is shown while it runs."""
+
+    # Dashboards: tensorboard (files in OUTPUT/tensorboard), wandb, trackio; the package must be installed.
+    report_to: list[Literal[TRACKERS]] = Field([], exclude_if=is_default([]))  # type: ignore[valid-type]
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def one_or_several(cls, given: Any) -> Any:
+        """`report_to: tensorboard` means [tensorboard], and `none` none."""
+        given = [given] if isinstance(given, str) else given
+        return [] if given in (None, ["none"]) else given
 
 
 class GuardSpec(Strict):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from mmkd.answers import AnswerSource
@@ -33,13 +33,13 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import half_of
 from mmkd.towers.modes import evaluating, varies_in_training
-from mmkd.train.batch import Batch
+from mmkd.train.batch import Batch, naming_samples
 from mmkd.train.checkpoints import writing_checkpoint
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller, Log
 from mmkd.train.experts import LOGGED, ExpertUse
 from mmkd.train.finite import FiniteWatch, Where
-from mmkd.train.measured import MixtureSteps
+from mmkd.train.measured import MemorySteps, MixtureSteps
 from mmkd.train.optimisers import build_optimiser
 from mmkd.train.sharded import keep_sums_precise, shard_on_cpu
 from mmkd.train.spec import OptimiserSpec, StageSpec
@@ -72,25 +72,27 @@ class DistillTrainer(Trainer):
         where: of which run and role, for what is kept of a step that is not finite.
         """
         self.stage, self.sizes = stage, sizes
-        self._answers = answers or DataAnswers()
+        self.answers = answers or DataAnswers()
         self._peeked: tuple[Any, list] = (None, [])  # of which iterator, the batch that was taken from it too early
         self._following: dict[int, Batch] = {}  # by the id of the batch before it
         self._sums: dict[str, Tensor] = {}
         self.mixture: MovingMixture | None = None
         self._resumed_from: Path | None = None
-        self._stateful = {t.name: t for t in distiller.terms if t.has_state}
+        self._stateful = {t.followed: t for t in distiller.terms if t.has_state}
         self._asks_step = any(t.has_step_sums for t in distiller.terms)
         self._step: dict[str, Tensor] = {}  # of the step that is under way, of terms with a state
         self._experts = ExpertUse()
         where = where or Where(Path(arguments.output_dir), "student", arguments.run_name)
         self.finite, self.stop = FiniteWatch(where, self._whole), StopWhenAsked()
+        self.term_log = TermLog(log, arguments.run_name)
         super().__init__(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
             data_collator=collator or dataset.collator,
-            callbacks=[TermLog(log, arguments.run_name), TermStates(self), MixtureSteps(self), self.stop],
+            callbacks=[self.term_log, TermStates(self), MixtureSteps(self), MemorySteps(self), self.stop],
         )
+        self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self._lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._by_tokens = stage.optimiser.micro_batch_tokens is not None
@@ -111,9 +113,9 @@ class DistillTrainer(Trainer):
         """The micro-batches of a step and their counts; with a teacher ahead the next step's first is fetched, too."""
         if self._ahead is None:
             step = self.state.global_step
-            self._answers.begin(step, progress_at(step, self.state.max_steps))
-            samples = self._micro_batches(self._answers.take(epoch_iterator, num_batches))
-            for name, seen in self._answers.observed().items():
+            self.answers.begin(step, progress_at(step, self.state.max_steps))
+            samples = self._micro_batches(self.answers.take(epoch_iterator, num_batches))
+            for name, seen in self.answers.observed().items():
                 self._add(name, torch.tensor(seen, device=device))
             self._count_skipped(samples)
             counts = self._get_num_items_in_batch(samples, device)
@@ -218,7 +220,8 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         progress = progress_at(self.state.global_step, self.state.max_steps)
-        loss, terms = model(inputs["batch"], num_items_in_batch, progress)
+        with naming_samples(inputs["batch"]):
+            loss, terms = model(inputs["batch"], num_items_in_batch, progress)
         if "idle" in inputs:
             return loss * 0.0
         self._note(inputs["batch"].on_host, loss, terms, num_items_in_batch, progress)
@@ -263,10 +266,11 @@ class DistillTrainer(Trainer):
     def update_terms(self) -> None:
         """Tells each term with a state its mean over the optimiser step that has just ended, the same on all ranks."""
         extras = self.accelerator.unwrap_model(self.model_wrapped).extras
-        for name, term in self._stateful.items():
-            if name in self._step:
-                total, count = self.accelerator.reduce(self._step[name], reduction="sum").tolist()
-                term.update(extras[name], total / max(1.0, count), self.state.global_step / max(1, self.state.max_steps))
+        for followed, term in self._stateful.items():
+            if followed in self._step:
+                total, count = self.accelerator.reduce(self._step[followed], reduction="sum").tolist()
+                if count:
+                    term.update(extras[term.name], total / count, self.state.global_step / max(1, self.state.max_steps))
         self._step.clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -277,8 +281,16 @@ class DistillTrainer(Trainer):
                 logs[name] = total / max(1.0, count)
             self._sums.clear()
             if (use := self._experts.take(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))) is not None:
-                logs[LOGGED] = use
+                self.term_log.beside[LOGGED] = use
         super().log(logs, start_time)
+
+    def tell(self, scores: dict[str, float]) -> None:
+        """Shows scores of the model that is being trained on the dashboards. The process that scored calls it.
+
+        Not by the handler, which would take this for the row of the log that is due at the end of the step.
+        """
+        for callback in self.callback_handler.callbacks:
+            callback.on_log(self.args, self.state, self.control, model=self.model, logs=dict(scores))
 
     # ---- order ----
 
@@ -328,6 +340,7 @@ class DistillTrainer(Trainer):
             teacher.save_state(folder)
         if self.mixture is not None:
             self.mixture.save(folder)
+        self.answers.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resumed_from = Path(resume_from_checkpoint)
@@ -337,6 +350,7 @@ class DistillTrainer(Trainer):
         load_model(self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
         for teacher in self.teachers:
             teacher.load_state(Path(resume_from_checkpoint))
+        self.answers.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.finite.look()
@@ -380,7 +394,7 @@ def optimiser_of(distiller: Distiller, spec: OptimiserSpec) -> torch.optim.Optim
 
 
 def training_arguments(
-    stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0
+    stage: StageSpec, name: str, folder: Path, seed: int, world_size: int, workers: int = 0, report_to: Sequence[str] = ()
 ) -> TrainingArguments:
     """A stage in transformers' terms."""
     spec = stage.optimiser
@@ -407,10 +421,10 @@ def training_arguments(
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
-        report_to=[],
+        report_to=list(report_to),
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        disable_tqdm=False,
+        disable_tqdm=True,  # `TrainingLines` and its bar
         logging_nan_inf_filter=False,  # it would wait for every step's loss
     )
 
@@ -432,6 +446,7 @@ class TermLog(TrainerCallback):
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
+        self.beside: dict[str, Any] = {}  # what the next row has beside numbers; dashboards do not take it
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -442,7 +457,8 @@ class TermLog(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            row = {"stage": self.stage, "step": state.global_step, **{k: v if k == LOGGED else float(v) for k, v in logs.items()}}
+            row = {"stage": self.stage, "step": state.global_step, **{k: float(v) for k, v in logs.items()}, **self.beside}
+            self.beside.clear()
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mmkd.base.cards import find_card, list_cards, load_card
-from mmkd.base.plugged import long_form
 from mmkd.base.schema import Strict
 from mmkd.errors import DataError
 from mmkd.writing.checks import CheckSpec
@@ -78,16 +77,6 @@ class PromptCard(Strict):
     row: RowSpec = RowSpec()
     source: str = ""
     notes: str = ""
-
-    @field_validator("form", mode="before")
-    @classmethod
-    def short_form(cls, given: Any) -> Any:
-        return long_form(given)
-
-    @field_validator("checks", mode="before")
-    @classmethod
-    def short_checks(cls, given: Any) -> Any:
-        return [long_form(check) for check in given] if isinstance(given, list | tuple) else given
 
     @model_validator(mode="after")
     def templates(self) -> PromptCard:

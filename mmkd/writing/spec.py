@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from mmkd.base.plugged import long_form
 from mmkd.base.schema import Strict, is_default
 from mmkd.data.spec import DataSpec
 from mmkd.errors import MmkdError
@@ -91,16 +90,6 @@ class WriteSpec(Strict):
     @classmethod
     def one_author(cls, given: Any) -> Any:
         return given if isinstance(given, list) else [given]
-
-    @field_validator("form", mode="before")
-    @classmethod
-    def short_form(cls, given: Any) -> Any:
-        return long_form(given)
-
-    @field_validator("checks", mode="before")
-    @classmethod
-    def short_checks(cls, given: Any) -> Any:
-        return [long_form(check) for check in given] if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def several_differ(self) -> WriteSpec:

@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from mmkd.base.bars import bar
 from mmkd.base.distributed import claimed
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError, ImageError, SampleError
@@ -219,8 +218,8 @@ def write(stage: WriteStage, folder: Path) -> Path:
     with KeptAnswers(folder / "answers" / _answers_key(stage)).open() as kept:
         claims = folder / "claims" / stage.key
         for author in stage.authors:
-            with tqdm(desc=f"{stage.name}: {author.name}", unit="answer") as bar:
-                ask(author, lambda author=author: stage.chunks(author), kept, claims, bar)
+            with bar(None, f"{stage.name}: {author.name}", "answer") as told:
+                ask(author, lambda author=author: stage.chunks(author), kept, claims, told)
         for number, (_, check) in enumerate(stage.checks):
             if check.asks:
                 ask(stage.judge(check), lambda number=number: _judge_chunks(stage, number, kept), kept, claims)

@@ -216,6 +216,9 @@ def build_teacher(family: Family, folder: Path) -> None:
     config = AutoConfig.for_model(family.kind, **_with_ids(family, ids))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():  # Gemma 3 begins with a projection of zeros
+            torch.nn.init.normal_(parameter, std=0.02)
     stop = tokenizer.convert_tokens_to_ids(list(family.stop)) or tokenizer.eos_token_id
     for name, value in {"eos_token_id": stop, "bos_token_id": ids.get("bos_token"), "pad_token_id": ids["pad_token"]}.items():
         setattr(model.generation_config, name, value)

@@ -153,7 +153,7 @@ def race(name: str, options: argparse.Namespace, sizes: dict, student: Tower, te
     whole, alone, sft = Distiller(student, teacher, terms), Distiller(student, None, same_rows), Distiller(student, None, answers)
     for model in (whole, alone, sft):
         model.train()
-    ahead = Ahead(whole.prefetch, device, half=False)
+    ahead = Ahead(whole.prefetch, device, half=None)
     with torch.inference_mode():
         kept = gathered(teacher.read(batch.teacher, teacher.see(batch.teacher)), where)  # the rows that a cache keeps
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +207,7 @@ def batch_of(sizes: dict, student: Tower, teacher: Tower, positions: list[str]) 
 
 def write(folder: Path, stored: list[StoredRows]) -> TeacherCache:
     nobody = {"model": "", "files": {}, "fingerprint": "", "dtype": "", "quantise": None, "max_length": 0, "precision": ""}
-    About(**nobody, top_k=None, rows=[], features=False, logit_rule=[1.0, None], vocabulary=0).save(folder)
+    About(**nobody, top_k=None, rows=[], features=False, logit_rule=[1.0, None], vocabulary=0, body={}).save(folder)
     writer = ShardWriter(folder)
     for number, one in enumerate(stored):
         writer.add(number.to_bytes(16, "big"), number.to_bytes(16, "big"), one)

@@ -1,8 +1,10 @@
 from collections import Counter
 
+import pytest
 import torch
 
 from mmkd.data.samplers.length import LengthGroupedSampler
+from mmkd.data.samplers.spec import SamplerSpec
 
 
 def lengths(n, seed=0):
@@ -33,3 +35,8 @@ def test_batches_hold_similar_lengths_and_come_in_no_order_of_length():
     assert sum(len({found[i][0] for i in b}) == 1 for b in grouped) >= 0.9 * len(grouped)
     sizes = torch.tensor([float(found[b[0]][1]) for b in grouped])
     assert torch.corrcoef(torch.stack([sizes[:-1], sizes[1:]]))[0, 1].abs() < 0.2
+
+
+@pytest.mark.parametrize("short", ["length", {"length": None}, {"length": {}}])
+def test_short_forms_name_the_same_sampler(short):
+    assert SamplerSpec.model_validate(short) == SamplerSpec(kind="length")

@@ -8,6 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mmkd.data.samplers.difficulty import Difficulty
+from mmkd.data.samplers.joint_confidence import JointConfidence, surest
 from mmkd.data.samplers.mixture import DDK, first_shares, moved
 from mmkd.data.samplers.scored import Difference, PCoreSet, RobustActive, centres, largest, robust_chances
 from mmkd.data.samples import Sample, Turn
@@ -121,6 +123,55 @@ def test_centres_cover_unseen_classes_first_and_duplicates_last(tmp_path):
     path = scored(tmp_path, probabilities=[np.eye(8)[n % 8].tolist() for n in range(40)])
     order = PCoreSet(path, labelled=1, share=7 / 36).build(SAMPLES, [4, 36], 4, 0)
     assert sorted(order) == list(range(11)) and len(order) == 11  # the four labelled, the unseen four, three again
+
+
+# ---- ThinkLite-VL ---------------------------------------------------------------------------------------------------------
+
+
+def test_difficulty_keeps_what_needs_many_tries_and_what_stays_unsolved(tmp_path):
+    tries = [n % 10 + 1 for n in range(40)]  # 1 to 10, where 9 and 10 mean unsolved of 8
+    path = scored(tmp_path, tries=[min(n, 9) for n in tries])
+    made = lambda **options: Difficulty(path, cap=8, **options).build(SAMPLES, [40], 4, 0)  # noqa: E731
+    assert sorted(made(least=4)) == [n for n in range(40) if tries[n] >= 4]
+    assert sorted(made(least=4, unsolved=False)) == [n for n in range(40) if 4 <= tries[n] <= 8]
+    assert sorted(made(least=9)) == [n for n in range(40) if tries[n] > 8]
+    assert sorted(made(least=1)) == list(range(40))
+    order = made(least=4)
+    first = list(order)
+    order.set_epoch(1)
+    assert list(made(least=4)) == first != list(order)
+
+
+def test_a_solver_that_answers_at_once_keeps_nothing(tmp_path):
+    with pytest.raises(DataError, match=r"0 stay unsolved and 40 are solved within 4 answers; 0 are left"):
+        Difficulty(scored(tmp_path, tries=[1] * 40)).build(SAMPLES, [40], 4, 0)
+    with pytest.raises(DataError, match="no more than 2 answers are drawn"):
+        Difficulty(scored(tmp_path, tries=[1] * 40), cap=2, least=4).build(SAMPLES, [40], 4, 0)
+    assert Difficulty(by="teacher").needs == ("teacher_tries",) and Difficulty(by="teacher").of_teacher
+    assert not Difficulty().of_teacher and Difficulty(cap=3).how["cap"] == 3
+
+
+# ---- KD3 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_joint_confidence_keeps_the_surest_share_of_each_answer(tmp_path):
+    draw = np.random.default_rng(4)
+    student, teacher = (draw.dirichlet(np.ones(3), 40) for _ in range(2))
+    path = scored(tmp_path, probabilities=student.tolist(), teacher_probabilities=teacher.tolist())
+    wanted, both = [], [[(a + b) / 2 for a, b in zip(q, p, strict=True)] for q, p in zip(student, teacher, strict=True)]
+    for word in range(3):
+        own = [n for n in range(40) if both[n].index(max(both[n])) == word]
+        wanted += sorted(own, key=lambda n: -max(both[n]))[: math.ceil(0.4 * len(own))]
+    assert sorted(JointConfidence(path, share=0.4).build(SAMPLES, [40], 4, 0)) == sorted(wanted)
+    assert sorted(JointConfidence(path, share=1.0).build(SAMPLES, [40], 4, 0)) == list(range(40))
+    with pytest.raises(DataError, match="3 samples are kept, fewer than batch_size 4"):
+        JointConfidence(path, share=0.01).build(SAMPLES, [40], 4, 0)
+
+
+def test_with_equal_models_it_is_the_teachers_confidence_alone():
+    p = np.random.default_rng(5).dirichlet(np.ones(4), 30)
+    assert surest((p + p) / 2, 0.3) == surest(p, 0.3)
+    assert surest(np.array([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1], [0.2, 0.8]]), 0.5) == [0, 2, 3]  # of equal ones the first
 
 
 # ---- DDK ------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,22 @@ def test_runs_share_their_teacher(answered, tmp_path: Path) -> None:
     assert list(alone["models"]) == ["teacher", "student"]
 
 
+def test_differences_have_one_sign_however_models_are_named(answered, tmp_path: Path, capsys) -> None:
+    """The student's right answers count for it in a run's own comparison, among several runs, and among folders."""
+    six = [f"red-{i}" for i in range(1, 7)]
+    wrong = {"teacher": [], "control": six, "hard_answers": six[:2], "student": six[:1]}
+    for number in (0, 1):
+        for role, names in wrong.items():
+            answered(f"run{number}/evaluation/{role}", names, "big" if role == "teacher" else "")
+    alone, several = run(tmp_path, tmp_path / "run0"), run(tmp_path, tmp_path / "run0", tmp_path / "run1")
+    folders = run(tmp_path, *(tmp_path / "run0" / "evaluation" / role for role in ("control", "teacher", "student")))
+    for found, key in ((alone, "student - control"), (several, "run0 student - run1 control"), (folders, "student - control")):
+        assert found["benchmarks"]["tiny"]["differences"][key]["difference"] == pytest.approx(5 / 32)
+    order = list(dict.fromkeys(key.partition(" - ")[0] for key in several["benchmarks"]["tiny"]["differences"]))
+    assert order == [f"run{n} {role}" for role in ("student", "hard_answers", "control") for n in (0, 1)]  # of the teacher: none
+    assert f"{'run1 student - run0 control':<28}" in capsys.readouterr().out
+
+
 def test_many_models_show_differences_with_the_first(answered, tmp_path: Path) -> None:
     folders = [answered(f"model{i}", [f"red-{j}" for j in range(i)]) for i in range(6)]
     found = run(tmp_path, *folders)

@@ -10,7 +10,7 @@ from html_page import Page
 from mmkd.errors import DataError
 from mmkd.evaluation.answer import evaluate
 from mmkd.evaluation.report import build_report
-from mmkd.evaluation.report.curves import ticks
+from mmkd.evaluation.report.curves import charts, ticks
 from mmkd.evaluation.report.files import roles_of
 
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -59,7 +59,7 @@ def run(tmp_path: Path, data: Path, benchmark_of, fake_tower) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("errors_of_student", "said"), [(0, "show no difference"), (8, "the student is behind its control by")]
+    ("errors_of_student", "said"), [(0, "show no difference"), (8, "the student is behind its control: -")]
 )
 def test_a_teacher_that_is_worth_nothing_gives_no_lead_and_the_first_line_says_so(
     tmp_path: Path, data: Path, benchmark_of, fake_tower, errors_of_student: int, said: str
@@ -77,12 +77,12 @@ def test_the_page_holds_what_a_reader_needs(run: Path) -> None:
     assert path == run / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     words = page.words()
-    assert "On tiny the student leads its control by" in words
+    assert "On tiny the student leads its control: +" in words
     assert "a <i>run</i>" in words and "seed 3" in words and "steps 200" in words
     assert "device name cpu" in words and "without pictures: 50.0 %" in words
     assert "1.23 k" in words and "1 k active" in words
     charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
-    assert [chart["aria-label"].split(" over")[0] for chart in charts] == ["loss", "kl & more"]
+    assert [chart["aria-label"].split(" over")[0] for chart in charts] == ["loss of student", "loss of control", "kl & more"]
     assert "distil" in words  # where the second stage begins
     pictures = [attrs for tag, attrs in page.tags if tag == "img"]
     assert pictures and all(p["src"].startswith("data:image/") and p["alt"] for p in pictures)
@@ -90,6 +90,36 @@ def test_the_page_holds_what_a_reader_needs(run: Path) -> None:
     assert 24 <= len(items) <= 48
     for outcome in ("student better than its best control", "all fully right"):
         assert outcome in words
+
+
+def test_a_loss_is_drawn_over_one_of_the_same_terms_alone(tmp_path: Path) -> None:
+    rows = {
+        "student": {"loss": 2.0, "cross_entropy": 1.0, "kl": 1.0, "score tiny": 0.5},
+        "control": {"loss": 1.0, "cross_entropy": 1.0},
+        "control_equal_compute": {"loss": 1.0, "cross_entropy": 1.0, "score tiny": 0.4},
+    }
+    for role, row in rows.items():
+        lines = [json.dumps({"stage": "a", "step": step, **row}) for step in (1, 2, 3)]
+        (tmp_path / f"{role}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    paths = {role: tmp_path / f"{role}.jsonl" for role in rows}
+    drawn = {chart["name"]: [curve["role"] for curve in chart["curves"]] for chart in charts(paths)}
+    assert drawn == {
+        "loss of student": ["student"], "loss of control, control (equal compute)": ["control", "control_equal_compute"],
+        "cross_entropy": ["student", "control", "control_equal_compute"], "kl": ["student"],
+        "score tiny": ["student", "control_equal_compute"],
+    }  # fmt: skip
+    del paths["student"]
+    assert charts(paths)[0]["name"] == "loss"
+
+
+def test_what_each_teacher_brought_is_a_table(run: Path) -> None:
+    assert "What each teacher brought" not in build_report(run).read_text(encoding="utf-8")
+    own = {"weight": 0.7, "used": 0.5, "agreement": 0.601, "lead": 1.25}
+    brought = {"distil": {"mix": {"a <b>": own, "b": {"weight": 0.3, "used": 0, "agreement": None, "lead": None}}}}
+    (run / "summary.json").write_text(json.dumps({"steps": 200, "brought": brought}), encoding="utf-8")
+    words = Page(build_report(run).read_text(encoding="utf-8")).words()
+    assert "What each teacher brought" in words and "distil, mix" in words and "a <b>" in words
+    assert "70.0 %" in words and "60.1 %" in words and "+1.25" in words
 
 
 def test_predictions_are_escaped_and_nothing_is_fetched(run: Path) -> None:

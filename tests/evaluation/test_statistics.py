@@ -50,7 +50,7 @@ def test_compare_runs(tmp_path: Path) -> None:
     difference = result["differences"]["student - control"]
     assert difference["difference"] == pytest.approx(0.2)
     assert difference["agreement"] == pytest.approx(0.8)
-    assert result["verdict"].startswith("student leads its control by 20.0 points [+")
+    assert result["verdict"].startswith("student leads its control: +20.0 points [+")
 
 
 def test_the_verdict_is_against_the_best_control(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_better_and_worse_are_said_only_where_they_are_shown(tmp_path: Path) -> 
         "control": write_predictions(tmp_path / "c", make_scores(100)),
     }
     assert compare_runs(paths)["verdict"].startswith("student and control show no difference: ")
-    assert verdict({"difference": -0.1, "ci95": [-0.15, -0.05]}) == "student is behind its control by 10.0 points [-15.0, -5.0]"
+    assert verdict({"difference": -0.1, "ci95": [-0.15, -0.05]}) == "student is behind its control: -10.0 points [-15.0, -5.0]"
     assert "no control" in compare_runs({"student": paths["student"]})["verdict"]
 
 

@@ -11,7 +11,21 @@ import torch
 
 from mmkd import losses
 from mmkd.engine.rows import Head, RowTerm, row_losses
-from mmkd.losses import BDKD, DACKL, FIRST, PLD, PWCE, TAID, AdaptiveKL, SkewKL, SkewReverseKL, Swing, TopKLD
+from mmkd.losses import (
+    BDKD,
+    DACKL,
+    FIRST,
+    PLD,
+    PWCE,
+    TAID,
+    AdaptiveKL,
+    AdaptiveSkewKL,
+    AdaptiveSkewReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    Swing,
+    TopKLD,
+)
 
 F64 = torch.float64
 BAR = 2e-6
@@ -22,6 +36,8 @@ CASES = [
     SkewReverseKL(),
     SkewReverseKL(0.5, 2.0),
     SkewReverseKL(0.0),
+    AdaptiveSkewKL(),
+    AdaptiveSkewReverseKL(),
     TopKLD(0),
     TopKLD(8),
     TopKLD(20, 2.0),
@@ -63,6 +79,8 @@ def needs_teacher(loss):
 
 def extras(loss, teacher):
     """The tensors that the loss takes beside logits and targets. [R, ...] each"""
+    if isinstance(loss, (AdaptiveSkewKL, AdaptiveSkewReverseKL)):
+        return (torch.linspace(0.01, 0.4, len(teacher), dtype=teacher.dtype),)
     if isinstance(loss, TAID):
         return (torch.linspace(0.2, 1, len(teacher), dtype=teacher.dtype),)
     if isinstance(loss, DACKL):
@@ -103,7 +121,7 @@ def close(found, expected, bar=BAR, floor=0.0):
 
 
 # Losses in which a gradient is stopped: differences of their values follow what is stopped, too. Tested in their own files.
-STOPPED = (AdaptiveKL, PWCE, TAID)
+STOPPED = (AdaptiveKL, AdaptiveSkewReverseKL, PWCE, TAID)
 
 
 @pytest.mark.parametrize("loss", [x for x in CASES if not isinstance(x, STOPPED)], ids=str)

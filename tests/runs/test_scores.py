@@ -1,6 +1,7 @@
 """Samplers that ask models, in a run: asked once, kept, and the same order after a kill."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 from tiny import tiny_picture, tiny_tower
 
 from mmkd.base.checksums import hash_of
+from mmkd.data.samples import Turn
 from mmkd.recipes.reading import validate
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.control import control_recipe
 from mmkd.runs.data import stage_samples
 from mmkd.runs.run import distill
-from mmkd.runs.scores import with_scores
+from mmkd.runs.scores import answers_until_right, with_scores
 from mmkd.runs.towers import build_student, load_teachers
 from mmkd.train.guards import answer_loss, answer_rows
 from mmkd.train.trainer import DistillTrainer
@@ -94,8 +96,58 @@ def test_margins_and_probabilities_are_of_the_first_word(folder, tmp_path):
     assert len(rows[3]["probabilities"]) == len({student.answer_tokens(one, one.answer)[0] for one in samples})
 
 
-@pytest.mark.parametrize("kind", ["difference", "robust_active", "pcoreset"])
+def test_tries_are_counted_up_to_the_first_right_answer_and_a_lower_cap_leaves_more_unsolved(folder, tmp_path, monkeypatch):
+    recipe = recipe_of(folder, tmp_path / "run", {"kind": "difficulty", "cap": 4})
+    _, student = towers(recipe)
+    samples = stage_samples(recipe, recipe.stages["only"])[:20]
+    right_at = {sample.id: n % 6 + 1 for n, sample in enumerate(samples)}
+    by_prompt, tried = {}, {}
+    for sample in samples:
+        by_prompt[tuple(student.encode(sample, with_answer=False).input_ids.tolist())] = sample
+
+    def drawn(tower, prompts, seeds, how):
+        assert how.max_new_tokens == 5 and len(set(seeds)) == len(seeds)
+        found = []
+        for prompt, _ in prompts:
+            sample = by_prompt[tuple(prompt.input_ids.tolist())]
+            tried[sample.id] = tried.get(sample.id, 0) + 1
+            said = f" {sample.answer.upper()}. " if tried[sample.id] == right_at[sample.id] else "nothing"
+            found.append([*tower.tokenizer(said, add_special_tokens=False).input_ids, min(tower.stop_ids)])
+        return found
+
+    monkeypatch.setattr("mmkd.runs.scores.sample_answers", drawn)
+    for cap in (4, 2):
+        tried.clear()
+        assert answers_until_right(student, samples, cap, 0.8, 5) == [min(right_at[s.id], cap + 1) for s in samples]
+        assert tried == {name: min(number, cap) for name, number in right_at.items()}
+
+
+def test_an_answer_that_is_tried_is_the_same_in_any_batch(folder, tmp_path):
+    recipe = recipe_of(folder, tmp_path / "run", {"kind": "difficulty", "cap": 2})
+    _, student = towers(recipe)
+    samples = stage_samples(recipe, recipe.stages["only"])[:6]
+    samples = [replace(sample, turns=(*sample.prompt_turns, Turn("assistant", "e"))) for sample in samples]
+    together = answers_until_right(student, samples, 30, 1.0, 1)
+    assert together == [answers_until_right(student, [one], 30, 1.0, 1)[0] for one in samples]
+    assert answers_until_right(student, samples, 3, 1.0, 1) == [min(n, 4) for n in together]
+
+
+def test_both_models_probabilities_are_of_the_same_words(folder, tmp_path):
+    recipe = recipe_of(folder, tmp_path / "run", {"kind": "joint_confidence"})
+    teachers, student = towers(recipe)
+    with_scores_of_both = with_scores(recipe, "only", teachers, student)
+    row, sample = rows_of(with_scores_of_both)[3], stage_samples(recipe, recipe.stages["only"])[3]
+    first = student.answer_tokens(sample, sample.answer)[0]
+    for name, tower in (("probabilities", student), ("teacher_probabilities", teachers["teacher"].tower)):
+        rows = answer_rows(tower, tower.prepare([sample]))
+        spread = torch.nn.functional.linear(rows[0], tower.head.weight).softmax(-1).detach()
+        assert any(value == pytest.approx(float(spread[first]), abs=1e-5) for value in row[name])
+    assert len(row["probabilities"]) == len(row["teacher_probabilities"])
+
+
+@pytest.mark.parametrize("kind", ["difference", "robust_active", "pcoreset", "joint_confidence", "difficulty"])
 def test_a_run_trains_on_what_was_chosen_and_asks_once(folder, tmp_path, monkeypatch, kind):
+    kind = {"kind": kind, "cap": 2, "least": 2} if kind == "difficulty" else kind
     recipe = recipe_of(folder, tmp_path / "run", kind, steps=2)
     distill(recipe)
     (path,) = (tmp_path / "scores").glob("*/scores.jsonl")

@@ -135,7 +135,12 @@ def test_a_stage_without_labels_has_no_control_without_a_teacher(folder, tmp_pat
 
 def test_a_run_is_held_against_hard_answers(folder, tmp_path):
     (folder / "test.jsonl").write_text((folder / "labelled.jsonl").read_text())
-    distill(recipe_of(folder, tmp_path / "run", controls=["equal_steps", "hard_answers"]))
+    asked = {"data_root": str(folder), "evaluation": {"benchmarks": ["jsonl"]}}
+    summary = distill(recipe_of(folder, tmp_path / "run", controls=["equal_steps", "hard_answers"], **asked))
+    entry = summary["benchmarks"]["jsonl"]
+    leads = {key: entry[f"student_minus_{key}"] for key in ("best_control", "hard_answers")}
+    assert {key: lead["name"] for key, lead in leads.items()} == {"best_control": "equal_steps", "hard_answers": "hard_answers"}
+    assert leads["hard_answers"]["mean"] == pytest.approx(entry["student"] - entry["controls"]["hard_answers"]["score"])
     facts = json.loads((tmp_path / "run" / "controls.json").read_text())
     assert facts["hard_answers"]["kind"] == "hard_answers" and facts["control"]["steps"] == {"only": "2 steps"}
     assert (tmp_path / "run" / "hard_answers" / "model.safetensors").exists()

@@ -17,7 +17,7 @@ from tiny import tiny_samples, tiny_tower
 from transformers import TrainerCallback
 
 from mmkd.losses import TAIDSchedule
-from mmkd.terms.taid import TAIDState
+from mmkd.terms.state import ExactState
 from mmkd.train.checkpoints import last_checkpoint
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
@@ -49,7 +49,7 @@ def test_what_it_refuses():
 
 
 def test_the_state_survives_a_cast_to_half_precision():
-    module = TAIDState(TAIDSchedule().start())
+    module = ExactState(TAIDSchedule().start())
     assert torch.equal(module.bfloat16().state, torch.tensor([0.4, 0.0, torch.inf], dtype=torch.float64))
 
 

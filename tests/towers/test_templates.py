@@ -288,6 +288,22 @@ def test_an_option_that_a_class_has_for_every_call_is_read_too(family, tmp_path,
     assert "sets crop_to_patches itself in every call" in caplog.text
 
 
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_an_option_that_the_model_counts_by_is_told_to_it(family, tmp_path):
+    """Else the model looks for other pieces of a picture than its processor cut."""
+    Image.effect_noise((130, 60), 80).convert("RGB").save(tmp_path / "wide.png")
+    sample = Sample("s", (ImageRef.inside(tmp_path, "wide.png"),), (user("What?", 1), answer("red")))
+    base = tiny_family(family)
+    before = base.visual_count(base.encode(sample))
+    tower = Tower(base.model, base.processor, max_length=4096, reading=Reading(processor={"image_grid_pinpoints": [[32, 32]]}))
+    inputs = tower.prepare([sample])
+    (tokens,) = tower.see(inputs).tokens
+    assert len(tokens) == int((inputs.input_ids == tower.image_token_id).sum()) < before
+    tower.save(tmp_path / "saved")
+    again = Tower.load(tmp_path / "saved")
+    assert again.visual_count(again.encode(sample)) == len(tokens) == len(again.see(again.prepare([sample])).tokens[0])
+
+
 def test_arguments_of_a_template_are_known_to_it_and_saved_with_it(tmp_path):
     tower = thinking_tower("qwen3.5", template={"enable_thinking": False})
     assert tower.preparer.prompt_text(PLAIN).endswith("assistant\n<think>\n\n</think>\n\n")

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import VISIONS, make_term, tiny_samples, tiny_tokenizer, tiny_tower
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizerFast
 
 from mmkd.engine.positions import COUNTS
 from mmkd.errors import DataError, ImageError, TowerError
@@ -254,6 +256,16 @@ def test_a_token_added_to_one_tokenizer_is_no_obstacle(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<box>"]})
     student, teacher = tiny_tower(1, 16, tokenizer=TOKENIZER), tiny_tower(2, 16, tokenizer=tokenizer)
+    assert torch.isfinite(loss_of(student, teacher, tiny_samples(tmp_path, 2), [term("forward_kl")])[0])
+
+
+def test_the_place_of_a_picture_may_have_another_id(tmp_path):
+    """A student on LLaVA-OneVision's language model gets `<image>` behind its words; OneVision has it among them."""
+    raw = Tokenizer.from_str(TOKENIZER.backend_tokenizer.to_str().replace('"<image>"', '"<|object|>"'))
+    ends = {name: getattr(TOKENIZER, name) for name in ("eos_token", "pad_token")}
+    student = tiny_tower(1, 16, tokenizer=PreTrainedTokenizerFast(tokenizer_object=raw, **ends))
+    teacher = tiny_tower(2, 16, tokenizer=TOKENIZER)
+    assert student.image_token_id != teacher.image_token_id
     assert torch.isfinite(loss_of(student, teacher, tiny_samples(tmp_path, 2), [term("forward_kl")])[0])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
-from tiny import make_term, tiny_samples, tiny_tower
+from tiny import make_term, tiny_samples, tiny_stage, tiny_stage_trainer, tiny_tower
 from transformers import Trainer, set_seed
 
 from mmkd.terms.term import Schedule
@@ -42,3 +44,18 @@ def test_a_scheduled_weight_reaches_its_end():
     assert weights[0] == 0 and weights[-1] == 1 and weights == sorted(weights) and len(set(weights)) == 10
     assert schedule.at(progress_at(0, 1)) == 1
     assert [Schedule(0.0, 1.0, over=0.5).at(progress_at(step, 3)) for step in range(3)] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_what_a_model_raises_for_a_picture_names_the_samples(tmp_path, monkeypatch):
+    student, samples = tiny_tower(1, 16), tiny_samples(tmp_path, 4)
+    trainer = tiny_stage_trainer(tmp_path, tiny_stage(student, None, samples, {"cross_entropy": 1.0}))
+
+    def see(inputs):
+        raise RuntimeError("split_with_sizes expects other sizes")
+
+    monkeypatch.setattr(student, "see", see)
+    with pytest.raises(RuntimeError, match="other sizes") as raised:
+        trainer.train()
+    (note,) = raised.value.__notes__
+    assert sum(sample.id in note for sample in samples) == 2 and "tokens with padding" in note

@@ -31,7 +31,13 @@ class ByScores(SampleOrder):
     def needs(self) -> tuple[str, ...]:
         """The values that a sample must have: "teacher", "student" and "reference" are mean cross-entropies of its answer;
         "teacher_blind" without its pictures; "margin" how much likelier the student's first word is than its second choice,
-        "probabilities" its distribution over first words."""
+        "probabilities" its distribution over first words, "teacher_probabilities" the teacher's; "tries" and "teacher_tries" how
+        many answers were drawn up to the right one, one more than were drawn where none was."""
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What else the values depend on."""
+        return {}
 
     @property
     def of_teacher(self) -> bool:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.base.jsonl import log_rows
+from mmkd.evaluation.roles import in_words
 
 MAX_POINTS = 240  # of one curve
 SMOOTHING = 0.05  # share of the points under the moving mean
+SCORE = "score "  # beginning of the name of a score in training
 NO_CURVE = {"step", "epoch", "stage", "learning_rate", "grad_norm"}
 CHART_WIDTH, CHART_HEIGHT = 280, 186
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 38
@@ -78,7 +80,10 @@ def risk_coverage(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
 
 
 def charts(paths: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """One chart a term, the whole loss first, with a curve for every model that was trained."""
+    """One chart a term, the whole loss first, with a curve for every model that was trained.
+
+    Losses that are sums of other terms are not to be compared: they have a chart each.
+    """
     logs = {name: _read_log(path) for name, path in sorted(paths.items(), key=lambda item: item[0] != "student")}
     names = dict.fromkeys(name for terms, _, _ in logs.values() for name in terms)
     order = sorted(names, key=lambda name: (name != "loss", list(names).index(name)))
@@ -88,10 +93,22 @@ def charts(paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     charts = []
     for name in order:
         series = {role: terms[name] for role, (terms, _, _) in logs.items() if len(terms.get(name, [])) > 1}
-        if series:
-            stages = next(stages for role, (_, stages, _) in logs.items() if role in series)
-            charts.append(_chart(name, series, stages))
+        terms_of = {role: terms for role, (terms, _, _) in logs.items()}
+        for alike in _of_same_terms(series, terms_of) if name == "loss" else [series]:
+            if alike:
+                stages = next(stages for role, (_, stages, _) in logs.items() if role in alike)
+                named = name if len(alike) == len(series) else f"{name} of {', '.join(map(in_words, alike))}"
+                charts.append(_chart(named, alike, stages))
     return charts
+
+
+def _of_same_terms(series: Mapping[str, Any], terms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The curves of a whole loss, those of models with the same terms together."""
+    groups: dict[frozenset[str], dict[str, Any]] = {}
+    for role, points in series.items():
+        own = frozenset(name for name in terms[role] if name != "loss" and not name.startswith(SCORE))
+        groups.setdefault(own, {})[role] = points
+    return list(groups.values())
 
 
 def _chart(

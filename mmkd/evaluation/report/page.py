@@ -11,7 +11,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.report.curves import SMOOTHING, charts
 from mmkd.evaluation.report.files import ModelFiles, read_evaluations, read_facts, roles_of
 from mmkd.evaluation.report.gallery import GALLERY_SEED, gallery_of, marks, outcomes
-from mmkd.evaluation.report.scores import benchmark_entry, facts_of, headline, model_entries
+from mmkd.evaluation.report.scores import benchmark_entry, brought_entries, facts_of, headline, model_entries
 from mmkd.evaluation.report.text import byte_count, count, percent, points, seconds
 from mmkd.evaluation.roles import in_words
 
@@ -40,8 +40,10 @@ def build_report(run: Path | str) -> Path:
             "run `mmkd evaluate` or `mmkd distill` first"
         )
     title = str(facts.get("title") or run.resolve().name)
-    facts = [("Run", facts_of(facts)), ("Summary", facts_of(read_facts(run / "summary.json")))]
-    return _write_page(run / "report.html", title, evaluations, models, facts)[0]
+    summary = read_facts(run / "summary.json")
+    brought = brought_entries(summary.pop("brought", {}))
+    facts = [("Run", facts_of(facts)), ("Summary", facts_of(summary))]
+    return _write_page(run / "report.html", title, evaluations, models, facts, brought)[0]
 
 
 def build_comparison(models: Mapping[str, ModelFiles], target: Path, title: str) -> dict[str, dict[str, Any]]:
@@ -68,6 +70,7 @@ def _write_page(
     evaluations: Mapping[str, dict[str, dict]],
     models: Mapping[str, ModelFiles],
     facts: Sequence[tuple[str, list[tuple[str, str]]]],
+    brought: Sequence[tuple[str, list[tuple[str, dict[str, float | None]]]]] = (),
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -103,6 +106,7 @@ def _write_page(
         outcomes=outcomes(gallery),
         marks=marks(gallery, names),
         gallery_seed=GALLERY_SEED,
+        brought=brought,
         facts=[(heading, pairs) for heading, pairs in facts if pairs],
     )
     target.parent.mkdir(parents=True, exist_ok=True)

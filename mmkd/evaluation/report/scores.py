@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -167,6 +168,22 @@ def _benchmark_facts(models: Mapping[str, Mapping]) -> list[tuple[str, str]]:
 def _importance(found: Mapping) -> str:
     shares = [f"right {words} {percent(found[key])}" for key, words in IMPORTANCE.items()]
     return f"of {found['n']} questions with a picture: " + ", ".join(shares)
+
+
+def brought_entries(content: Any) -> list[tuple[str, list[tuple[str, dict[str, float | None]]]]]:
+    """What each teacher brought, as `summary.json` has it: (stage and term, [(teacher, its facts)]); others are left out."""
+    names = ("weight", "used", "agreement", "lead")
+    found = []
+    for stage, terms in content.items() if isinstance(content, Mapping) else ():
+        for term, teachers in terms.items() if isinstance(terms, Mapping) else ():
+            rows = [(name, {key: number_or_none(given.get(key)) for key in names}) for name, given in teachers.items()
+                    if isinstance(given, Mapping)] if isinstance(teachers, Mapping) else []  # fmt: skip
+            found.append((f"{stage}, {term}", rows))
+    return [(heading, rows) for heading, rows in found if rows]
+
+
+def number_or_none(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def facts_of(content: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,65 @@
+"""Answers that are programs: they are run, in a sandbox."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmkd.base.sandbox import Limits, run_program, sandbox_refusal
+from mmkd.errors import DataError
+from mmkd.registry import register
+from mmkd.writing.checks import Candidate, Check, Surroundings
+from mmkd.writing.words import folded
+
+_FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+
+@register("checks", "program")
+@dataclass
+class Program(Check):
+    """Python programs that run to their end, and print what they should.
+
+    allow: must be true; what a model wrote is executed, without network, files or further processes.  code: the key of what the
+    form read that holds the program; "" for the first fenced block of the text, or all of it.  prints: what its last line must
+    be, the row's `answer` or one of the data's `reference`s, without case, punctuation and white space; "" for anything.
+    seconds, memory_mb, output_bytes: its limits.
+    """
+
+    allow: bool = False
+    code: str = ""
+    prints: Literal["", "answer", "reference"] = "answer"
+    seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
+    memory_mb: Annotated[int, Field(ge=64, le=2**16)] = 256
+    output_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 65536
+
+    def prepare(self, around: Surroundings) -> None:
+        if not self.allow:
+            raise DataError("checks: program executes what a model wrote, in a sandbox; `program: {allow: true}` allows it")
+        if why := sandbox_refusal():
+            raise DataError(f"checks: program: {why}")
+
+    def refuse(self, one: Candidate) -> str | None:
+        source = self._source(one)
+        if source is None:
+            return "no program"
+        ended = run_program(source, Limits(self.seconds, self.memory_mb * 2**20, self.output_bytes))
+        lines = ended.output.strip().splitlines()
+        one.notes["program"] = {"code": ended.code, "printed": lines[-1][:200] if lines else ""}
+        if ended.late or ended.cut:
+            return "runs too long" if ended.late else "prints too much"
+        if ended.code:
+            return "does not run"
+        wanted = {"": None, "answer": [one.row["answer"]], "reference": one.question.references}[self.prints]
+        said = folded(lines[-1]) if lines else ""
+        return None if wanted is None or said in map(folded, wanted) else "prints something else"
+
+    def _source(self, one: Candidate) -> str | None:
+        if self.code:
+            found = one.written.get(self.code) if isinstance(one.written, dict) else None
+            return found if isinstance(found, str) and found.strip() else None
+        block = _FENCED.search(one.text)
+        found = block[1] if block else one.text
+        return found if found.strip() else None
