@@ -17,6 +17,7 @@ from mmkd.train.batch import Batch, Pair
 from mmkd.train.collate import Collator
 from mmkd.train.skips import Skip
 
+SAVED = 8  # a micro-batch more costs its own kernels and Python: worth it if it saves the budget's n-th part
 DRAWN = 64  # steps that are drawn to tell how many micro-batches they take
 
 
@@ -27,7 +28,8 @@ def padded(lengths: Sequence[Mapping[str, int]]) -> int:
 
 
 def split(lengths: Sequence[Mapping[str, int]], pictured: Sequence[bool], budget: int) -> list[list[int]]:
-    """Places of samples, by micro-batch: as few as the budget allows, of these the split with the least padding.
+    """Places of samples, by micro-batch, of similar lengths: the split with the least padding, where each micro-batch more must
+    save an eighth of the budget.
 
     lengths: of each sample, `Pair.lengths`.  pictured: whether it has pictures; those without stand together: no encoder.
     budget: padded tokens of a micro-batch; a sample that is longer by itself goes alone.  The longest come first.
@@ -35,8 +37,7 @@ def split(lengths: Sequence[Mapping[str, int]], pictured: Sequence[bool], budget
     names = sorted({name for own in lengths for name in own})
     order = sorted(range(len(lengths)), key=lambda n: (pictured[n], sum(lengths[n].values()), n))
     table = np.array([[lengths[n].get(name, 0) for name in names] for n in order], dtype=np.int64).reshape(len(order), -1)
-    fewest = np.zeros(len(order) + 1, dtype=np.int64)  # micro-batches of the first so many samples
-    tokens = np.zeros(len(order) + 1, dtype=np.int64)  # and their padded tokens
+    costs = np.zeros(len(order) + 1, dtype=np.int64)  # of the first so many samples: padded tokens, and what each micro-batch costs
     begins = [0] * (len(order) + 1)  # where the last micro-batch of the first so many samples begins
     low = 0  # what did not fit without a sample does not fit with it
     for end in range(1, len(order) + 1):
@@ -44,10 +45,9 @@ def split(lengths: Sequence[Mapping[str, int]], pictured: Sequence[bool], budget
         sizes = longest * np.arange(1, end - low + 1)
         count = max(1, int((sizes <= budget).sum()))  # sizes only grow
         starts, low = end - np.arange(1, count + 1), end - count
-        best = np.lexsort((tokens[starts] + sizes[:count], fewest[starts]))[0]
-        begins[end] = int(starts[best])
-        fewest[end] = fewest[starts[best]] + 1
-        tokens[end] = tokens[starts[best]] + sizes[best]
+        found = costs[starts] + sizes[:count]
+        best = int(found.argmin())
+        begins[end], costs[end] = int(starts[best]), found[best] + budget // SAVED
     groups, end = [], len(order)
     while end:
         groups.append(order[begins[end] : end])

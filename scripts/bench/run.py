@@ -116,7 +116,7 @@ def tokens(folder: Path, count: int = 48, least: int = 20, most: int = 3000) -> 
         eyes = VisionSpec(config=VISION, image_size=(64, 64))
         assemble(eyes, LanguageSpec(config=language), tokenizer=tokenizer, seed=1).save(folder / role)
     stage = {
-        "data": [{"format": "jsonl", "root": str(folder / "data"), "prompt": "plain"}], "epochs": 2, "log_every": 1,
+        "data": [{"format": "jsonl", "root": str(folder / "data"), "prompt": "plain"}], "epochs": 1, "log_every": 1,
         "terms": {"cross_entropy": 1, "kl": {"kind": "forward_kl"}}, "optimiser": {"batch_size": 24, "learning_rate": 1e-4},
     }  # fmt: skip
     content = {"title": "lengths", "output": "OUTPUT", "max_length": 4096, "teacher": {"model": str(folder / "teacher")},
