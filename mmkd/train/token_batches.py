@@ -37,7 +37,7 @@ def split(lengths: Sequence[Mapping[str, int]], pictured: Sequence[bool], budget
     names = sorted({name for own in lengths for name in own})
     order = sorted(range(len(lengths)), key=lambda n: (pictured[n], sum(lengths[n].values()), n))
     table = np.array([[lengths[n].get(name, 0) for name in names] for n in order], dtype=np.int64).reshape(len(order), -1)
-    costs = np.zeros(len(order) + 1, dtype=np.int64)  # of the first so many samples: padded tokens, and what each micro-batch costs
+    costs = np.zeros(len(order) + 1, dtype=np.int64)  # of the first so many samples, in padded tokens
     begins = [0] * (len(order) + 1)  # where the last micro-batch of the first so many samples begins
     low = 0  # what did not fit without a sample does not fit with it
     for end in range(1, len(order) + 1):

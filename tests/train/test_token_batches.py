@@ -94,7 +94,9 @@ def test_a_step_has_the_same_gradients_however_it_is_split(tmp_path, kind):
         stage = stage_of(kind, tmp_path, samples, terms, micro_batch_tokens=budget)
         found, again, parts = gradients(tmp_path / str(budget), stage)
         assert len(parts) > 1 and {name for part in parts for name in part.student.ids} == {*one[0].student.ids}
-        assert again == pytest.approx(loss, rel=1e-6) and found.keys() == whole.keys()
+        assert again == pytest.approx(loss, rel=1e-6) and found.keys() >= whole.keys()
+        # A micro-batch without pictures gives zeros to what nothing reaches; a run freezes it.
+        assert not any(found[name].any() for name in found.keys() - whole.keys())
         for name, gradient in whole.items():
             scale = float(gradient.abs().max()) + 1e-12
             assert float((found[name] - gradient).abs().max()) < 1e-6 * scale, name
