@@ -4,8 +4,9 @@
     python scripts/attack/long.py                                       # 20,000 steps, 200,000 questions
     python scripts/attack/long.py --steps 2000 --questions 20000 --json long.json
 
-Memory is that of the process and its children together (proportional set size, so that shared pages count once), once a
-second. What is printed: the median over the second tenth of the time, over the last tenth, and the slope between them.
+Memory is that of the process and its children together (resident set size: the process begins as a fork, and by proportional
+size the pages that it has in common with its parent would seem to grow as they part), once a second. What is printed: the median
+over the fifth tenth of the time, when all data are read, over the last tenth, and the slope between them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def watched(command: list[str], log: Path) -> dict[str, Any]:
     if child.code:
         sys.exit(f"mmkd {' '.join(command)} ended with {child.code}:\n{log.read_text(encoding='utf-8')[-3000:]}")
     seconds = time.monotonic() - began
-    early = [mib for at, mib in taken if 0.1 * seconds < at <= 0.2 * seconds]
+    early = [mib for at, mib in taken if 0.4 * seconds < at <= 0.5 * seconds]
     late = [mib for at, mib in taken if at > 0.9 * seconds]
     if not early or not late:
         sys.exit(f"mmkd {command[0]} took {seconds:.0f} seconds, too few to tell; ask for more steps or questions")
@@ -100,7 +101,7 @@ def memory(pid: int) -> float:
     try:
         parent = psutil.Process(pid)
         for process in (parent, *parent.children(recursive=True)):
-            total += process.memory_full_info().pss
+            total += process.memory_info().rss
     except psutil.Error:
         pass
     return total / 2**20
@@ -110,7 +111,7 @@ def line(what: str, found: dict[str, Any]) -> str:
     grown = found["late_mib"] - found["early_mib"]
     return (
         f"{found['count']:,} {what} in {found['seconds']:,} s: {found['early_mib']:,.0f} MiB early, {found['late_mib']:,.0f} late"
-        f" ({grown:+.1f}, {1000 * grown / (0.8 * found['count']):+.3f} MiB per 1,000), {found['most_mib']:,.0f} at most"
+        f" ({grown:+.1f}, {1000 * grown / (0.5 * found['count']):+.3f} MiB per 1,000), {found['most_mib']:,.0f} at most"
     )
 
 
