@@ -69,7 +69,7 @@ def test_the_page_is_walked_from_top_to_bottom(place, capsys):
         if words[0] == "distill":
             assert Path("runs").exists() == ("--dry-run" not in words)
         if words[0] == "ask":
-            assert [line.split()[0] for line in out.splitlines()] == ["teacher", "control", "control", "student"]
+            assert [line.split()[0] for line in out.splitlines()] == ["teacher", "control", "control_equal_compute", "student"]
         if words[0] == "report":
             assert out.split() == ["runs/recipe/report.html", "runs/recipe/student/README.md"]
         if words[0] == "push":
