@@ -116,8 +116,8 @@ def test_a_dry_run_counts_the_adapters_that_a_run_trains(capsys, caplog):
     counted = re.search(r"trains language \(([\d,]+) parameters\)", capsys.readouterr().out)[1]
     with caplog.at_level("INFO", logger="mmkd"):
         assert main(["distill", "recipe.yaml", *LORA, "output=runs/lora", "control=false"]) == 0
-    trained = [r.getMessage() for r in caplog.records if r.getMessage().startswith("trained: language")]
-    assert counted != "0" and f" {counted} of" in trained[0]
+    trained = [r.getMessage() for r in caplog.records if r.getMessage().startswith("trained parameters: ")]
+    assert counted != "0" and f"language {counted} of" in trained[0]
 
 
 def test_an_estimate_takes_two_stages_with_adapters(capsys):
