@@ -42,7 +42,8 @@ from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import device_of_process
 from mmkd.train.checkpoints import last_checkpoint
 from mmkd.train.lines import TrainingLines
-from mmkd.train.reporting import refusals, report, tracker_errors
+from mmkd.train.reporting import refusals, report
+from mmkd.train.spec import tracker_errors
 from mmkd.train.stop_at_step import ends_when_asked
 from mmkd.train.trainer import split_evenly, training_arguments
 

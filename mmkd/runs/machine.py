@@ -13,7 +13,7 @@ from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
 from mmkd.towers.loading import device_of_process
 from mmkd.train.optimisers import why_not
-from mmkd.train.reporting import tracker_errors
+from mmkd.train.spec import tracker_errors
 
 # Attention that is a package of its own -> (whether it is installed, its name). transformers also takes kernels from the hub.
 FLASH = {

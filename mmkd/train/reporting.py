@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ WAY_OUT = {
     "trackio": "or take trackio out of report_to",
     "tensorboard": "or take tensorboard out of report_to",
 }
-
-
-def tracker_errors(names: Sequence[str]) -> Iterator[str]:
-    """What of `report_to` is not installed, with the way out."""
-    for name in names:
-        if find_spec(name) is None:
-            yield f"report_to: {name} is not installed; pip install {name}, or take it out"
 
 
 def report(trainer: Trainer, names: Sequence[str], title: str, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -251,6 +252,13 @@ class ReportSpec(Strict):
         """`report_to: tensorboard` means [tensorboard], and `none` none."""
         given = [given] if isinstance(given, str) else given
         return [] if given in (None, ["none"]) else given
+
+
+def tracker_errors(names: Sequence[str]) -> Iterator[str]:
+    """What of `report_to` is not installed, with the way out."""
+    for name in names:
+        if find_spec(name) is None:
+            yield f"report_to: {name} is not installed; pip install {name}, or take it out"
 
 
 class GuardSpec(Strict):

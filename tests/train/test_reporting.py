@@ -15,8 +15,9 @@ from mmkd.recipes.reading import load_recipe
 from mmkd.runs.machine import machine_errors
 from mmkd.runs.run import distill
 from mmkd.sample.sample_set import write_sample_set
-from mmkd.train import reporting
-from mmkd.train.reporting import refusals, report, tracker_errors
+from mmkd.train import spec
+from mmkd.train.reporting import refusals, report
+from mmkd.train.spec import tracker_errors
 
 VISION = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -94,7 +95,7 @@ def test_short_forms_and_unknown_names(recipe):
 
 
 def test_what_is_not_installed_is_refused_before_anything_is_loaded(recipe, monkeypatch):
-    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
+    monkeypatch.setattr(spec, "find_spec", lambda name: None)
     found = load_recipe(recipe, ["report_to=[wandb]"])
     (wrong,) = machine_errors(found)
     assert wrong == "report_to: wandb is not installed; pip install wandb, or take it out"
