@@ -100,9 +100,12 @@ def test_the_trajectory_is_that_of_the_live_teacher(folder, cache, tmp_path, mon
     monkeypatch.setattr("mmkd.towers.tower.Tower.load", _only_students(folder))
     cached, cached_rows = trained(recipe(folder, teacher__cache=str(cache)), tmp_path / "cached")
     assert len(live_rows) == 6 and live_rows[0]["loss"] != live_rows[-1]["loss"]
+    # Batches of other pictures round otherwise. The gradient of step 4 is steep: 4e-7 of the one before become 3.4e-5 there, and
+    # 3e-6 behind it; the losses agree to 2e-6 throughout.
+    closeness = dict.fromkeys(("loss", *TERMS), 5e-6) | {"grad_norm": 1e-4}
     for own, other in zip(live_rows, cached_rows, strict=True):
-        for name in ("loss", "grad_norm", *TERMS):
-            assert own[name] == pytest.approx(other[name], rel=2e-5), (own["step"], name)
+        for name, rel in closeness.items():
+            assert own[name] == pytest.approx(other[name], rel=rel), (own["step"], name)
     found = cached.model.state_dict()
     for name, tensor in live.model.state_dict().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
