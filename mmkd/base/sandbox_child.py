@@ -69,7 +69,7 @@ def without_rights(given):
     """Limits; and nothing that could take them away again."""
     seconds, output = given["seconds"], given["output_bytes"]
     limits = {
-        resource.RLIMIT_CPU: int(seconds) + 1, resource.RLIMIT_AS: given["memory_bytes"], resource.RLIMIT_FSIZE: output,
+        resource.RLIMIT_CPU: int(seconds) + 2, resource.RLIMIT_AS: given["memory_bytes"], resource.RLIMIT_FSIZE: output,
         resource.RLIMIT_NOFILE: 32, resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 0,
     }  # fmt: skip
     for which, limit in limits.items():

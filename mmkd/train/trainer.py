@@ -96,6 +96,8 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # our counts already span the accumulation window
         distiller.lockstep = self._lockstep = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._by_tokens = stage.optimiser.micro_batch_tokens is not None
+        if self._by_tokens:
+            self.training_step = self._step_of_several
         half = half_of(stage.precision)
         self._ahead = Ahead(distiller.prefetch, arguments.device, half) if ahead else None
         if distiller.lockstep and half is not None:  # as accelerate does for DDP; the engines' own casts leave the teacher out
@@ -159,9 +161,9 @@ class DistillTrainer(Trainer):
 
     # ---- loss ----
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the trainer's own; of several micro-batches only the last one's gradients are sent to other processes."""
-        *first, last = inputs.get("micro_batches", [inputs])
+    def _step_of_several(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """`training_step` where tokens tell: only the last micro-batch's gradients are sent to other processes."""
+        *first, last = inputs["micro_batches"]
         total: Any = 0.0
         for part in first:
             with self.accelerator.no_sync(model):

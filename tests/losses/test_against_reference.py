@@ -579,7 +579,8 @@ def test_every_function_of_the_package_is_here():
     parts = {"head_gram", "kneedle_k", "hard_negatives", "valid_negatives", "calibrated_c", "expected_calibration_error",
              "log_mean_perplexity", "span_pairs", "union_of_top"}  # no losses: tested with those that use them
     functions = {name for name in losses.__all__ if not isinstance(getattr(losses, name), type)}
-    assert functions == tested | parts | {"top_k_jsd"}  # which is in test_topk.py
+    elsewhere = {"top_k_jsd", "adaptive_lam"}  # in test_topk.py, and in tests/terms/test_adaptive_skew.py
+    assert functions == tested | parts | elsewhere
 
 
 # ---- what the specifications warn of ---------------------------------------------------------------------------------

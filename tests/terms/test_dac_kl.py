@@ -118,9 +118,10 @@ def test_micro_batches_add_up(tmp_path, band):
         value, _, grads = stepped(distiller, piece, whole.counts)
         total += value.item()
         summed = {name: summed.get(name, 0) + grads[name] for name in grads}
-    assert total == pytest.approx(loss.item(), rel=1e-9)
+    # The band's ends are float32, and products of other numbers of rows round otherwise.
+    assert total == pytest.approx(loss.item(), rel=1e-8)
     for name, gradient in expected.items():
-        rtol, atol = (1e-4, 1e-6) if name.startswith("extras") else (1e-7, 1e-10)
+        rtol, atol = (1e-4, 1e-6) if name.startswith("extras") else (1e-6, 2e-7 * float(gradient.abs().max()) + 1e-15)
         torch.testing.assert_close(summed[name], gradient, rtol=rtol, atol=atol, msg=name)
 
 
