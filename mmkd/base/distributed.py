@@ -54,13 +54,13 @@ def of_all(value: T) -> list[T]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value, group=_host_group())
+    torch.distributed.all_gather_object(found, value, group=host_group())
     return found
 
 
 @cache
-def _host_group() -> Any:
-    """Connects the processes' CPUs, whatever connects their accelerators."""
+def host_group() -> Any:
+    """Connects the processes' CPUs, whatever connects their accelerators: what comes from these would have to be waited for."""
     import torch
 
     return torch.distributed.new_group(backend="gloo")

@@ -59,4 +59,3 @@ def _words(error: Any) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     return f"{error['msg']}, got {error['input']!r}"
-

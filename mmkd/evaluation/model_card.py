@@ -28,7 +28,7 @@ LONGEST = 1000  # characters of a text that comes from the data, a recipe or a f
 NOTHING_SHOWN = "no difference shown"
 _SPECIAL = re.compile(r"[\\`*_{}\[\]<>#!|~&$@\"]|:(?=/)|(?<=www)\.", re.I)
 _PATH = re.compile(r"(?<![\w.])(?:~|[A-Za-z]:)?(?:[\\/]+[^\s\\/:;,'\"()]+){2,}[\\/]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class Ready(str):
@@ -132,7 +132,7 @@ def _front_matter(hub: Mapping) -> Ready:
     """What the hub reads; names of local folders mean nothing there and are left out."""
     bases = hub.get(STUDENT, [])
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    if bases := [name for name in bases if _HUB_ID.fullmatch(name)]:
+    if bases := [name for name in bases if HUB_ID.fullmatch(name)]:
         content["base_model"] = bases[0] if len(bases) == 1 else bases
     content["tags"] = ["mmkd", "distillation", "vision-language-model"]
     return Ready("---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True) + "---")
@@ -279,7 +279,7 @@ def _term(name: str, spec: Any) -> str:
 
 def _entry(spec: Mapping, count: int | None) -> dict[str, str]:
     root = spec.get("root") or ""
-    known = spec.get("format") == "datasets" and _HUB_ID.fullmatch(root)
+    known = spec.get("format") == "datasets" and HUB_ID.fullmatch(root)
     own = _local(spec.get("card") or "") or (root if known else _local(root))
     where = f"rows of stage {spec['from']}" if spec.get("from") else own
     limit = f"at most {spec['limit']:,}" if spec.get("limit") else "not recorded"

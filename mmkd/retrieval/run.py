@@ -40,7 +40,7 @@ from mmkd.retrieval.summary import summarise, write_summary
 from mmkd.retrieval.trainer import PairTrainer, freeze_unreached
 from mmkd.towers.finite import check_trained
 from mmkd.towers.loading import device_of_process
-from mmkd.train.checkpoints import last_checkpoint
+from mmkd.train.checkpoints import last_checkpoint, step_of
 from mmkd.train.lines import TrainingLines
 from mmkd.train.reporting import refusals, report
 from mmkd.train.spec import tracker_errors
@@ -163,7 +163,7 @@ def train_model(
     if resume is None:
         logger.info("%s: %d pairs, batches of %d", role, len(dataset), training.optimiser.batch_size)
     else:
-        logger.info("%s: resumed at step %s", role, resume.rpartition("-")[2])
+        logger.info("%s: resumed at step %s", role, step_of(resume))
     set_seed(seed)
     trainer = PairTrainer(model, dataset, training.optimiser, arguments, run / "log" / f"{role}.jsonl")
     report(trainer, report_to, f"{run.name}, {role}", run / EVENTS / role)

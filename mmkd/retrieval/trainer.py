@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mmkd.base import stopping
-from mmkd.base.distributed import wait_for_all
+from mmkd.base.distributed import host_group, wait_for_all
 from mmkd.retrieval.batches import PairBatch, PairDataset
 from mmkd.retrieval.recipe import StepSpec
 from mmkd.towers.finite import check_trained
@@ -49,7 +48,7 @@ class PairTrainer(Trainer):
         batch = inputs["batch"]
         if self.args.world_size > 1:  # a process that is asked to end tells all
             told = torch.tensor(float(stopping.asked()))
-            torch.distributed.all_reduce(told, group=self._host_group)
+            torch.distributed.all_reduce(told, group=host_group())
             self.stop.agreed = bool(told)
         loss, terms = model(batch.to(self.args.device, non_blocking=True))
         sums = {name: total for name, (total, _) in terms.items()}
@@ -59,10 +58,6 @@ class PairTrainer(Trainer):
             self._sums[name] = self._sums[name] + seen if name in self._sums else seen
         loss = loss * self.args.world_size  # data-parallel wrappers average gradients, which are to be summed
         return (loss, terms) if return_outputs else loss
-
-    @cached_property
-    def _host_group(self) -> Any:
-        return torch.distributed.new_group(backend="gloo")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

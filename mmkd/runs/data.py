@@ -108,11 +108,11 @@ def _entry(recipe: Recipe, spec: DataSpec, one_answer: bool) -> tuple[Sequence[S
 def _read_once(
     entry: str, seed: int, data_root: str | None, allowed: float, one_answer: bool, state: str
 ) -> tuple[Sequence[Sample], Tally]:
-    tally = Tally()
-    samples = read_samples(DataSpec.model_validate_json(entry), seed, data_root, allowed, tally)
+    tally, spec = Tally(), DataSpec.model_validate_json(entry)
+    samples = read_samples(spec, seed, data_root, allowed, tally)
     if one_answer:
         samples = AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
-    return mixed(samples, DataSpec.model_validate_json(entry).mixup, seed), tally
+    return mixed(samples, spec.mixup, seed), tally
 
 
 class AnswersApart(Lazy[Sample]):

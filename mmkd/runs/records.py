@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmkd.evaluation.model_card import HUB_ID
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import samples_by_entry
 
@@ -34,4 +34,4 @@ def hub_ids(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None and not Path(name).exists()
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()

@@ -33,7 +33,7 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.towers.finite import check_trained
 from mmkd.towers.tower import Tower
 from mmkd.train.build_stage import Stage, build_stage, check_steps
-from mmkd.train.checkpoints import last_checkpoint
+from mmkd.train.checkpoints import last_checkpoint, step_of
 from mmkd.train.experts import summarise_experts, write_receipt
 from mmkd.train.finite import Where
 from mmkd.train.guards import freeze_unreached, run_guards
@@ -148,11 +148,11 @@ def prepare_stage(
         guards, first = recipe.guards, name == next(iter(recipe.stages))
         run_guards(stage.distiller, stage.dataset, guards.samples, guards.pixels_matter, guards.teacher_is_better and first)
     else:
-        logger.info("%s, stage %s: resumed at step %s", name_of or role, name, resume.rpartition("-")[2])
+        logger.info("%s, stage %s: resumed at step %s", name_of or role, name, step_of(resume))
     set_seed(recipe.seed)
     dataset: Any = stage.dataset
     if stream is not None:
-        done = 0 if resume is None else int(resume.rpartition("-")[2]) * spec.optimiser.batch_size
+        done = 0 if resume is None else step_of(resume) * spec.optimiser.batch_size
         dataset = StreamDataset(dataset, stream, arguments.per_device_train_batch_size * world_size(), done)
         arguments.ignore_data_skip = True
         arguments.accelerator_config.dispatch_batches = False  # every process reads, and keeps its own
@@ -206,7 +206,7 @@ def _watch(
     if scored:
         trainer.add_callback(Watch(recipe, role, stage.name, stage.student, run, trainer.tell))
     if until:
-        done = 0 if resume is None else int(resume.rpartition("-")[2])
+        done = 0 if resume is None else step_of(resume)
         trainer.add_callback(Plateau(recipe, role, stage.name, stage.spec, stage.student, run, folder, done, trainer.tell))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mmkd.evaluation.roles import HARD_ANSWERS
+from mmkd.evaluation.roles import HARD_ANSWERS, STUDENT
 from mmkd.recipes.controls import ControlSpec, TuningSpec, changed
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.data import stage_samples
@@ -14,8 +14,6 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import terms_of_teacher
 from mmkd.towers.tower import Tower
 from mmkd.train.spec import StageSpec
-
-STUDENT = "student"
 
 
 @dataclass(frozen=True)

@@ -57,4 +57,9 @@ def last_checkpoint(folder: Path) -> str | None:
 def numbered(folder: Path) -> list[Path]:
     """Checkpoints of a stage, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path | str) -> int:
+    """The step after which a checkpoint was written."""
+    return int(str(checkpoint).rpartition("-")[2])

@@ -8,10 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from mmkd.base.distributed import of_all
 from mmkd.base.files import write_whole
 from mmkd.base.jsonl import JsonLines, lines_of
 from mmkd.base.run_folder import SKIPPED
@@ -107,11 +105,7 @@ class Skips:
 
     def of_all_processes(self) -> list[Skip]:
         """What all processes left out; the main one, whose file it is, writes what others met. All must call it."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return list(self.found.values())
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, self.found)
-        new = {key: skip for part in parts for key, skip in part.items() if key not in self.found}
+        new = {key: skip for part in of_all(self.found) for key, skip in part.items() if key not in self.found}
         if self._file is not None and new:
             self._file.append([{"stage": self._stage, **asdict(skip)} for skip in new.values()])
         self.found |= new

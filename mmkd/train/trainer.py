@@ -24,6 +24,7 @@ from transformers.trainer_utils import seed_worker
 from mmkd.answers import AnswerSource
 from mmkd.answers.data import DataAnswers
 from mmkd.base import stopping
+from mmkd.base.distributed import host_group
 from mmkd.base.files import write_whole
 from mmkd.base.jsonl import log_rows
 from mmkd.data.samplers.mixture import MovingMixture
@@ -143,7 +144,7 @@ class DistillTrainer(Trainer):
         samples = apart(collated)
         if self._by_tokens and self._lockstep and self.args.world_size > 1 and samples:
             most = torch.tensor(len(samples))
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self._host_group)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=host_group())
             samples += [{**samples[-1], "idle": True}] * (int(most) - len(samples))
         return samples
 
@@ -177,7 +178,7 @@ class DistillTrainer(Trainer):
         counts = torch.stack([inputs["batch"].counts for inputs in batch_samples if "idle" not in inputs]).sum(0)
         if self.args.world_size > 1:
             told = torch.cat([counts, torch.tensor([float(stopping.asked())])])  # a process that is asked to end tells all
-            torch.distributed.all_reduce(told, group=self._host_group)
+            torch.distributed.all_reduce(told, group=host_group())
             counts, self.stop.agreed = told[:-1], bool(told[-1])
         return counts.long()  # wrappers round floating-point arguments to the precision of training
 
@@ -206,11 +207,6 @@ class DistillTrainer(Trainer):
             totals = {name: self.accelerator.reduce(sums, reduction="sum") for name, sums in totals.items()}
         for inputs in batch_samples:
             inputs["batch"].on_host.step_sums = {name: sums.cpu() for name, sums in totals.items()}
-
-    @cached_property
-    def _host_group(self) -> Any:
-        """Counts are added up between the processes' CPUs: a sum from the accelerators would have to be waited for."""
-        return torch.distributed.new_group(backend="gloo")
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = inputs["batch"]
