@@ -36,6 +36,7 @@ COMMANDS = {
     "pairs": ("mmkd.cli.pairs", "Make preference pairs: right answers of one model, wrong ones of others."),
     "preferences": ("mmkd.cli.preferences", "Count how often a model prefers the chosen answers of pairs."),
     "report": ("mmkd.cli.report", "Write the HTML report of a run again."),
+    "export": ("mmkd.cli.export", "Write a student as vLLM or llama.cpp reads it, and check what comes out."),
     "push": ("mmkd.cli.push", "Send a student to the hub, or list what would be sent."),
     "compare": ("mmkd.cli.compare", "Compare models on the same questions: differences, agreement, one report for all."),
     "check": ("mmkd.testing.command", "Check that a model works as a tower, or replay a step that was not finite."),

@@ -1,0 +1,185 @@
+"""Writes a student as vLLM or llama.cpp reads it, and asks llama.cpp what transformers answers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import takewhile, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from mmkd.errors import DataError
+from mmkd.towers.export import serving_remarks
+from mmkd.towers.gguf import PICTURES, TEXT, write_gguf
+from mmkd.towers.reading import AS_SAVED, Reading
+from mmkd.towers.samples import Sample, Turn
+from mmkd.towers.tower import Tower
+
+QUESTIONS, TOKENS, LIKELIEST = 50, 12, 20
+SHAPES = ((1, 1), (2, 1), (1, 3), (5, 4))  # width to height of the pictures that are asked about
+ASKED = ("What is in the picture?", "What colour is it?", "How many are there?", "Is there a sign?", "What does it say?")
+
+
+def export(
+    model: str | Path, output: Path, to: str, *, form: str = "f32", check: bool = False, reading: Reading = AS_SAVED
+) -> Iterator[str]:
+    """Lines that say what was written and what was found. to: "vllm" or "gguf".  form: of the matrices in gguf.
+
+    Raises DataError where something is there already or a package is missing, TowerError for what an engine would run otherwise.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} holds something already; choose another folder, or empty it")
+    needed = ["gguf", *(["xllamacpp"] if check else [])] if to == "gguf" else []
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise DataError(f"{' and '.join(missing)} must be installed for this; pip install {' '.join(missing)}")
+    tower = Tower.load(model, reading=reading).freeze()
+    if to == "vllm":
+        tower.save(output)
+        found = serving_remarks(tower.model)
+        yield from (f"stands in the way: {remark}" for remark in found)
+        yield f"written: {output}; serve it with `vllm serve {output}`"
+        return
+    left = write_gguf(tower, output, form)
+    if left:
+        yield f"{len(left)} matrices stay in float32, since 32 does not divide their rows"
+    yield f"written: {output / TEXT} and {output / PICTURES}; llama.cpp pads pictures to a square, transformers stretches them"
+    if check:
+        yield from compare(tower, output)
+
+
+def compare(tower: Tower, folder: Path) -> Iterator[str]:
+    """Greedy answers and the likeliest first tokens of llama.cpp against transformers', on drawn pictures of several shapes."""
+    size = tower.processor.image_processor.size
+    square = (size.get("width") or size.get("shortest_edge"), size.get("height") or size.get("shortest_edge"))
+    with LlamaCpp(folder) as engine:
+        for name, stretched in (("stretched to the model's size before they are sent", True), ("sent as they are", False)):
+            size = square if stretched else None
+            found = [_compared(tower, engine, drawn(number, square), number, size) for number in range(QUESTIONS)]
+            gaps = [gap for gap, _ in found if gap is not None]
+            apart = f"; where they part, transformers prefers its token by at most {max(gaps):.1e}" if gaps else ""
+            furthest = max(distance for _, distance in found)
+            yield (
+                f"pictures {name}: {QUESTIONS - len(gaps)} of {QUESTIONS} greedy answers equal, first log-probabilities within "
+                f"{furthest:.1e}{apart}"
+            )
+
+
+def _compared(
+    tower: Tower, engine: LlamaCpp, picture: Image.Image, number: int, size: tuple[int, int] | None
+) -> tuple[float | None, float]:
+    """(by how much transformers prefers its own token where the answers part, None where they do not; the largest difference of
+    the first token's log-probabilities)"""
+    sent = picture.resize(size, Image.Resampling.BICUBIC) if size else picture
+    question = ASKED[number % len(ASKED)]
+    own, rows = _asked(tower, sent, question)
+    theirs, told = engine.ask(_prompt(tower, sent, question), sent)
+    distance = max((abs(float(rows[0, token]) - value) for token, value in told.items()), default=0.0)
+    parted = next((n for n, (a, b) in enumerate(zip_longest(own, theirs)) if a != b and n < len(rows)), None)
+    if parted is None:
+        return None, distance
+    ends = sorted(tower.stop_ids)
+    first, other = (ids[parted] if parted < len(ids) else ends[0] for ids in (own, theirs))
+    return float(rows[parted, first] - rows[parted, other]), distance
+
+
+def drawn(number: int, square: tuple[int, int]) -> Image.Image:
+    """A picture of coloured shapes, one to four times the model's size."""
+    rng = random.Random(number)
+    wide, high = SHAPES[number % len(SHAPES)]
+    scale = rng.choice((1, 2)) * min(square)
+    picture = Image.new("RGB", (scale * wide // min(wide, high), scale * high // min(wide, high)), _colour(rng))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(3):
+        left, top = rng.randrange(picture.width // 2), rng.randrange(picture.height // 2)
+        box = (left, top, left + picture.width // 3, top + picture.height // 3)
+        rng.choice((pen.rectangle, pen.ellipse))(box, fill=_colour(rng))
+    return picture
+
+
+def _colour(rng: random.Random) -> tuple[int, int, int]:
+    return (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+
+
+class _Drawn:
+    """A picture that was never a file, as a tower takes it."""
+
+    def __init__(self, picture: Image.Image):
+        self.picture, self.key, self.name = picture, str(id(picture)), "drawn"
+
+    def load(self) -> Image.Image:
+        return self.picture
+
+
+def _sample(picture: Image.Image, question: str) -> Sample:
+    return Sample("asked", (_Drawn(picture),), (Turn("user", question, 1),))
+
+
+def _prompt(tower: Tower, picture: Image.Image, question: str) -> str:
+    """The rendered prompt, one placeholder a picture."""
+    return tower.preparer.prompt_text(_sample(picture, question))
+
+
+@torch.no_grad()
+def _asked(tower: Tower, picture: Image.Image, question: str) -> tuple[list[int], torch.Tensor]:
+    """Greedy ids before the end, by transformers itself, and the log-probabilities of each step [steps, V]."""
+    inputs = tower.collate([tower.encode(_sample(picture, question), with_answer=False)]).to(tower.device)
+    found = tower.model.generate(
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels, do_sample=False, max_new_tokens=TOKENS,
+        eos_token_id=sorted(tower.stop_ids), pad_token_id=tower.pad_id, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    ids = [int(token) for token in found.sequences[0, inputs.input_ids.shape[1] :]]
+    rows = torch.log_softmax(torch.cat(found.logits).float(), -1)
+    return [*takewhile(lambda token: token not in tower.stop_ids, ids)], rows
+
+
+class LlamaCpp:
+    """llama.cpp's server in this process, on loopback."""
+
+    def __init__(self, folder: Path):
+        import xllamacpp
+
+        options = xllamacpp.CommonParams()
+        options.model.path, options.mmproj.path = str(folder / TEXT), str(folder / PICTURES)
+        options.n_ctx, options.n_parallel, options.warmup, options.n_gpu_layers = 2048, 1, False, 0
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = xllamacpp.Server(options)
+        self.marker = self._get("/props")["media_marker"]
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.server
+
+    def ask(self, prompt: str, picture: Image.Image) -> tuple[list[int], dict[int, float]]:
+        """Greedy ids before the end, and the log-probabilities of the likeliest first tokens by id; none where the first token is
+        no whole character, of which the server tells none. prompt: with one `<image>`."""
+        content = io.BytesIO()
+        picture.save(content, "png")
+        media = [base64.b64encode(content.getvalue()).decode()]
+        asked = {"prompt_string": prompt.replace("<image>", self.marker), "multimodal_data": media}
+        options = {"n_predict": TOKENS, "temperature": 0, "n_probs": LIKELIEST, "return_tokens": True, "cache_prompt": False}
+        found = self._post("/completion", {"prompt": asked, **options})
+        steps = found.get("completion_probabilities") or []
+        first = steps[0]["top_logprobs"] if steps and steps[0]["id"] == found["tokens"][0] else []
+        return found["tokens"], {entry["id"]: entry["logprob"] for entry in first}
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(self.server.listening_address + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        told = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), told)
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return json.load(answer)
