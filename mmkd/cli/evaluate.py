@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--cache-mb", type=int, default=1024, help="room for visual tokens of pictures with open questions")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--quantise", default=None, choices=["8bit", "4bit"])
+    parser.add_argument(
+        "--quantise", default=None, choices=["8bit", "4bit", "q4_0", "q8_0", "nf4"],
+        help="8bit, 4bit: loaded so by bitsandbytes; q4_0, q8_0 (llama.cpp), nf4: with the values that the format would hold",
+    )  # fmt: skip
     parser.add_argument("--attn-implementation", default=None, choices=ATTENTION, help="how attention is computed")
     parser.add_argument("--trust-remote-code", action="store_true")
     add_reading(parser)

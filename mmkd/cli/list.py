@@ -12,7 +12,7 @@ CARDS = ("models", "data", "evaluation", "prompts")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=[*CARDS, *PACKAGES])
+    parser.add_argument("kind", nargs="?", choices=[*CARDS, *PACKAGES], help="left out: the kinds, and how many each has")
     parser.add_argument("name", nargs="?", help="of a benchmark: its layout, prompt, notes, published scores")
     parser.add_argument("--search", default="", metavar="WORD", help="only those that have the word somewhere")
     parser.add_argument(
@@ -24,6 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     from mmkd.registry import import_modules
 
     import_modules(arguments.imports)
+    if arguments.kind is None:
+        for kind in [*CARDS, *PACKAGES]:
+            print(f"{kind:<12} {len(_cards(kind) if kind in CARDS else _registered(kind))}")
+        return 0
     if arguments.name:
         print(_benchmark(arguments.kind, arguments.name))
         return 0

@@ -263,6 +263,8 @@ def _stage(name: str, stage: Mapping, summary: Mapping) -> dict[str, Any]:
         lines.append(f"Learning rate {plain(optimiser['learning_rate'])}, batches of {optimiser['batch_size']}")
     lines += [f"Trained: {_listed(stage['train'])}"] if stage.get("train") else []
     lines += [f"Through low-rank adapters: rank {stage['lora'].get('rank', 'not recorded')}"] if stage.get("lora") else []
+    if held := stage.get("quantise"):
+        lines.append(f"Through weights in {held['format']}, which this model has: {_listed(held['parts'])}")
     counts = summary.get("samples", {}).get(name, [])
     data = [_entry(spec, counts[number] if number < len(counts) else None) for number, spec in enumerate(stage.get("data", []))]
     terms = _listed(_term(*term) for term in stage["terms"].items())

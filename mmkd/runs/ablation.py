@@ -39,7 +39,8 @@ OWN_LEADS = {"student_minus_best_control": "over its best control", "student_min
 
 
 class MethodSpec(Strict):
-    """Stages of one method. Each starts as a copy of the recipe's last stage; the keys given here replace its keys."""
+    """Stages of one method. Each starts as a copy of the recipe's last stage; the keys given here replace its keys. Write stages
+    (`kind: write`) stand as they are given."""
 
     # Beside a stage's own keys: share, of the method's steps. One that gives steps or epochs of its own has no share in them.
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -48,22 +49,27 @@ class MethodSpec(Strict):
 
     @model_validator(mode="after")
     def shares_add_up(self) -> MethodSpec:
-        both = [name for name, stage in self.stages.items() if "share" in stage and _LENGTHS & stage.keys()]
+        stages = _trained(self.stages)
+        both = [name for name, stage in stages.items() if "share" in stage and _LENGTHS & stage.keys()]
         if both:
             raise ValueError(f"stage {both[0]}: give either `share` or a length of its own ({', '.join(sorted(_LENGTHS))})")
-        shares = [stage.get("share", 1.0) for stage in self.stages.values() if not _LENGTHS & stage.keys()]
+        shares = [stage.get("share", 1.0) for stage in stages.values() if not _LENGTHS & stage.keys()]
         if not shares:
             if self.steps is not None:
                 raise ValueError(f"steps is {self.steps}, but every stage has a length of its own; give one of the two")
             return self
         if not all(isinstance(share, int | float) and share > 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-            of = [name for name, stage in self.stages.items() if not _LENGTHS & stage.keys()]
+            of = [name for name, stage in stages.items() if not _LENGTHS & stage.keys()]
             given = ", ".join(f"{name} {share}" for name, share in zip(of, shares, strict=True))
             raise ValueError(
                 f"the shares of the steps do not add up to 1: {given}; every method gets the recipe's steps, or those "
                 "that it gives in `steps`"
             )
         return self
+
+
+def _trained(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: stage for name, stage in stages.items() if stage.get("kind") != "write"}
 
 
 class DataEntry(Strict):
@@ -145,7 +151,11 @@ def _method_recipe(raw: dict[str, Any], spec: MethodSpec, where: str) -> dict[st
         raise RecipeError(f"{where}: the recipe has no stages to copy")
     made = {}
     whole = {"steps": spec.steps} if spec.steps is not None else {key: last[key] for key in _LENGTHS & last.keys()}
+    trained = _trained(spec.stages)
     for name, given in spec.stages.items():
+        if name not in trained:
+            made[name] = given
+            continue
         given = dict(given)
         share = given.pop("share", 1.0)
         length = {key: given[key] for key in _LENGTHS & given.keys()} or {key: share * n for key, n in whole.items()}

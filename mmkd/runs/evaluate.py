@@ -33,8 +33,9 @@ class EvaluationOptions:
     benchmarks' own.  blind: without the pictures.  importance: with and without, to tell which questions need them.
     choices: how multiple choice is answered, "generation" or "likelihood".  submission: also write the test servers' files.
     missing_pictures: the share of a benchmark's pictures that may be missing (their questions are left out and counted); above it
-    nothing is asked.  cache_mb: room for visual tokens of pictures with open questions.  dtype, quantise ("8bit", "4bit"),
-    attn_implementation (as transformers names it), trust_remote_code: how the model is loaded.  processor, chat_template,
+    nothing is asked.  cache_mb: room for visual tokens of pictures with open questions.  dtype, quantise ("8bit", "4bit": by
+    bitsandbytes; a format of `mmkd.towers.quantise`: the values that it would hold), attn_implementation (as transformers names
+    it), trust_remote_code: how the model is loaded.  processor, chat_template,
     template: options of its processor, another template, and arguments of that (see `mmkd.towers.reading.Reading`).  show: is
     given each line for the reader as soon as it is known.
     """
@@ -153,15 +154,21 @@ def _check_data(benchmarks: Sequence[Benchmark], options: EvaluationOptions) -> 
 
 def _load_tower(model: str | Path, options: EvaluationOptions) -> Answerer:
     from mmkd.towers.loading import device_of_process, dtype_of, to_device
+    from mmkd.towers.quantise import FORMATS, fake_quantise, settle
     from mmkd.towers.reading import Reading
     from mmkd.towers.tower import Tower
 
+    rounded = options.quantise in FORMATS
     tower = Tower.load(
-        model, dtype=dtype_of(options.dtype), quantise=options.quantise, trust_remote_code=options.trust_remote_code,
-        attn_implementation=options.attn_implementation, device=device_of_process(),
+        model, dtype=dtype_of(options.dtype), quantise=None if rounded else options.quantise,
+        trust_remote_code=options.trust_remote_code, attn_implementation=options.attn_implementation, device=device_of_process(),
         reading=Reading(options.processor, options.chat_template, options.template),
     )  # fmt: skip
-    return to_device(tower)
+    tower = to_device(tower)
+    if rounded:
+        options.show(fake_quantise(tower, options.quantise, ["language"]).line())
+        settle(tower)
+    return tower
 
 
 def _ask_one(

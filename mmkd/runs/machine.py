@@ -49,6 +49,8 @@ def machine_errors(recipe: Recipe) -> Iterator[str]:
     for name, stage in recipe.stages.items():
         if stage.precision == "float16" and not cuda:
             yield f"stages.{name}.precision: float16 needs a GPU, and there is none here; take bfloat16 or float32"
+        if stage.quantise is not None and stage.quantise.format == "nf4" and find_spec("bitsandbytes") is None:
+            yield f"stages.{name}.quantise: nf4 needs bitsandbytes, which is not installed; install it, or take q4_0"
         if (why := why_not(stage.optimiser.kind, cuda=cuda, sharded=sharded)) is not None:
             yield f"stages.{name}.optimiser.kind: {why}"
     yield from tracker_errors(recipe.report_to)

@@ -84,6 +84,8 @@ def _stage(recipe: Recipe, stage: Stage, samples: list[Sample]) -> list[str]:
         lines.insert(2, "  " + count_line(usable, batch, tokens))
     if spec.generates:
         lines.insert(1, "  answers: " + ", ".join(f"{name} {shown(given)}" for name, given in spec.answers.items()))
+    if stage.quantised is not None:
+        lines.append(f"  {stage.quantised.line()}")
     if any(t.switched for t in stage.terms):
         lines.append("  the visual switch needs the live teacher: a third pass, with gradients through its language model")
     return lines

@@ -17,6 +17,7 @@ from mmkd.runs.writes import write_findings
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.experts import sparse_blocks
+from mmkd.towers.quantise import FORMATS, divisible
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import sparse_config
 from mmkd.train.distiller import term_errors
@@ -75,6 +76,7 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
     for name, stage in recipe.stages.items():
         wrong = _upcycle_errors(stage, student, sparse)
         sparse = sparse or stage.upcycle is not None
+        wrong += _quantise_errors(stage, student)
         wrong += [f"lora.{error}" for error in lora_errors(student, stage.lora)] if stage.lora else []
         terms, needed = terms_of(stage, teachers)
         wrong += [f"terms.{error}" for error in term_errors(student, needed, terms, sparse=sparse)]
@@ -100,6 +102,18 @@ def _upcycle_errors(stage: StageSpec, student: Tower, sparse: bool) -> list[str]
     except TowerError as error:
         return [f"upcycle: {error}"]
     return []
+
+
+def _quantise_errors(stage: StageSpec, student: Tower) -> list[str]:
+    if stage.quantise is None:
+        return []
+    name, parts = stage.quantise.format, stage.quantise.parts
+    fits, left = divisible(student, name, parts)
+    if fits:
+        return []
+    columns = FORMATS[name].columns
+    why = f"{columns} does not divide the rows of {left[0]} and {len(left) - 1} more" if left else "they have none"
+    return [f"quantise: no matrix of {' and '.join(parts)} can be {name}: {why}; take nf4, or other parts"]
 
 
 def _data_errors(

@@ -127,6 +127,8 @@ def prepare_stage(
     stage = build_stage(name, spec, recipe, student, teachers, samples)
     if stage.receipt is not None and is_main_process():
         write_receipt(stage.receipt, folder)
+    if stage.quantised is not None and is_main_process():
+        logger.info("%s, stage %s: %s", name_of or role, name, stage.quantised.line())
     stream = stage_stream(spec, recipe.seed, recipe.data_root, recipe.guards.max_skipped)
     arguments = _arguments(recipe, stage, folder, streamed=stream is not None)
     if stage.of_pairs:
@@ -237,6 +239,7 @@ def _finish(stage: Stage, trainer: DistillTrainer, run: Path, folder: Path) -> N
     best_weights(stage.student, folder)
     make_whole(trainer)
     if is_main_process():  # it alone has the whole weights of a sharded run
+        stage.settle()
         check_trained(stage.student.model.state_dict().items(), f"stage {stage.name}")
         summarise_experts(run)
         save_whole(folder / "model", stage.student.save, stage.student.footprint()["weight_bytes"])

@@ -17,6 +17,7 @@ from mmkd.errors import DataError
 from mmkd.teachers.live import as_teachers
 from mmkd.teachers.teacher import Teacher
 from mmkd.terms.term import Term, terms_of_teacher
+from mmkd.towers.quantise import Quantised, fake_quantise, release, settle
 from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import Receipt
 from mmkd.train.batch import Batch, Pair
@@ -36,7 +37,7 @@ class Stage:
     """A stage as it is trained.
 
     student: made sparse and with adapters where the stage says so.  teachers: those that are read in each step.
-    receipt: of making it sparse.
+    receipt: of making it sparse.  quantised: what of it computes with quantised weights.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Stage:
     distiller: Distiller
     answers: AnswerSource
     receipt: Receipt | None = None
+    quantised: Quantised | None = None
 
     @property
     def of_pairs(self) -> bool:
@@ -82,6 +84,11 @@ class Stage:
         """Takes away what only this stage adds to its student, for who does not train it."""
         if self.spec.lora is not None:
             remove_lora(self.student)
+        release(self.student)
+
+    def settle(self) -> None:
+        """Makes its trained student what will be saved: with quantised weights where the stage says so."""
+        settle(self.student)
 
 
 def build_stage(
@@ -97,6 +104,7 @@ def build_stage(
     set_trainable(student, spec)
     for teacher in needed.values():
         teacher.begin(student)
+    quantised = fake_quantise(student, **spec.quantise.model_dump()) if spec.quantise else None  # behind: no teacher's copy is
     kind = PreferenceDataset if any(t.needs_pairs for t in terms) else PairDataset
     skipped = allowance(settings.guards.max_skipped, len(samples))
     if spec.generates:
@@ -105,7 +113,7 @@ def build_stage(
     dataset = kind(samples, student, needed, terms, **options)
     answers = answer_source(spec.answers, Rollouts(dataset, settings.seed))
     distiller = Distiller(student, needed, terms, chunk_bytes=settings.chunk_bytes, compiled=settings.compile)
-    return Stage(name, spec, student, needed, terms, dataset, distiller, answers, receipt)
+    return Stage(name, spec, student, needed, terms, dataset, distiller, answers, receipt, quantised)
 
 
 def check_steps(stage: Stage, micro_batches: int, processes: int) -> None:

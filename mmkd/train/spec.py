@@ -15,6 +15,7 @@ from mmkd.data.spec import DataSpec
 from mmkd.errors import did_you_mean
 from mmkd.terms.spec import TermSpec, build_terms
 from mmkd.terms.term import Term
+from mmkd.towers.quantise import FORMATS
 from mmkd.towers.spec import PARTS
 from mmkd.train.optimisers import OPTIMISERS
 
@@ -90,6 +91,14 @@ class UpcycleSpec(Strict):
         return self
 
 
+class QuantiseSpec(Strict):
+    """Trains the student through quantised weights, which it keeps; gradients pass the rounding (straight through)."""
+
+    format: Literal[tuple(FORMATS)]  # type: ignore[valid-type]  # q4_0, q8_0: of llama.cpp (GGUF); nf4: of bitsandbytes
+    # parts whose matrices are quantised; embeddings and head never are
+    parts: list[Literal[PARTS]] = Field(["language"], min_length=1)  # type: ignore[valid-type]
+
+
 class LoopSpec(Strict):
     """How long training lasts, in which precision, and how often it is kept and logged."""
 
@@ -123,6 +132,8 @@ class StageSpec(LoopSpec):
     # parts that are trained; `mlp`: the feed-forward layers of the language model alone
     train: list[Literal[TRAINABLE]] = Field(list(PARTS), min_length=1)  # type: ignore[valid-type]
     lora: LoraSpec | None = None  # on the language model
+    # Trains through quantised weights: a format, or {format, parts}. Its student has the quantised values.
+    quantise: QuantiseSpec | None = Field(None, exclude_if=is_default(None))
     # what the loss is made of, by names of your own; a number is a weight: `cross_entropy: 1.0`
     terms: dict[str, TermSpec] = Field(min_length=1)
     control_terms: dict[str, TermSpec] | None = None  # of the SFT control; default: those without a teacher, or cross-entropy
@@ -153,6 +164,12 @@ class StageSpec(LoopSpec):
     def by_name(cls, given: Any) -> Any:
         """`sampler: length` means {kind: length}, `until: plateau` {kind: plateau}."""
         return {"kind": given} if isinstance(given, str) else given
+
+    @field_validator("quantise", mode="before")
+    @classmethod
+    def by_format(cls, given: Any) -> Any:
+        """`quantise: q4_0` means {format: q4_0}."""
+        return {"format": given} if isinstance(given, str) else given
 
     @field_validator("answers")
     @classmethod
@@ -210,6 +227,11 @@ class StageSpec(LoopSpec):
             raise ValueError("give either `group_by_length` or `sampler`")
         if self.lora is not None and ("mlp" in self.train or self.upcycle is not None):
             raise ValueError("LoRA's adapters do not reach experts; take `lora` out of a stage with `upcycle` or `train: [mlp]`")
+        if self.quantise is not None and (self.lora is not None or self.upcycle is not None):
+            raise ValueError(
+                "quantise: weights below adapters and those of experts are not quantised; take `lora` or `upcycle` out of the "
+                "stage, and quantise in a stage behind it"
+            )
         if any(t.path == "switch" for t in self.terms.values()) and "vision" not in self.train:
             raise ValueError(
                 "the visual switch teaches only the vision encoder, which this stage does not train, so its loss would be a "

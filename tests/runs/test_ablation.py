@@ -94,6 +94,19 @@ def test_lengths_that_contradict_are_refused(grid_file, method, said):
         changed(grid_file, kd=method)
 
 
+def test_a_method_may_write_its_data(grid_file):
+    words = {"kind": "write", "by": "teacher", "prompt": "as_asked", "data": [{"card": "sample_captions"}], "max_new_tokens": 4}
+    stages = {"words": words, "learn": {"data": [{"card": "sample_textvqa"}, {"from": "words"}]}}
+    _, runs = changed(grid_file, written={"stages": stages})
+    recipe = runs[2].recipe
+    assert [*recipe.writes] == ["words"] and [*recipe.stages] == ["learn"] and recipe.stages["learn"].steps == 4
+    ablate(*load_grid(grid_file, ["seeds=[0]", "methods.sft=null", "methods.kd=null", "reference=written"]))
+    summary = json.loads((runs[2].folder / "summary.json").read_text())
+    assert summary["benchmarks"]["sample_textvqa"]["n"] == 4
+    (rows,) = grid_file.parent.glob("grid/sample/written/written/words-*/train.jsonl")
+    assert rows.exists()
+
+
 def test_a_method_is_held_against_controls_of_its_own(grid_file):
     kd = {"controls": ["equal_steps"], "stages": {"answer": {"terms": {"kl": {"kind": "forward_kl"}}}}}
     grid, runs = changed(grid_file, kd=kd)
