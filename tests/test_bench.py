@@ -10,7 +10,9 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 SMALL = {
     "cache": ["--samples", "8", "--rows", "2", "--width", "16", "--top-k", "4", "--batches", "1"],
+    "estimate": ["--recipes", "live", "--scenes", "12"],
     "loss": ["--preset", "tiny", "--losses", "kl", "--heads", "frozen", "--methods", "mmkd", "--repeats", "1", "--timed", "1"],
+    "run": ["--scenes", "12", "--steps", "2", "--rounds", "1", "--variants", "kept"],
     "step": ["--preset", "tiny", "--rounds", "1", "--cases", "kl", "--threads", "1"],
 }
 

@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--scenes", type=int, default=100)
+    parser.add_argument("--json", help="write the result here, too")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -43,6 +44,7 @@ def main() -> None:
         return
     import run
 
+    every: dict[str, dict[str, list[float]]] = {}
     print("| recipe | ms a step, estimate | measured | ratio | MiB, estimate | measured | ratio |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.recipes:
@@ -54,9 +56,11 @@ def main() -> None:
             else:
                 options.recipe, options.overrides, options.variants, options.steps = run.RECIPE, RECIPES[name], [], 1
                 arguments = [run.RECIPE, *run.sample(given, options)[1]]
-            found = child([*arguments, f"output={given / 'run'}"])
+            found = every[name] = child([*arguments, f"output={given / 'run'}"])
             (a, b), (c, d) = [1000 * s for s in found["seconds"]], [n / 2**20 for n in found["bytes"]]
             print(f"| {name} | {a:.0f} | {b:.0f} | {a / b:.2f} | {c:.1f} | {d:.1f} | {c / d:.2f} |", flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
 
 
 def child(arguments: list[str]) -> dict[str, Any]:
