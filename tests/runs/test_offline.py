@@ -97,7 +97,7 @@ def test_sizes_are_the_models_own(name):
 def test_all_pass_the_offline_dry_run(capsys):
     paths = sorted(METHODS.glob("*.yaml"))
     assert [path.stem for path in paths] == [
-        "cprd", "dckd", "distillm", "distillm2", "gkd", "llava_kd", "llava_mod", "opsd", "switch_kd",
+        "cprd", "dckd", "distillm", "distillm2", "gkd", "kepo", "llava_kd", "llava_mod", "opsd", "switch_kd",
     ]  # fmt: skip
     for path in paths:
         command = "rank" if path.stem == "cprd" else "distill"
