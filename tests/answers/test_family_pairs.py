@@ -12,7 +12,7 @@ from mmkd.teachers.live import LiveTeacher
 from mmkd.testing.tiny_families import tiny_family
 
 STEPS = int(os.environ.get("MMKD_PAIR_STEPS", "2"))  # 10 steps by `MMKD_PAIR_STEPS=10`; the second sees the first's student
-ANSWERS = {"student": {"share": 1, "max_new_tokens": 8}}
+ANSWERS = {"student": {"share": 1, "max_new_tokens": 3}}
 SAME = {"jsd": {"kind": "jsd"}}
 SPANS = {"spans": {"kind": "spans"}}
 
