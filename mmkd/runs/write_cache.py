@@ -59,7 +59,7 @@ from mmkd.terms.spec import build_terms
 from mmkd.towers.finite import not_finite
 from mmkd.towers.loading import half_of
 from mmkd.towers.tower import Encoded, Tower, TowerInputs
-from mmkd.train.guards import check_pixels
+from mmkd.train.guards import check_pixels_of_set
 from mmkd.train.preference import PreferenceDataset
 from mmkd.train.reference import fill_reference
 from mmkd.train.skips import LEFT_OUT, allowance
@@ -331,7 +331,7 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[int, list[tuple[bytes, bytes, Encoded, Sample]], list[str]]:
+    def __getitem__(self, index: int) -> tuple[int, list[tuple[bytes, bytes, Encoded]], list[str]]:
         keys: dict[bytes, Sample] = {}
         left_out = []
         for sample in self.batches[index]:
@@ -342,7 +342,7 @@ class _Prepared(Dataset):
         items = []
         for key, sample in keys.items() if any(key not in self.known for key in keys) else ():
             try:
-                items.append((key, text_key(sample), self.teacher.encode(sample), sample))
+                items.append((key, text_key(sample), self.teacher.encode(sample)))
             except LEFT_OUT as error:
                 left_out.append(str(error))
         return len(self.batches[index]), items, left_out
@@ -362,8 +362,10 @@ def _fill(plan: Plan, teacher: Tower, folder: Path, batch_size: int, workers: in
         for count, items, left_out in loader:
             unreadable += _log_left_out(left_out)
             if items:
-                keys, texts, encoded, samples = zip(*items, strict=True)
-                checked = checked or check_pixels("teacher", teacher, samples, encoded)
+                keys, texts, encoded = zip(*items, strict=True)
+                if not checked:
+                    check_pixels_of_set("teacher", teacher, mine, batch_size)
+                    checked = True
                 stored = zip(keys, texts, stored_of(plan, teacher, encoded), strict=True)
                 new = {key: (key, text, one) for key, text, one in stored if key not in known and key not in written}
                 for entry in new.values():

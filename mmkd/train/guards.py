@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import RowTerm, row_losses
-from mmkd.errors import DataError, GuardError, NotFiniteError
+from mmkd.errors import DataError, GuardError, MmkdError, NotFiniteError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
@@ -121,12 +121,16 @@ def _brief(names: list[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
+def spread_places(samples: Sequence[Sample], count: int) -> list[int]:
+    """Places of at most `count` samples from all over a set, those with pictures first choice."""
+    places = range(0, len(samples), max(1, len(samples) // LOOKED_THROUGH) if is_lazy(samples) else 1)
+    pictured = [i for i in places if samples[i].images] or list(places)
+    return pictured[:: max(1, len(pictured) // count)][:count]
+
+
 def _some(dataset: PairDataset, samples: int) -> tuple[list[Sample], list[Pair]]:
     """Samples spread over the data set, those with pictures first choice, and the same prepared; skipped ones left out."""
-    places = range(0, len(dataset), max(1, len(dataset) // LOOKED_THROUGH) if is_lazy(dataset.samples) else 1)
-    pictured = [i for i in places if dataset.samples[i].images] or list(places)
-    step = max(1, len(pictured) // samples)
-    found = [(i, dataset[i]) for i in pictured[::step][:samples]]
+    found = [(i, dataset[i]) for i in spread_places(dataset.samples, samples)]
     kept = {i: pair for i, pair in found if isinstance(pair, Pair)}
     if not kept:
         usable = next((i for i in range(len(dataset)) if isinstance(dataset[i], Pair)), 0)
@@ -156,6 +160,15 @@ def check_pixels(role: str, tower: Tower, samples: Sequence[Sample], encoded: Se
     places = list(range(len(exchange.places)))
     _picture_losses(role, tower, own, answer_rows(tower, own), replace(exchange, places=places))
     return True
+
+
+def check_pixels_of_set(role: str, tower: Tower, samples: Sequence[Sample], count: int) -> None:
+    """As `check_pixels`, on `count` samples from all over a set: a batch of like lengths may be of one kind of question."""
+    prepared = []
+    for place in spread_places(samples, count):
+        with suppress(MmkdError):  # what cannot be prepared is told of elsewhere
+            prepared.append((samples[place], tower.encode(samples[place])))
+    check_pixels(role, tower, [sample for sample, _ in prepared], [encoded for _, encoded in prepared])
 
 
 def blind_error(role: str, tower: Tower, samples: Sequence[Sample]) -> str | None:

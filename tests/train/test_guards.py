@@ -13,10 +13,11 @@ from mmkd.teachers.live import LiveTeacher
 from mmkd.terms.term import Schedule
 from mmkd.testing.tiny_families import tiny_family
 from mmkd.towers.tower import Seen
+from mmkd.train import guards
 from mmkd.train.collate import PairDataset
 from mmkd.train.distiller import Distiller
 from mmkd.train.exchange import exchanged
-from mmkd.train.guards import answer_loss, answer_rows, check_pixels, run_guards
+from mmkd.train.guards import answer_loss, answer_rows, check_pixels, check_pixels_of_set, run_guards
 
 SIZES = ((64, 32), (32, 64), (96, 64), (64, 64))  # of a different number of visual tokens in Qwen's families
 
@@ -155,3 +156,14 @@ def trained_on(tower, samples, steps=60):
         loss = torch.nn.functional.cross_entropy(tower.head(hidden), inputs.targets[inputs.response])
         loss.backward()
         optimiser.step()
+
+
+def test_a_set_is_judged_by_samples_from_all_over_it(tmp_path, monkeypatch):
+    tower = tiny_tower()
+    samples = tiny_samples(tmp_path, 40, text_only=8)  # as a cache orders them, its first batch would be of one kind
+    judged = []
+    monkeypatch.setattr(guards, "check_pixels", lambda _, __, found, encoded: judged.extend(zip(found, encoded, strict=True)))
+    check_pixels_of_set("teacher", tower, samples, 8)
+    assert [sample.id for sample, _ in judged] == [f"s{place}" for place in range(0, 40, 5)]
+    for sample, encoded in judged:
+        assert torch.equal(encoded.input_ids, tower.encode(sample).input_ids)
