@@ -95,7 +95,9 @@ def _times(stage: StageSpec, factor: float) -> dict[str, Any]:
 
 
 def _without_teacher(stage: StageSpec) -> dict[str, TermSpec]:
-    kept = {name: spec for name, spec in stage.terms.items() if not spec.build(name).needs_teacher}
+    terms = {name: spec.build(name) for name, spec in stage.terms.items()}
+    # A control generates nothing, so a term on the student's own answers would leave it without a loss.
+    kept = {name: stage.terms[name] for name, term in terms.items() if not term.needs_teacher and term.positions != "generated"}
     learns = len(kept) == len(stage.terms) or any(spec.kind in CONTROL_TERMS for spec in kept.values())
     return kept if learns else kept | CONTROL_TERMS
 

@@ -55,10 +55,10 @@ def served_by(term: Term) -> str:
     """Which teacher caches can serve a term."""
     if term.needs_pairs:
         return "kept reference"
-    if term.positions == "generated":  # no cache has seen what the student will say
-        return "no"
     if not term.reads_teacher:
         return "needs no teacher"
+    if term.positions == "generated":  # no cache has seen what the student will say
+        return "no"
     served = [word for word, gives in (("exact", EXACT), ("top-k", TOP_K)) if term.refusal(gives) is None]
     return ", ".join(served) or "no"
 

@@ -54,6 +54,9 @@ def inputs(folder: Path) -> Path:
     stage = content["stages"]["only"] | {"steps": 6, "save_every": 2}
     content |= {"control": True, "stages": {"first": stage, "second": {**stage, "train": ["projector", "language"]}}}
     (folder / "distill.yaml").write_text(yaml.safe_dump(content))
+    spoken = {"adaptive": {"start": 0.5, "rise": 0.2, "tolerance": 1000, "every": 1, "capacity": 4, "max_new_tokens": 6}}
+    own = {**stage, "answers": spoken, "terms": {"jsd": 1, "policy_gradient": 0.1}}
+    (folder / "on_policy.yaml").write_text(yaml.safe_dump(content | {"control": False, "stages": {"only": own}}))
     write = {
         "kind": "write", "by": "teacher", "prompt": {"prompt": "{{ question }}"}, "data": stage["data"], "samples": 6,
         "temperature": 1.0, "max_new_tokens": 12, "keep_cut": True, "batch_size": 2, "checks": ["duplicates"],
@@ -83,6 +86,7 @@ def commands(folder: Path, place: Path) -> dict[str, list[str]]:
     out = f"output={place / 'out'}"
     return {
         "distill": ["distill", str(folder / "distill.yaml"), out],
+        "on_policy": ["distill", str(folder / "on_policy.yaml"), out],
         "preference": ["distill", str(folder / "preference.yaml"), out],
         "write": ["write", str(folder / "write.yaml"), out],
         "cache": ["cache", str(folder / "distill.yaml"), f"teacher.cache={place / 'cache'}", "--batch-size", "5"],

@@ -39,6 +39,12 @@ def test_terms_without_a_teacher_stay_and_cross_entropy_stands_for_the_others(te
     assert control_of(terms=terms) == expected
 
 
+def test_terms_on_the_students_own_answers_leave_the_control():
+    own = {"answers": {"student": {"share": 0.5, "samples": 4}, "data": 0.5}}
+    assert control_of(terms={"group_reward": 1.0}, **own) == {"cross_entropy": 1.0}
+    assert control_of(terms={"group_reward": 1.0, "cross_entropy": 0.5}, **own) == {"cross_entropy": 0.5}
+
+
 def test_a_stage_may_name_its_controls_terms():
     assert control_of(terms={"dpo": 1.0}, control_terms={"cross_entropy": 0.3}) == {"cross_entropy": 0.3}
 

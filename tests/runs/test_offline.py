@@ -97,7 +97,8 @@ def test_sizes_are_the_models_own(name):
 def test_all_pass_the_offline_dry_run(capsys):
     paths = sorted(METHODS.glob("*.yaml"))
     assert [path.stem for path in paths] == [
-        "cprd", "dckd", "distillm", "distillm2", "gkd", "llava_kd", "llava_mod", "opsd", "switch_kd",
+        "cprd", "dckd", "distillm", "distillm2", "gkd", "kepo", "llava_kd", "llava_mod", "mend", "mgsr", "minillm", "opsd",
+        "ovsgtr", "switch_kd",
     ]  # fmt: skip
     for path in paths:
         command = "rank" if path.stem == "cprd" else "distill"
@@ -105,6 +106,18 @@ def test_all_pass_the_offline_dry_run(capsys):
         shown = capsys.readouterr().out
         assert "1 x 80 GB" in shown and "8 x 80 GB" in shown and "parameters" in shown
         assert f"mmkd {command} scripts/recipes/methods/{path.name} --dry-run --offline" in path.read_text()
+
+
+def test_the_numbers_of_on_policy_recipes():
+    """What the papers and their code tell; the rest is said to be our choice in each."""
+    found = {name: load_recipe(METHODS / f"{name}.yaml").stages[stage] for name, stage in
+             (("minillm", "minillm"), ("mgsr", "mgsr"), ("mend", "mend"), ("ovsgtr", "sft"), ("kepo", "kepo"))}  # fmt: skip
+    weights = {name: [spec.weight for spec in stage.terms.values()] for name, stage in found.items()}
+    assert weights == {"minillm": [1, 1], "mgsr": [1, 1], "mend": [1, 1], "ovsgtr": [1, 0.1], "kepo": [1, 0.5]}
+    assert found["minillm"].terms["long"].model_extra == {"gamma": 1.0}
+    assert found["mgsr"].answers["mended"]["corrections"] == 1
+    assert (found["mend"].steps, found["mend"].optimiser.learning_rate) == (30000, 1e-5)
+    assert found["ovsgtr"].terms["retention"].positions == "prompt"
 
 
 def test_more_samples_and_fewer_processes_need_more_memory():
