@@ -13,12 +13,13 @@ from mmkd.engine.rows import RowTerm, row_losses
 from mmkd.registry import register
 from mmkd.terms.coupled import LogitTerm
 from mmkd.terms.mixture import TeacherMixture, teacher_arguments
+from mmkd.terms.own_answers import OnOwnAnswers
 from mmkd.terms.signals import Signals
 
 
 @register("terms", "adpa")
 @dataclass(frozen=True)
-class AdvantagePreference(LogitTerm):
+class AdvantagePreference(OnOwnAnswers, LogitTerm):
     """Minus the student's expected advantage: log p of an aligned teacher minus that of the same before its alignment."""
 
     example: ClassVar[Mapping[str, Any]] = {"reference": "a"}
@@ -31,11 +32,6 @@ class AdvantagePreference(LogitTerm):
     @property
     def several(self) -> tuple[str, ...]:
         return (self.place.teacher or "", self.reference)
-
-    @property
-    def positions(self) -> str:
-        """The student's own answers: `response` means them here."""
-        return "generated" if self.place.positions == "response" else self.place.positions
 
     def errors(self) -> list[str]:
         found = [] if self.reference else ["reference: name the teacher before its alignment, and the aligned one as `teacher`"]

@@ -14,6 +14,7 @@ from mmkd.registry import register
 from mmkd.teachers.teacher import Gives
 from mmkd.terms.coupled import LogitTerm
 from mmkd.terms.divergences import ReverseKL
+from mmkd.terms.own_answers import OnOwnAnswers
 from mmkd.terms.reward import Scorer, advantages, question_of, rewards
 from mmkd.terms.signals import Signals
 from mmkd.terms.term import Pair, Rows
@@ -21,7 +22,7 @@ from mmkd.terms.term import Pair, Rows
 
 @register("terms", "group_reward")
 @dataclass(frozen=True)
-class GroupReward(LogitTerm):
+class GroupReward(OnOwnAnswers, LogitTerm):
     """Minus the log-probability of the student's answers, times how much better they score than others to the prompt (GRPO)."""
 
     origin: ClassVar[str] = "GRPO (arXiv 2402.03300), in KEPO (arXiv 2602.00400)"
@@ -32,11 +33,6 @@ class GroupReward(LogitTerm):
     metric: str = "exact_match"
     parser: str = "identity"
     by_deviation: bool = True
-
-    @property
-    def positions(self) -> str:
-        """The student's own answers: `response` means them here."""
-        return "generated" if self.place.positions == "response" else self.place.positions
 
     @property
     def teacher_positions(self) -> frozenset[str]:
@@ -75,7 +71,7 @@ class GroupReward(LogitTerm):
 
 @register("terms", "rewarded_reverse_kl")
 @dataclass(frozen=True)
-class RewardedReverseKL(ReverseKL):
+class RewardedReverseKL(OnOwnAnswers, ReverseKL):
     """Reverse KL on those of the student's own answers that score `threshold` at least, 0 on others."""
 
     origin: ClassVar[str] = "KEPO (arXiv 2602.00400), gated distillation"
@@ -85,11 +81,6 @@ class RewardedReverseKL(ReverseKL):
     metric: str = "exact_match"
     parser: str = "identity"
     threshold: float = 1.0
-
-    @property
-    def positions(self) -> str:
-        """The student's own answers: `response` means them here."""
-        return "generated" if self.place.positions == "response" else self.place.positions
 
     @property
     def learns_answers(self) -> bool:

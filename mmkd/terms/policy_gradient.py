@@ -11,12 +11,13 @@ from torch import Tensor
 from mmkd.engine.rows import Head, row_log_probs
 from mmkd.registry import register
 from mmkd.terms.coupled import LogitTerm
+from mmkd.terms.own_answers import OnOwnAnswers
 from mmkd.terms.signals import Signals
 
 
 @register("terms", "policy_gradient")
 @dataclass(frozen=True)
-class PolicyGradient(LogitTerm):
+class PolicyGradient(OnOwnAnswers, LogitTerm):
     """Reverse KL on sampled tokens: -sum R_t log q(y_t), R_t the discounted sum of log p - log q from t on (gamma 0: k1)."""
 
     origin: ClassVar[str] = "MiniLLM (arXiv 2306.08543), eq. 4; gamma 0: sampled-token reverse KL"
@@ -24,11 +25,6 @@ class PolicyGradient(LogitTerm):
     memory_factor: ClassVar[int] = 2
 
     gamma: float = 0.0
-
-    @property
-    def positions(self) -> str:
-        """The student's own answers: `response` means them here."""
-        return "generated" if self.place.positions == "response" else self.place.positions
 
     def errors(self) -> list[str]:
         found = [] if 0 <= self.gamma <= 1 else [f"gamma is {self.gamma}; it lies between 0 and 1"]
