@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Annotated
@@ -16,6 +16,8 @@ from mmkd.teachers.view import View, ViewSpec
 from mmkd.terms.reward import Scorer, question_of
 from mmkd.towers.sampling import text_of
 from mmkd.towers.tower import Tower
+
+Answers = Sequence[list[int]] | Mapping[int, list[int]]  # token ids by place
 
 
 @register("answers", "hinted")
@@ -47,22 +49,24 @@ class HintedAnswers(StudentAnswers):
 
     def answer(self, student: Tower, asked: Sequence[Asked]) -> list[list[int]]:
         found = super().answer(student, asked)
+        groups = [list(places) for _, places in groupby(range(len(asked)), key=lambda n: asked[n].sample.id)]
+        failed = [places for places in groups if not self._is_rewarded(student, asked, found, places)]
         for turn in range(self.tries):
-            groups = [list(places) for _, places in groupby(range(len(asked)), key=lambda n: asked[n].sample.id)]
-            failed = [places for places in groups if not self._is_rewarded(student, asked, found, places)]
             if not failed:
                 break
             again = [n for places in failed for n in places]
             answers = super().answer(student, [self._with_hint(student, asked[n], turn) for n in again])
-            new = dict(zip(again, answers, strict=True))
-            tried = [new.get(n, ids) for n, ids in enumerate(found)]
+            tried, left = dict(zip(again, answers, strict=True)), []
             for places in failed:
-                if self._is_rewarded(student, asked, tried, places):
-                    for n in places:
-                        found[n] = tried[n]
+                if not self._is_rewarded(student, asked, tried, places):
+                    left.append(places)
+                    continue
+                for n in places:
+                    found[n] = tried[n]
+            failed = left
         return found
 
-    def _is_rewarded(self, student: Tower, asked: Sequence[Asked], answers: Sequence[list[int]], places: Sequence[int]) -> bool:
+    def _is_rewarded(self, student: Tower, asked: Sequence[Asked], answers: Answers, places: Sequence[int]) -> bool:
         scorer, question = Scorer(self.metric, self.parser), question_of(asked[places[0]].sample)
         texts = (text_of(student.tokenizer, answers[n]) for n in places)
         return any(scorer(text, question) >= self.threshold for text in texts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmkd.data.lazy import is_lazy
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import RowTerm, row_losses
-from mmkd.errors import DataError, GuardError, MmkdError, NotFiniteError
+from mmkd.errors import DataError, GuardError, NotFiniteError
 from mmkd.losses import CrossEntropy
 from mmkd.teachers.teacher import head_of
 from mmkd.towers.modes import evaluating
@@ -164,20 +164,21 @@ def check_pixels(role: str, tower: Tower, samples: Sequence[Sample], encoded: Se
 
 def check_pixels_of_set(role: str, tower: Tower, samples: Sequence[Sample], count: int) -> None:
     """As `check_pixels`, on `count` samples from all over a set: a batch of like lengths may be of one kind of question."""
-    prepared = []
-    for place in spread_places(samples, count):
-        with suppress(MmkdError):  # what cannot be prepared is told of elsewhere
-            prepared.append((samples[place], tower.encode(samples[place])))
-    check_pixels(role, tower, [sample for sample, _ in prepared], [encoded for _, encoded in prepared])
+    check_pixels(role, tower, *_prepared(tower, [samples[place] for place in spread_places(samples, count)]))
+
+
+def _prepared(tower: Tower, samples: Sequence[Sample]) -> tuple[list[Sample], list[Encoded]]:
+    """Those of the samples that can be prepared, and how the tower does; the others are told of elsewhere."""
+    found = []
+    for sample in samples:
+        with suppress(DataError):
+            found.append((sample, tower.encode(sample)))
+    return [sample for sample, _ in found], [encoded for _, encoded in found]
 
 
 def blind_error(role: str, tower: Tower, samples: Sequence[Sample]) -> str | None:
     """What `run_guards` would stop for where pictures never reach a tower, from a few samples; None where nothing is found."""
-    prepared = []
-    for sample in samples:
-        with suppress(DataError):  # what cannot be prepared is told of elsewhere
-            prepared.append((sample, tower.encode(sample)))
-    exchange = exchanged(tower, [sample for sample, _ in prepared], [encoded for _, encoded in prepared], probes=1)
+    exchange = exchanged(tower, *_prepared(tower, samples), probes=1)
     try:
         if exchange.probe:
             _check_probe(role, tower, exchange)
