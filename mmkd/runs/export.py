@@ -7,7 +7,7 @@ import io
 import json
 import random
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import takewhile, zip_longest
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.errors import DataError
 from mmkd.towers.export import serving_remarks
 from mmkd.towers.gguf import PICTURES, TEXT, write_gguf
+from mmkd.towers.quantise import BLOCK
 from mmkd.towers.reading import AS_SAVED, Reading
-from mmkd.towers.samples import Sample, Turn
 from mmkd.towers.tower import Tower
 
 QUESTIONS, TOKENS, LIKELIEST = 50, 12, 20
@@ -49,7 +50,7 @@ def export(
         return
     left = write_gguf(tower, output, form)
     if left:
-        yield f"{len(left)} matrices stay in float32, since 32 does not divide their rows"
+        yield f"{len(left)} matrices stay in float32, since {BLOCK} does not divide their rows"
     yield f"written: {output / TEXT} and {output / PICTURES}; llama.cpp pads pictures to a square, transformers stretches them"
     if check:
         yield from compare(tower, output)
@@ -80,7 +81,8 @@ def _compared(
     sent = picture.resize(size, Image.Resampling.BICUBIC) if size else picture
     question = ASKED[number % len(ASKED)]
     own, rows = _asked(tower, sent, question)
-    theirs, told = engine.ask(_prompt(tower, sent, question), sent)
+    theirs, told = engine.ask(tower.preparer.prompt_text(_sample(question)), sent)  # one placeholder a picture
+    theirs = _before_end(tower, theirs)
     distance = max((abs(float(rows[0, token]) - value) for token, value in told.items()), default=0.0)
     parted = next((n for n, (a, b) in enumerate(zip_longest(own, theirs)) if a != b and n < len(rows)), None)
     if parted is None:
@@ -108,36 +110,26 @@ def _colour(rng: random.Random) -> tuple[int, int, int]:
     return (rng.randrange(256), rng.randrange(256), rng.randrange(256))
 
 
-class _Drawn:
-    """A picture that was never a file, as a tower takes it."""
-
-    def __init__(self, picture: Image.Image):
-        self.picture, self.key, self.name = picture, str(id(picture)), "drawn"
-
-    def load(self) -> Image.Image:
-        return self.picture
-
-
-def _sample(picture: Image.Image, question: str) -> Sample:
-    return Sample("asked", (_Drawn(picture),), (Turn("user", question, 1),))
-
-
-def _prompt(tower: Tower, picture: Image.Image, question: str) -> str:
-    """The rendered prompt, one placeholder a picture."""
-    return tower.preparer.prompt_text(_sample(picture, question))
+def _sample(question: str) -> Sample:
+    """The question to one picture, which is given where it is read."""
+    return Sample("asked", (ImageRef(Path(), "drawn"),), (Turn("user", question, 1),))
 
 
 @torch.no_grad()
 def _asked(tower: Tower, picture: Image.Image, question: str) -> tuple[list[int], torch.Tensor]:
     """Greedy ids before the end, by transformers itself, and the log-probabilities of each step [steps, V]."""
-    inputs = tower.collate([tower.encode(_sample(picture, question), with_answer=False)]).to(tower.device)
+    inputs = tower.collate([tower.encode(_sample(question), with_answer=False, pictures=[picture])]).to(tower.device)
     found = tower.model.generate(
         input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels, do_sample=False, max_new_tokens=TOKENS,
         eos_token_id=sorted(tower.stop_ids), pad_token_id=tower.pad_id, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     ids = [int(token) for token in found.sequences[0, inputs.input_ids.shape[1] :]]
     rows = torch.log_softmax(torch.cat(found.logits).float(), -1)
-    return [*takewhile(lambda token: token not in tower.stop_ids, ids)], rows
+    return _before_end(tower, ids), rows
+
+
+def _before_end(tower: Tower, ids: Sequence[int]) -> list[int]:
+    return [*takewhile(lambda token: token not in tower.stop_ids, ids)]
 
 
 class LlamaCpp:
@@ -162,7 +154,7 @@ class LlamaCpp:
         del self.server
 
     def ask(self, prompt: str, picture: Image.Image) -> tuple[list[int], dict[int, float]]:
-        """Greedy ids before the end, and the log-probabilities of the likeliest first tokens by id; none where the first token is
+        """Greedy ids, and the log-probabilities of the likeliest first tokens by id; none where the first token is
         no whole character, of which the server tells none. prompt: with one `<image>`."""
         content = io.BytesIO()
         picture.save(content, "png")

@@ -14,13 +14,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from mmkd.errors import TowerError
+from mmkd.towers.quantise import BLOCK
 from mmkd.towers.tower import Tower
 
 TEXT, PICTURES = "text.gguf", "mmproj.gguf"
 ROTATED_IN_PAIRS = ("llama",)  # llama.cpp turns neighbouring numbers of a head for these, and halves for the others
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LOSSY = {"f32": None, "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # formats of matrices, by gguf's names
-BLOCK = 32
 # How llama.cpp calls the rule by which a byte-level tokenizer cuts words, by a piece of its pattern; ours have GPT-2's.
 CUTS = {r"\p{N}{1,3}": "llama-bpe", r"\p{N}|": "qwen2"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
@@ -61,7 +61,8 @@ def refusals(tower: Tower) -> list[str]:
     scale, cap = tower.logit_rule
     if scale != 1 or cap is not None:
         found.append(f"its logits are scaled or capped ({scale}, {cap})")
-    if _backend(tower)["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(_backend(tower)["pre_tokenizer"]):
+    backend = _backend(tower)
+    if backend["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(backend["pre_tokenizer"]):
         found.append("its tokenizer is no byte-level BPE; convert it with llama.cpp's own script")
     return found
 

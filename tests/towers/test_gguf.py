@@ -119,3 +119,16 @@ def test_a_folder_for_vllm_is_the_model_and_says_what_stands_in_the_way(tmp_path
 
     again = Tower.load(tmp_path / "out").model.state_dict()
     assert all(torch.equal(again[name], value) for name, value in tower.model.state_dict().items())
+
+
+def test_an_answer_that_ends_at_once_is_equal(tmp_path):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    tower = student("qwen2", tie_word_embeddings=False).freeze()
+    head = tower.head.weight
+    sizes = head.norm(dim=1)
+    with torch.no_grad():  # whatever is likeliest, the end, in either sign, is nearly always likelier
+        head.mul_(0.01)
+        head[sorted(tower.stop_ids)[0]] = head[int(sizes.argmax())] * 1e4
+    write_gguf(tower, tmp_path)
+    said = next(compare(tower, tmp_path))
+    assert said.split(": ")[1].startswith(f"{QUESTIONS} of {QUESTIONS} greedy answers equal")
