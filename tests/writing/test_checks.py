@@ -144,6 +144,13 @@ def test_ordinary_answers_are_no_instructions():
     assert all(kept(made("instructions"), *map(one, texts)))
 
 
+def test_numbers_of_a_trace():
+    seen = Question("q", "what?", told={"trace": "bar 10\nbar 25"})
+    check = made("grounded", told="trace", numbers=True)
+    texts = ("bars at 10 and 25", "many bars", "bars at 10 and 26", "bar25", "2.5 bars")
+    assert kept(check, *(one(text, about=seen) for text in texts)) == [True, True, False, False, False]
+
+
 def test_grounded():
     seen = Question("q", "total?", ocr_tokens=("TOTAL", "12.50", "Main", "Street"), told={"lines": "Total due 9"})
     check = made("grounded")
