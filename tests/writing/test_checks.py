@@ -243,6 +243,13 @@ def test_a_judge_keeps_by_its_odds():
         made("judge", Surroundings(judges=("teacher",)), by="judge")
 
 
+def test_a_judge_keeps_its_odds_in_the_row_where_it_is_told_to():
+    check = made("judge", Surroundings(judges=("teacher",)), at_least=-1000, keep="odds")
+    found = check.told(one("yes"), -3.5)
+    assert found.row["told"] == {"odds": "-3.5"} and check.refuse(found) is None
+    assert "odds" not in check.told(one("yes"), None).row["told"]
+
+
 def test_a_higher_threshold_keeps_no_more():
     candidates = [made("judge", Surroundings(judges=("t",)), by="t").told(one("red"), odds) for odds in (-2, -1, 0, 1, 2)]
     shares = [
