@@ -24,6 +24,7 @@ from transformers import (
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.base.schema import Strict
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError, did_you_mean
 from mmkd.recipes.recipe import Recipe
 from mmkd.retrieval.recipe import RankingRecipe
@@ -248,6 +249,12 @@ def _line(role: str, shape: Shape) -> str:
     return f"{role}: {shape.total:,} parameters ({parts}), {shape.visual_tokens} visual tokens a picture"
 
 
+def _data_text(entry: DataSpec) -> str:
+    if entry.from_ is not None:
+        return f"what {entry.from_} writes"
+    return entry.card or f"{entry.format} in {entry.root}"
+
+
 def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, teacher: Shape | None) -> list[str]:
     trained = sum(student.parts[part] for part in spec.train)
     optimiser = spec.optimiser
@@ -255,7 +262,7 @@ def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, tea
     lines = [
         f"stage {name}: {length} of {optimiser.batch_size}, rate {optimiser.learning_rate:g}, trains {', '.join(spec.train)} "
         f"({trained:,} parameters)" + (f", {student.total:,} in all" if spec.upcycle else ""),
-        "  data: " + ", ".join(entry.card or f"{entry.format} in {entry.root}" for entry in spec.data),
+        "  data: " + ", ".join(_data_text(entry) for entry in spec.data),
         "  terms: " + ", ".join(_weighted(term) for term in spec.build_terms()),
     ]
     for count in COUNTS:
