@@ -46,10 +46,19 @@ def serving_remarks(model: nn.Module) -> list[str]:
     if width not in HEAD_WIDTHS:
         widths = ", ".join(map(str, HEAD_WIDTHS))
         found.append(f"its attention heads are {width} wide; vLLM on a CPU takes {widths} (a GPU: multiples of 8)")
-    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if config.model_type == "llava" and kind not in SERVED_ENCODERS:
-        found.append(f"vLLM's own LLaVA does not know the encoder {kind!r}; serve it with --model-impl transformers")
+    if options := serving_options(model):
+        found.append(f"vLLM's own LLaVA does not know the encoder {_encoder(model)!r}; serve it with {' '.join(options)}")
     return found
+
+
+def serving_options(model: nn.Module) -> list[str]:
+    """What `vllm serve` has to be told of a model beside its folder."""
+    known = model.config.model_type != "llava" or _encoder(model) in SERVED_ENCODERS
+    return [] if known else ["--model-impl", "transformers"]
+
+
+def _encoder(model: nn.Module) -> str | None:
+    return getattr(getattr(model.config, "vision_config", None), "model_type", None)
 
 
 def _has_adapters(model: nn.Module) -> bool:
