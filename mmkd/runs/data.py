@@ -19,6 +19,7 @@ from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample, Turn
 from mmkd.data.spec import DataSpec
 from mmkd.data.tally import Tally
+from mmkd.data.views import with_views
 from mmkd.errors import DataError, SampleError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.teachers.view import View, ViewSpec
@@ -111,7 +112,7 @@ def _read_once(
     samples = read_samples(spec, seed, data_root, allowed, tally)
     if one_answer:
         samples = AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
-    return mixed(_asked(samples, spec), spec.mixup, seed), tally
+    return mixed(with_views(_asked(samples, spec), spec.views, seed), spec.mixup, seed), tally
 
 
 def _asked(samples: Sequence[Sample], spec: DataSpec) -> Sequence[Sample]:
