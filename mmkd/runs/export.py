@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.errors import DataError
 from mmkd.runs.engines import TOKENS, Engine, llama_cpp, vllm, vllm_command
-from mmkd.towers.export import serving_options, serving_remarks
+from mmkd.towers.export import served_width, serving_options, serving_remarks, with_wider_heads
 from mmkd.towers.gguf import PICTURES, TEXT, write_gguf
 from mmkd.towers.quantise import BLOCK
 from mmkd.towers.reading import AS_SAVED, Reading
@@ -45,9 +45,13 @@ def export(
         vllm_command()
     tower = Tower.load(model, reading=reading).freeze()
     if to == "vllm":
-        tower.save(output)
-        options = serving_options(tower.model)
-        yield from (f"stands in the way: {remark}" for remark in serving_remarks(tower.model))
+        model = with_wider_heads(tower.model)
+        if model is not tower.model:
+            wide = served_width(tower.model)
+            yield f"attention heads are written {wide} wide, filled up with zeros; vLLM does not take its own"
+        Tower(model, tower.processor).save(output)
+        options = serving_options(model)
+        yield from (f"stands in the way: {remark}" for remark in serving_remarks(model))
         yield f"written: {output}; serve it with `{' '.join(['vllm serve', str(output), *options])}`"
         if check:
             with vllm(output, options) as engine:
