@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +200,18 @@ def need_of(recipe: Recipe, spec: StageSpec, student: Shape, teacher: Shape | No
 
 
 def _teacher_bytes(recipe: Recipe, teacher: Shape) -> float:
-    spec = next(iter(recipe.teacher_specs.values()))
-    size = {"8bit": 1.0, "4bit": 0.55}.get(spec.quantise or "", _SIZES[spec.dtype])
-    return teacher.total * size
+    """Weights of all teachers, which stay in memory whether or not a stage reads them. teacher: the first one."""
+    total, first = 0.0, next(iter(recipe.teacher_specs))
+    for name, spec in recipe.teacher_specs.items():
+        shape = teacher if name == first or spec.self else _known_shape(spec.model)
+        size = {"8bit": 1.0, "4bit": 0.55}.get(spec.quantise or "", _SIZES[spec.dtype])
+        total += 0.0 if name != first and (spec.served or spec.self == "current") else shape.total * size
+    return total
+
+
+@lru_cache
+def _known_shape(model: str) -> Shape:
+    return shape_of(model_of(model))
 
 
 def _activations(shape: Shape, spec: StageSpec, tokens: int, weight: int, samples: int) -> float:

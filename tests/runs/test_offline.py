@@ -97,8 +97,8 @@ def test_sizes_are_the_models_own(name):
 def test_all_pass_the_offline_dry_run(capsys):
     paths = sorted(METHODS.glob("*.yaml"))
     assert [path.stem for path in paths] == [
-        "cprd", "dckd", "distillm", "distillm2", "gkd", "kepo", "llava_kd", "llava_mod", "mend", "mgsr", "minillm", "opsd",
-        "ovsgtr", "switch_kd",
+        "adpa", "cprd", "dckd", "distillm", "distillm2", "gkd", "kepo", "llava_kd", "llava_mod", "mend", "mgsr", "minillm",
+        "monotakd", "mst_distill", "opsd", "ovsgtr", "switch_kd", "tgeo_kd",
     ]  # fmt: skip
     for path in paths:
         command = "rank" if path.stem == "cprd" else "distill"
@@ -118,6 +118,25 @@ def test_the_numbers_of_on_policy_recipes():
     assert found["mgsr"].answers["mended"]["corrections"] == 1
     assert (found["mend"].steps, found["mend"].optimiser.learning_rate) == (30000, 1e-5)
     assert found["ovsgtr"].terms["retention"].positions == "prompt"
+
+
+def test_the_numbers_of_recipes_with_several_teachers():
+    found = {name: load_recipe(METHODS / f"{name}.yaml") for name in ("adpa", "monotakd", "mst_distill", "tgeo_kd")}
+    adpa, mono = found["adpa"].stages["adpa"], found["monotakd"].stages["distil"]
+    assert adpa.terms["advantage"].teacher == "aligned" and adpa.terms["advantage"].model_extra == {"reference": "before"}
+    assert adpa.answers["student"]["beside"] and adpa.build_terms()[0].positions == "given"  # likelihood of the chosen answers
+    assert mono.terms["branches"].model_extra == {"assistant": "small", "residual": 0.2, "threshold": 0.6}
+    gate = found["mst_distill"].stages["distil"]
+    assert gate.optimiser.learning_rate == 1e-4 and {spec.weight for spec in gate.terms.values()} == {1}
+    assert [spec.kind for spec in found["tgeo_kd"].stages["distil"].terms.values()] == ["tgeo_kd"]
+
+
+def test_the_weights_of_all_teachers_are_reckoned():
+    both = load_recipe(METHODS / "mst_distill.yaml")
+    alone = both.model_copy(update={"teachers": {"large": both.teachers["large"]}})
+    shape, other = (shape_of(model_of(both.teachers[name].model)) for name in ("large", "other"))
+    given = (both.stages["distil"], shape_of(student_of(both.student)), shape, 4)
+    assert need_of(both, *given).teacher - need_of(alone, *given).teacher == 2 * other.total
 
 
 def test_more_samples_and_fewer_processes_need_more_memory():
