@@ -126,7 +126,7 @@ def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
 def _errors(beside: bytes) -> str:
     """How bytes that are no text are read beside another text: as the sign for them (U+FFFD), where the other one is a text.
 
-    A model may say half a character. Who is told its words reads that sign, as decoding has it; two broken texts stay as they are.
+    A model may say half a character. Who is told its words reads that sign, as decoding has it; two broken texts stay so.
     """
     try:
         beside.decode("utf-8")

@@ -1,4 +1,4 @@
-"""Teacher hacking: proxy against golden loss on held-out prompts, on made-up curves and in trainings with right and wrong teachers."""
+"""Teacher hacking: proxy against golden loss on held-out prompts, on made-up curves and with right and wrong teachers."""
 
 from __future__ import annotations
 
