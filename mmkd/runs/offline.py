@@ -133,8 +133,10 @@ def shape_of(model: PreTrainedModel) -> Shape:
         part = "vision" if names & set(VISION_NAMES) else "language" if language else "projector"
         parts[part] += parameter.numel()
         parts["mlp"] += parameter.numel() * (part == "language" and "mlp" in names)
-    side = getattr(vision, "image_size", 0) // getattr(vision, "patch_size", 1)
-    sizes = (vision.hidden_size, getattr(vision, "intermediate_size", 4 * vision.hidden_size), vision.num_hidden_layers)
+    depths = getattr(vision, "depths", None)  # of encoders that halve their grid from stage to stage
+    side = getattr(vision, "image_size", 0) // getattr(vision, "patch_size", 1) // (2 ** (len(depths) - 1) if depths else 1)
+    layers = sum(depths) if depths else vision.num_hidden_layers
+    sizes = (vision.hidden_size, getattr(vision, "intermediate_size", 4 * vision.hidden_size), layers)
     inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
     return Shape(parts, text.hidden_size, inner, text.num_hidden_layers, text.vocab_size, side * side, sizes)
 

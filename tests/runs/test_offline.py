@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import tiny_picture
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.cli import main
+from mmkd.data.samples import Sample, Turn
 from mmkd.errors import DataError
 from mmkd.recipes.reading import load_recipe
 from mmkd.registry import registry
 from mmkd.retrieval.recipe import load_ranking_recipe
 from mmkd.runs.offline import FOLDER, Configuration, configuration, model_of, need_of, shape_of, student_of, upcycled_shape
 from mmkd.terms.spec import TermSpec
+from mmkd.towers.tower import Tower
 
 METHODS = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "methods"
 
@@ -137,6 +140,21 @@ def test_the_weights_of_all_teachers_are_reckoned():
     shape, other = (shape_of(model_of(both.teachers[name].model)) for name in ("large", "other"))
     given = (both.stages["distil"], shape_of(student_of(both.student)), shape, 4)
     assert need_of(both, *given).teacher - need_of(alone, *given).teacher == 2 * other.total
+
+
+@pytest.mark.parametrize("name", ["adpa", "mst_distill", "tgeo_kd", "monotakd", "monotakd_assistant"])
+def test_small_runs_have_a_plan_from_their_folders_alone(name, capsys, tmp_path, monkeypatch):
+    """The sample's models have an encoder that halves its grid: 16 x 16 patches become 4 x 4 tokens, as the model makes them."""
+    path = METHODS.parent / f"{name}.yaml"
+    monkeypatch.setenv("ASSISTANT", str(METHODS.parents[2] / "models" / "sample-teacher"))  # where its own run has not been
+    assert main(["distill", str(path), "--dry-run", "--offline"]) == 0
+    spec = next(iter(load_recipe(path).teacher_specs.values()))
+    tower = Tower.load(spec.model, max_length=64)
+    shown = capsys.readouterr().out
+    assert f"{tower.parameter_count()['total']:,} parameters" in shown
+    picture = tiny_picture(tmp_path, "a.png", 0, (64, 64))
+    encoded = tower.encode(Sample("a", (picture,), (Turn("user", "what?", 1),)), with_answer=False)
+    assert f"{tower.visual_count(encoded)} visual tokens a picture" in shown
 
 
 def test_more_samples_and_fewer_processes_need_more_memory():
