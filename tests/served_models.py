@@ -28,15 +28,22 @@ TEMPLATE = (
 )
 
 
-def llava(seed: int = 1, image_size: int = 32, template: str = "simple") -> Tower:
-    """CLIP and Qwen2 with random weights; 16 visual tokens at 32 x 32."""
-    vision = {"model_type": "clip_vision_model", **VISION, "image_size": image_size, "patch_size": 8}
-    language = {"model_type": "qwen2", **TEXT, "max_position_embeddings": 1024}
+def assembled(
+    kind: str, encoder: str = "siglip_vision_model", seed: int = 1, image_size: int = 32, template: str = "simple", **changes
+) -> Tower:
+    """An encoder and a language model with random weights; 16 visual tokens at 32 x 32. changes: of the language model."""
+    vision = {"model_type": encoder, **VISION, "image_size": image_size, "patch_size": 8}
+    vision |= {"vision_use_head": False} if encoder.startswith("siglip") else {}
+    language = {"model_type": kind, **TEXT, "head_dim": 32, "max_position_embeddings": 1024} | changes
     tower = assemble(
         VisionSpec(config=vision, image_size=(image_size, image_size)), LanguageSpec(config=language, chat_template=template),
         tokenizer=train_tokenizer(WORDS, TOKENS), seed=0,
     )  # fmt: skip
     return drawn(tower, seed)
+
+
+def llava(seed: int = 1, image_size: int = 32, template: str = "simple") -> Tower:
+    return assembled("qwen2", "clip_vision_model", seed, image_size, template)
 
 
 def qwen2_5_vl(seed: int = 1, max_pixels: int = 4096) -> Tower:

@@ -18,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gguf: of the language model's matrices (default: f32); one trained with `quantise` of this name loses nothing",
     )  # fmt: skip
     parser.add_argument(
-        "--check", action="store_true", help="gguf: ask llama.cpp (the package xllamacpp) and transformers the same 50 questions"
-    )
+        "--check", action="store_true",
+        help="ask the engine (the command vllm, the package xllamacpp) and transformers the same 50 questions",
+    )  # fmt: skip
     add_reading(parser)
     parser.add_argument("--imports", type=names, default=[], metavar="MODULE,...", help="modules of your own: encoders")
 

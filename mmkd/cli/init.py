@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", default=None, help="folder, hub id or card of `mmkd list models`")
     parser.add_argument("--student", default=None, help="the same, or ENCODER+LANGUAGE to put one together")
     parser.add_argument("--pair", default=None, help="teacher and student by the name of a pair")
-    parser.add_argument("--method", default=None, help="kl (the default), reverse_kl, jsd, topk, on_policy, spans, dpo, sft")
+    parser.add_argument(
+        "--method", default=None,
+        help="kl (the default), spans (the same where tokenizers are seen to differ), reverse_kl, jsd, topk, on_policy, dpo, sft",
+    )  # fmt: skip
     parser.add_argument("--gpus", type=natural, default=None, help="that train together (default: those that are here)")
     parser.add_argument("--output", default=None, help="the run's folder (default: runs/NAME)")
     parser.add_argument("--force", action="store_true", help="write over a recipe that is there")
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pair:
         starter = starter_of_pair(arguments.pair, entries, method=arguments.method, **rest)
     else:
-        method = arguments.method or ("kl" if arguments.teacher else "sft")
+        method = arguments.method or _method(arguments.teacher, arguments.student)
         starter = Starter(arguments.teacher, arguments.student, entries, method, **rest)
     beside = {}
     for entry in entries:
@@ -77,6 +80,24 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{rest['samples']:,} samples, {rest['gpus'] or 'no'} GPUs, method {starter.method}")
     print(f"wrote {', '.join(map(str, [path, *beside]))}; next: mmkd show {path}, then mmkd distill {path} --dry-run")
     return 0
+
+
+def _method(teacher: str | None, student: str) -> str:
+    """`spans` where both tokenizers are here and differ: their logits cannot be compared."""
+    if teacher is None:
+        return "sft"
+    folders = [Path(teacher), Path(student.rpartition("+")[2].strip())]
+    if not all((folder / "tokenizer.json").is_file() for folder in folders):
+        return "kl"
+    from transformers import AutoTokenizer
+
+    from mmkd.teachers.teacher import differing_tokens
+
+    try:
+        tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+    except (OSError, ValueError):  # the dry run says what is wrong with a model
+        return "kl"
+    return "spans" if differing_tokens(*tokenizers) else "kl"
 
 
 def _gpus(given: int | None) -> int:

@@ -1,30 +1,30 @@
-"""Writes a student as vLLM or llama.cpp reads it, and asks llama.cpp what transformers answers."""
+"""Writes a student as vLLM or llama.cpp reads it, and asks the engine what transformers answers."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import random
-import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import takewhile, zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from mmkd.data.samples import ImageRef, Sample, Turn
 from mmkd.errors import DataError
-from mmkd.towers.export import serving_remarks
+from mmkd.runs.engines import TOKENS, Engine, llama_cpp, vllm, vllm_command
+from mmkd.towers.export import served_width, serving_options, serving_remarks, with_wider_heads
 from mmkd.towers.gguf import PICTURES, TEXT, write_gguf
 from mmkd.towers.quantise import BLOCK
 from mmkd.towers.reading import AS_SAVED, Reading
 from mmkd.towers.tower import Tower
 
-QUESTIONS, TOKENS, LIKELIEST = 50, 12, 20
+QUESTIONS = 50
+# Whether pictures are stretched to the model's size before they are sent: vLLM has transformers' processor, llama.cpp pads them.
+FOR_VLLM = {"sent as they are": False}
+FOR_LLAMA_CPP = {"stretched to the model's size before they are sent": True, "sent as they are": False}
+LARGEST = 336  # of a size that a processor tells as "shortest_edge", which some mean as a number of pixels
 SHAPES = ((1, 1), (2, 1), (1, 3), (5, 4))  # width to height of the pictures that are asked about
 ASKED = ("What is in the picture?", "What colour is it?", "How many are there?", "Is there a sign?", "What does it say?")
 
@@ -41,47 +41,60 @@ def export(
     needed = ["gguf", *(["xllamacpp"] if check else [])] if to == "gguf" else []
     if missing := [name for name in needed if find_spec(name) is None]:
         raise DataError(f"{' and '.join(missing)} must be installed for this; pip install {' '.join(missing)}")
+    if to == "vllm" and check:
+        vllm_command()
     tower = Tower.load(model, reading=reading).freeze()
     if to == "vllm":
-        tower.save(output)
-        found = serving_remarks(tower.model)
-        yield from (f"stands in the way: {remark}" for remark in found)
-        yield f"written: {output}; serve it with `vllm serve {output}`"
+        model = with_wider_heads(tower.model)
+        if model is not tower.model:
+            wide = served_width(tower.model)
+            yield f"attention heads are written {wide} wide, filled up with zeros; vLLM does not take its own"
+        Tower(model, tower.processor).save(output)
+        options = serving_options(model)
+        yield from (f"stands in the way: {remark}" for remark in serving_remarks(model))
+        yield f"written: {output}; serve it with `{' '.join(['vllm serve', str(output), *options])}`"
+        if check:
+            with vllm(output, options) as engine:
+                yield from compare(tower, engine, FOR_VLLM)
         return
     left = write_gguf(tower, output, form)
     if left:
         yield f"{len(left)} matrices stay in float32, since {BLOCK} does not divide their rows"
     yield f"written: {output / TEXT} and {output / PICTURES}; llama.cpp pads pictures to a square, transformers stretches them"
     if check:
-        yield from compare(tower, output)
+        with llama_cpp(output) as engine:
+            yield from compare(tower, engine, FOR_LLAMA_CPP)
 
 
-def compare(tower: Tower, folder: Path) -> Iterator[str]:
-    """Greedy answers and the likeliest first tokens of llama.cpp against transformers', on drawn pictures of several shapes."""
+def compare(tower: Tower, engine: Engine, ways: dict[str, bool]) -> Iterator[str]:
+    """Greedy answers and the likeliest first tokens of an engine against transformers', on drawn pictures of several shapes.
+
+    ways: whether pictures are stretched to the model's size before they are sent, by words for it; a line each.
+    """
     size = tower.processor.image_processor.size
-    square = (size.get("width") or size.get("shortest_edge"), size.get("height") or size.get("shortest_edge"))
-    with LlamaCpp(folder) as engine:
-        for name, stretched in (("stretched to the model's size before they are sent", True), ("sent as they are", False)):
-            size = square if stretched else None
-            found = [_compared(tower, engine, drawn(number, square), number, size) for number in range(QUESTIONS)]
-            gaps = [gap for gap, _ in found if gap is not None]
-            apart = f"; where they part, transformers prefers its token by at most {max(gaps):.1e}" if gaps else ""
-            furthest = max(distance for _, distance in found)
-            yield (
-                f"pictures {name}: {QUESTIONS - len(gaps)} of {QUESTIONS} greedy answers equal, first log-probabilities within "
-                f"{furthest:.1e}{apart}"
-            )
+    shortest = min(size.get("shortest_edge") or LARGEST, LARGEST)
+    square = (size.get("width") or shortest, size.get("height") or shortest)
+    for name, stretched in ways.items():
+        size = square if stretched else None
+        found = [_compared(tower, engine, drawn(number, square), number, size) for number in range(QUESTIONS)]
+        gaps = [gap for gap, _ in found if gap is not None]
+        apart = f"; where they part, transformers prefers its token by at most {max(gaps):.1e}" if gaps else ""
+        furthest = max(distance for _, distance in found)
+        yield (
+            f"pictures {name}: {QUESTIONS - len(gaps)} of {QUESTIONS} greedy answers equal, first log-probabilities within "
+            f"{furthest:.1e}{apart}"
+        )
 
 
 def _compared(
-    tower: Tower, engine: LlamaCpp, picture: Image.Image, number: int, size: tuple[int, int] | None
+    tower: Tower, engine: Engine, picture: Image.Image, number: int, size: tuple[int, int] | None
 ) -> tuple[float | None, float]:
     """(by how much transformers prefers its own token where the answers part, None where they do not; the largest difference of
     the first token's log-probabilities)"""
     sent = picture.resize(size, Image.Resampling.BICUBIC) if size else picture
-    question = ASKED[number % len(ASKED)]
-    own, rows = _asked(tower, sent, question)
-    theirs, told = engine.ask(tower.preparer.prompt_text(_sample(question)), sent)  # one placeholder a picture
+    sample = _sample(ASKED[number % len(ASKED)])
+    own, rows = _asked(tower, sent, sample)
+    theirs, told = engine.ask(sample, tower.preparer.prompt_text(sample), sent)
     theirs = _before_end(tower, theirs)
     distance = max((abs(float(rows[0, token]) - value) for token, value in told.items()), default=0.0)
     parted = next((n for n, (a, b) in enumerate(zip_longest(own, theirs)) if a != b and n < len(rows)), None)
@@ -116,9 +129,9 @@ def _sample(question: str) -> Sample:
 
 
 @torch.no_grad()
-def _asked(tower: Tower, picture: Image.Image, question: str) -> tuple[list[int], torch.Tensor]:
+def _asked(tower: Tower, picture: Image.Image, sample: Sample) -> tuple[list[int], torch.Tensor]:
     """Greedy ids before the end, by transformers itself, and the log-probabilities of each step [steps, V]."""
-    inputs = tower.collate([tower.encode(_sample(question), with_answer=False, pictures=[picture])]).to(tower.device)
+    inputs = tower.collate([tower.encode(sample, with_answer=False, pictures=[picture])]).to(tower.device)
     found = tower.model.generate(
         input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.pixels, do_sample=False, max_new_tokens=TOKENS,
         eos_token_id=sorted(tower.stop_ids), pad_token_id=tower.pad_id, return_dict_in_generate=True, output_logits=True,
@@ -130,48 +143,3 @@ def _asked(tower: Tower, picture: Image.Image, question: str) -> tuple[list[int]
 
 def _before_end(tower: Tower, ids: Sequence[int]) -> list[int]:
     return [*takewhile(lambda token: token not in tower.stop_ids, ids)]
-
-
-class LlamaCpp:
-    """llama.cpp's server in this process, on loopback."""
-
-    def __init__(self, folder: Path):
-        import xllamacpp
-
-        options = xllamacpp.CommonParams()
-        options.model.path, options.mmproj.path = str(folder / TEXT), str(folder / PICTURES)
-        options.n_ctx, options.n_parallel, options.warmup, options.n_gpu_layers = 2048, 1, False, 0
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
-        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.server = xllamacpp.Server(options)
-        self.marker = self._get("/props")["media_marker"]
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.server
-
-    def ask(self, prompt: str, picture: Image.Image) -> tuple[list[int], dict[int, float]]:
-        """Greedy ids, and the log-probabilities of the likeliest first tokens by id; none where the first token is
-        no whole character, of which the server tells none. prompt: with one `<image>`."""
-        content = io.BytesIO()
-        picture.save(content, "png")
-        media = [base64.b64encode(content.getvalue()).decode()]
-        asked = {"prompt_string": prompt.replace("<image>", self.marker), "multimodal_data": media}
-        options = {"n_predict": TOKENS, "temperature": 0, "n_probs": LIKELIEST, "return_tokens": True, "cache_prompt": False}
-        found = self._post("/completion", {"prompt": asked, **options})
-        steps = found.get("completion_probabilities") or []
-        first = steps[0]["top_logprobs"] if steps and steps[0]["id"] == found["tokens"][0] else []
-        return found["tokens"], {entry["id"]: entry["logprob"] for entry in first}
-
-    def _get(self, path: str) -> dict[str, Any]:
-        with urllib.request.urlopen(self.server.listening_address + path, timeout=60) as answer:
-            return json.load(answer)
-
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        told = {"Content-Type": "application/json"}
-        asked = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), told)
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            return json.load(answer)

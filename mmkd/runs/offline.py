@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,20 @@ from transformers import (
     BlipForImageTextRetrieval,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.base.schema import Strict
+from mmkd.data.spec import DataSpec
 from mmkd.errors import DataError, did_you_mean
 from mmkd.recipes.recipe import Recipe
 from mmkd.retrieval.recipe import RankingRecipe
 from mmkd.runs.plan import bytes_text, term_text
 from mmkd.terms.spec import build_terms
 from mmkd.terms.term import Term
-from mmkd.towers.families import LANGUAGE_NAMES, VISION_NAMES
+from mmkd.towers.families import LANGUAGE_NAMES, VISION_NAMES, family_of
 from mmkd.towers.spec import StudentSpec
 from mmkd.train.optimisers import OPTIMISERS
 from mmkd.train.spec import LoopSpec, StageSpec
@@ -44,7 +48,7 @@ _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 class Configuration(Strict):
-    """A card of `models/configs`: of a part by its `config`, of a LLaVA by the cards of its parts."""
+    """A card of `models/configs`: of a part or a whole model by its `config`, of a LLaVA by the cards of its parts."""
 
     name: str
     sources: list[str] = Field(min_length=1)  # ids or folders that recipes name it by
@@ -75,14 +79,14 @@ def configuration(source: str) -> Configuration:
 def model_of(source: str) -> PreTrainedModel:
     """A whole image-text model without weights, by its folder or card. Raises DataError."""
     if (Path(source) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
+        return _whole(AutoConfig.from_pretrained(source))
     card = configuration(source)
-    if card.vision is None:
+    if card.vision is not None:
+        parts = (load_card(FOLDER, name, Configuration).config for name in (card.vision, card.language))
+        return _llava(*parts, feature_layer=-2)
+    if "vision_config" not in card.config:
         raise DataError(f"--offline: {source!r} is a part, not a whole image-text model")
-    parts = (load_card(FOLDER, name, Configuration).config for name in (card.vision, card.language))
-    return _llava(*parts, feature_layer=-2)
+    return _whole(AutoConfig.for_model(**card.config))
 
 
 def student_of(spec: StudentSpec) -> PreTrainedModel:
@@ -91,9 +95,14 @@ def student_of(spec: StudentSpec) -> PreTrainedModel:
         return model_of(spec.model)
     vision, language = spec.assemble.vision, spec.assemble.language
     configs = [part.config or configuration(part.source).config for part in (vision, language)]
-    if None in configs:
+    if any(config is None or "vision_config" in config for config in configs):
         raise DataError("--offline: vision and language of a student are parts, not whole models")
     return _llava(*configs, feature_layer=vision.feature_layer or -1)
+
+
+def _whole(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def _llava(vision: dict[str, Any], language: dict[str, Any], feature_layer: int) -> PreTrainedModel:
@@ -115,7 +124,8 @@ class Shape:
     inner: int
     layers: int
     vocabulary: int
-    visual_tokens: int
+    patches: int | None  # of a picture in the vision encoder; None where they follow from the picture's area
+    merged: int  # patches that become one visual token
     vision: tuple[int, int, int]  # hidden, inner, layers of the vision encoder
 
     @property
@@ -126,19 +136,31 @@ class Shape:
 def shape_of(model: PreTrainedModel) -> Shape:
     """Counts and sizes of a model."""
     text, vision = model.config.get_text_config(), model.config.vision_config
+    paths = family_of(model.config.model_type).projector or ()
+    projector = tuple(f"{path}." for path in ([paths] if isinstance(paths, str) else paths))
     parts = dict.fromkeys(("vision", "projector", "language", "mlp"), 0)
     for name, parameter in model.named_parameters():
         names = set(name.split("."))
-        language = bool(names & {*LANGUAGE_NAMES, "lm_head"})
-        part = "vision" if names & set(VISION_NAMES) else "language" if language else "projector"
+        language, within = names & {*LANGUAGE_NAMES, "lm_head"}, name.removeprefix(f"{model.base_model_prefix}.")
+        vision_only = names & set(VISION_NAMES) and not within.startswith(projector)
+        part = "vision" if vision_only else "language" if language else "projector"
         parts[part] += parameter.numel()
         parts["mlp"] += parameter.numel() * (part == "language" and "mlp" in names)
-    depths = getattr(vision, "depths", None)  # of encoders that halve their grid from stage to stage
-    side = getattr(vision, "image_size", 0) // getattr(vision, "patch_size", 1) // (2 ** (len(depths) - 1) if depths else 1)
-    layers = sum(depths) if depths else vision.num_hidden_layers
-    sizes = (vision.hidden_size, getattr(vision, "intermediate_size", 4 * vision.hidden_size), layers)
+    hidden = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the language model's
+    vision_inner = getattr(vision, "intermediate_size", 4 * hidden)
+    depths = (getattr(vision, name, None) for name in ("num_hidden_layers", "depth", "depths"))
+    depth = next(depth for depth in depths if depth)
+    sizes = (hidden, vision_inner, depth if isinstance(depth, int) else sum(depth))
+    sides, patch = _sides(getattr(vision, "image_size", None)), _sides(vision.patch_size)
+    merge = getattr(vision, "spatial_merge_size", None) or round(1 / getattr(model.config, "downsample_ratio", 1))
+    merge *= 1 if isinstance(depth, int) else 2 ** (len(depth) - 1)  # encoders that halve their grid from stage to stage
     inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
-    return Shape(parts, text.hidden_size, inner, text.num_hidden_layers, text.vocab_size, side * side, sizes)
+    patches = sides and math.prod(side // one for side, one in zip(sides, patch, strict=True))
+    return Shape(parts, text.hidden_size, inner, text.num_hidden_layers, text.vocab_size, patches, merge * merge, sizes)
+
+
+def _sides(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 def upcycled_shape(shape: Shape, spec: StageSpec) -> Shape:
@@ -150,7 +172,7 @@ def upcycled_shape(shape: Shape, spec: StageSpec) -> Shape:
     more = (spec.upcycle.experts - 1) * shape.parts["mlp"] * sparse // shape.layers
     more += sparse * spec.upcycle.experts * shape.hidden  # routers
     parts = shape.parts | {"language": shape.parts["language"] + more, "mlp": shape.parts["mlp"] + more}
-    return Shape(parts, shape.hidden, shape.inner, shape.layers, shape.vocabulary, shape.visual_tokens, shape.vision)
+    return replace(shape, parts=parts)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -224,7 +246,7 @@ def _activations(shape: Shape, spec: StageSpec, tokens: int, weight: int, sample
     one = tokens * (8 * shape.hidden + 4 * shape.inner) * size  # all that one layer keeps
     found = shape.layers * tokens * shape.hidden * 4 + one if spec.gradient_checkpointing else shape.layers * one
     hidden, inner, layers = shape.vision
-    patches = samples * shape.visual_tokens
+    patches = tokens * shape.merged if shape.patches is None else samples * shape.patches  # at most, where the area decides
     one = patches * (8 * hidden + 2 * inner) * size
     if "vision" not in spec.train:
         return found + one
@@ -257,7 +279,8 @@ def plan_offline(recipe: Recipe) -> str:
 
 def _line(role: str, shape: Shape) -> str:
     parts = ", ".join(f"{part} {shape.parts[part]:,}" for part in ("vision", "projector", "language"))
-    return f"{role}: {shape.total:,} parameters ({parts}), {shape.visual_tokens} visual tokens a picture"
+    tokens = "by the picture's area" if shape.patches is None else f"{shape.patches // shape.merged} a picture"
+    return f"{role}: {shape.total:,} parameters ({parts}); visual tokens: {tokens}"
 
 
 def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, teacher: Shape | None) -> list[str]:
@@ -267,7 +290,7 @@ def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, tea
     lines = [
         f"stage {name}: {length} of {optimiser.batch_size}, rate {optimiser.learning_rate:g}, trains {', '.join(spec.train)} "
         f"({trained:,} parameters)" + (f", {student.total:,} in all" if spec.upcycle else ""),
-        "  data: " + ", ".join(entry.card or f"{entry.format} in {entry.root}" for entry in spec.data),
+        "  data: " + ", ".join(map(_named, spec.data)),
         "  terms: " + ", ".join(_weighted(term) for term in spec.build_terms()),
     ]
     for count in COUNTS:
@@ -283,6 +306,10 @@ def _stage_lines(recipe: Recipe, name: str, spec: StageSpec, student: Shape, tea
                 f"samples {bytes_text(need.samples)})"
             )
     return lines
+
+
+def _named(entry: DataSpec) -> str:
+    return entry.card or (f"what {entry.from_} writes" if entry.from_ else f"{entry.format} in {entry.root}")
 
 
 def _length(spec: LoopSpec) -> str:

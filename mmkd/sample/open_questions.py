@@ -69,11 +69,21 @@ def _open_count(rng: random.Random, scene: Scene) -> OpenItem:
     return OpenItem("count", question, str(len(scene.things)), ("1", "2", "3"))
 
 
+_OTHER_KINDS = {
+    "sign color": _open_sign_color, "letter color": _open_letter_color, "color": _open_color, "shape": _open_shape,
+    "count": _open_count,
+}  # fmt: skip
+
+
 def open_items(rng: random.Random, scene: Scene) -> list[OpenItem]:
     """What the sign says, and one or two other questions."""
-    kinds = [_open_sign_color, _open_letter_color, _open_color, _open_shape, _open_count]
-    chosen = rng.sample(kinds, rng.randint(1, 2))
+    chosen = rng.sample([*_OTHER_KINDS.values()], rng.randint(1, 2))
     return [_open_sign_text(rng, scene), *(ask(rng, scene) for ask in chosen)]
+
+
+def kind_item(rng: random.Random, scene: Scene, kind: str) -> OpenItem:
+    """A question of the kind "text", "sign color", "letter color", "color", "shape" or "count"."""
+    return {"text": _open_sign_text, **_OTHER_KINDS}[kind](rng, scene)
 
 
 def entry(

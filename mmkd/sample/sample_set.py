@@ -48,6 +48,7 @@ from mmkd.errors import DataError
 from mmkd.sample.choice_questions import TEXT_SHARE, picture_items, problem, text_item_of
 from mmkd.sample.open_questions import entry, open_items
 from mmkd.sample.splits import SPLIT_SHARES, scene_of
+from mmkd.sample.writings import writings
 
 GENERATOR_VERSION = 4
 DEFAULT_SIZES = {"train": 3000, "val": 200, "test": 400}  # scenes of each of the two sets
@@ -163,6 +164,21 @@ def _write_all(plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]) -> 
     _write_json(plan.folder / "scienceqa" / "pid_splits.json", pids)
 
 
+def _write_writings(plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]) -> None:
+    """Rows of `writings`, a file a split, with the pictures of the TextVQA set's scenes."""
+    for split, size in sizes.items():
+        rows: list[dict[str, str]] = []
+        (plan.folder / "images" / split).mkdir(parents=True)
+        for index in range(size):
+            scene = scene_of(plan.rng("textvqa", split, index), "textvqa", split)
+            name = f"images/{split}/{index}.png"
+            (plan.folder / name).write_bytes(picture_bytes(scene))
+            for kind, question, answer in writings(plan.rng("writings", split, index), scene):
+                rows.append({"id": f"{index}-{kind}", "image": name, "question": question, "answer": answer})
+            tick()
+        _write_rows(plan.folder / f"{split}.jsonl", rows)
+
+
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
     with bar(total, "writing the sample", "scene") as told:
@@ -186,7 +202,8 @@ def _is_written(root: Path, wanted: dict[str, Any]) -> bool:
         ) from error
     if not isinstance(found, dict):
         raise DataError(f"{record} holds no object; delete {root} to have it written again")
-    differing = [f"{k}: {found.get(k)!r} there, {v!r} wanted" for k, v in wanted.items() if found.get(k) != v]
+    keys = [k for k in {**wanted, **found} if found.get(k) != wanted.get(k)]
+    differing = [f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} wanted" for k in keys]
     if differing:
         raise DataError(
             f"{root} holds another sample ({'; '.join(differing)}); choose another folder or delete it"
@@ -211,7 +228,7 @@ def _check_parameters(seed: int, sizes: dict[str, int], accuracy: float) -> None
 
 
 def write_sample_set(
-    root: Path, *, seed: int = 0, sizes: dict[str, int] | None = None, annotator_accuracy: float = 0.75
+    root: Path, *, seed: int = 0, sizes: dict[str, int] | None = None, annotator_accuracy: float = 0.75, of_writings: bool = False
 ) -> None:
     """Writes the sample into the new folder `root`, or keeps it if this very sample is there already.
 
@@ -223,6 +240,11 @@ def write_sample_set(
         captions/<split>.jsonl      {id, image (a path under root), question, answer}: all scenes of both sets
         captions/<split>_parts.jsonl  the same of the objects, the sign and its letters, each by itself
         sample.json                 seed, sizes, annotator_accuracy, generator_version
+
+    `of_writings`: instead of these, rows that teach a model to write (`mmkd.sample.writings`) on the TextVQA set's scenes:
+
+        <split>.jsonl               {id, image, question, answer}
+        images/<split>/<n>.png
 
     The folder appears complete or not at all. Raises DataError for wrong parameters and for a folder that
     holds something else.
@@ -236,6 +258,7 @@ def write_sample_set(
         "seed": seed,
         "sizes": sizes,
         "annotator_accuracy": annotator_accuracy,
+        **({"of_writings": True} if of_writings else {}),
     }
     if _is_written(root, record):
         return
@@ -243,8 +266,9 @@ def write_sample_set(
     folder = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:
         folder.chmod(0o755)  # mkdtemp's 0700 would keep other users of the machine out
-        with _progress(2 * sum(sizes.values())) as tick:
-            _write_all(_Plan(folder, seed, annotator_accuracy), sizes, tick)
+        write = _write_writings if of_writings else _write_all
+        with _progress((1 if of_writings else 2) * sum(sizes.values())) as tick:
+            write(_Plan(folder, seed, annotator_accuracy), sizes, tick)
         _write_json(folder / "sample.json", record)
         _move_into_place(folder, root, record)
     finally:

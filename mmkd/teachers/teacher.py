@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mmkd.data.samples import Sample
 from mmkd.engine.rows import Head
@@ -242,15 +243,19 @@ def check_vocabularies(student: Tower, teacher: Tower) -> None:
 
     Padding rows of a head do not matter. Raises TowerError for unrelated tokenizers.
     """
-    own, other = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     pictures = {t.tokenizer.convert_ids_to_tokens(t.image_token_id) for t in (student, teacher) if t.has_visual_tokens}
-    added = {*student.tokenizer.get_added_vocab(), *teacher.tokenizer.get_added_vocab()}
-    words = {*own, *other} - pictures
-    differing = [t for t in words if own.get(t) != other.get(t) and (t not in added or (t in own and t in other))]
+    differing = differing_tokens(student.tokenizer, teacher.tokenizer) - pictures
     if differing:
         raise TowerError(
-            f"{len(differing):,} tokens of the student's {len(own):,} and the teacher's {len(other):,} have another id or none "
-            f"in the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be compared; build the "
-            "student on a language model with the teacher's tokenizer, or compare spans of text (teacher.alignment=spans and the "
-            "term spans)"
+            f"{len(differing):,} tokens of the student's {len(student.tokenizer):,} and the teacher's {len(teacher.tokenizer):,} "
+            f"have another id or none in the other tokenizer (for example {sorted(differing)[:3]}), so their logits cannot be "
+            "compared; build the student on a language model with the teacher's tokenizer, or compare spans of text "
+            "(teacher.alignment=spans and the term spans)"
         )
+
+
+def differing_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> set[str]:
+    """Tokens with another id in the other tokenizer, or none; those that were added to one of them alone do not count."""
+    ids, others = one.get_vocab(), other.get_vocab()
+    added = {*one.get_added_vocab(), *other.get_added_vocab()}
+    return {t for t in {*ids, *others} if ids.get(t) != others.get(t) and (t not in added or (t in ids and t in others))}

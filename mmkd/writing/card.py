@@ -33,6 +33,7 @@ class PicturesSpec(Strict):
     """
 
     author: Shown = "whole"
+    without: int | None = Field(None, ge=1, description="the number of a picture that the author does not see, of several")
     row: Shown = "whole"
     margin: float = Field(0.05, ge=0, le=1)
     line: int = Field(5, ge=1, le=100)

@@ -13,7 +13,7 @@ from mmkd.data.prompts import letter_of
 from mmkd.data.samples import ImageRef, Question, Sample, Turn
 from mmkd.errors import DataError, ImageError, SampleError, one_line
 from mmkd.writing.card import PromptCard
-from mmkd.writing.regions import Region, regions_of, shown
+from mmkd.writing.regions import Region, regions_of, shown, without
 from mmkd.writing.templates import filled
 
 UNASKED = (DataError, ImageError, SampleError)  # for which a sample is left out, and counted
@@ -85,7 +85,7 @@ def _made(
         fields["region"] = {"label": region.label, "box": list(region.box)}
     try:
         look = card.pictures
-        own = shown(sample.images, look.author, region, look.margin, look.line)
+        own = without(shown(sample.images, look.author, region, look.margin, look.line), look.without)
         row = shown(sample.images, look.row, region, look.margin, look.line)
         return Prompt(name, question, _asked(name, card, fields, own), fields, row)
     except UNASKED as error:

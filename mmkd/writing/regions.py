@@ -94,3 +94,12 @@ def shown(pictures: tuple[Any, ...], how: str, region: Region | None, margin: fl
     first, *others = pictures
     part = Crop(first, region.box) if how == "crop" else Boxed(first, region.box, margin, line)
     return (part, *others)
+
+
+def without(pictures: tuple[Any, ...], number: int | None) -> tuple[Any, ...]:
+    """All but the `number`th. Raises SampleError where so many are not there, or none would be left."""
+    if number is None:
+        return pictures
+    if len(pictures) < max(2, number):
+        raise SampleError(f"its picture {number} is to be left out, and it has {len(pictures)}")
+    return pictures[: number - 1] + pictures[number:]

@@ -14,6 +14,7 @@ from mmkd.data.detect import detect
 from mmkd.errors import DataError, RecipeError
 from mmkd.recipes.reading import load_recipe, read_raw
 from mmkd.recipes.starter import METHODS, Starter, pair_names
+from mmkd.towers.assemble import train_tokenizer
 
 
 def write(folder, rows, name="train.jsonl", pictures="."):
@@ -107,6 +108,16 @@ def test_the_recipe_passes_a_dry_run(place, towers, capsys):
     recipe = load_recipe("mine.yaml")
     assert recipe.evaluation.benchmarks == ["mine_test.yaml"] and recipe.stages["distil"].epochs == 3
     assert main(["init", "mine.yaml", *words]) == 2 and "--force" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_seen(place, towers, capsys):
+    write(place / "data", rows())
+    tiny_tower(tokenizer=train_tokenizer(["quite other words"] * 9, 300)).save(place / "student")
+    words = ["--data", "data", "--teacher", str(towers / "teacher"), "--student", "student"]
+    assert main(["init", *words, "--gpus", "0"]) == 0 and "method spans" in capsys.readouterr().out
+    assert main(["distill", "recipe.yaml", "--dry-run", "guards.pixels_matter=false"]) == 0
+    assert "spans" in capsys.readouterr().out
+    assert main(["init", "kl.yaml", *words, "--method", "kl", "--gpus", "0"]) == 0 and "method kl" in capsys.readouterr().out
 
 
 def test_a_recipe_works_from_any_folder(place, towers, capsys):

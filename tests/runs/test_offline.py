@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import tiny_picture
 
 from mmkd.base.cards import list_cards, load_card
@@ -16,8 +18,10 @@ from mmkd.registry import registry
 from mmkd.retrieval.recipe import load_ranking_recipe
 from mmkd.runs.offline import FOLDER, Configuration, configuration, model_of, need_of, shape_of, student_of, upcycled_shape
 from mmkd.terms.spec import TermSpec
+from mmkd.testing.model_cards import ModelCard
 from mmkd.towers.tower import Tower
 
+WRITE = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "write"
 METHODS = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "methods"
 
 # By recipe and stage: trained parts, terms with their weights, rate, batch, epochs. From the papers and the released code.
@@ -94,7 +98,7 @@ def test_sizes_are_the_models_own(name):
     shape = shape_of(model_of(recipe.teacher.model))
     assert round(shape.parts["language"] / 1e6) == pytest.approx(teacher, abs=1)
     assert round(shape_of(student_of(recipe.student)).parts["language"] / 1e6) == pytest.approx(student, abs=1)
-    assert configuration(recipe.student.assemble.vision.source).name == vision and shape.visual_tokens == tokens
+    assert configuration(recipe.student.assemble.vision.source).name == vision and shape.patches == tokens
 
 
 def test_all_pass_the_offline_dry_run(capsys):
@@ -109,6 +113,36 @@ def test_all_pass_the_offline_dry_run(capsys):
         shown = capsys.readouterr().out
         assert "1 x 80 GB" in shown and "8 x 80 GB" in shown and "parameters" in shown
         assert f"mmkd {command} scripts/recipes/methods/{path.name} --dry-run --offline" in path.read_text()
+
+
+def test_whole_models_have_the_parameters_of_their_cards():
+    """Which count the published files."""
+    found = {}
+    for name in list_cards("models/towers"):
+        card = load_card("models/towers", name, ModelCard)
+        with suppress(DataError):
+            found[name] = (shape_of(model_of(card.source)).total / 1e6, card.parameters)
+    assert len(found) >= 11
+    assert {name for name, (counted, told) in found.items() if abs(counted / told - 1) > 0.002} == set()
+    assert shape_of(model_of("OpenGVLab/InternVL3-1B-hf")).patches == 4 * 256
+    by_area = shape_of(model_of("Qwen/Qwen2.5-VL-3B-Instruct"))
+    assert by_area.patches is None and by_area.merged == 4
+    assert by_area.parts["projector"] == 1280 + 4 * 1280 * (4 * 1280 + 1) + (4 * 1280 + 1) * 2048  # its merger
+
+
+@pytest.mark.parametrize("path", sorted(WRITE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_write_pass_the_offline_dry_run(path, capsys):
+    assert main(["distill", str(path), "--dry-run", "--offline"]) == 0
+    assert "student: " in capsys.readouterr().out
+
+
+def test_each_pair_passes_the_offline_dry_run(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text('{"image": "a.png", "question": "what", "answer": "red"}\n' * 3)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in list_cards("models/pairs"):
+        assert main(["distill", f"pair:{name}", f"data={tmp_path}", "--dry-run", "--offline"]) == 0, name
+        shown = capsys.readouterr().out
+        assert "teacher: " in shown and "student: " in shown
 
 
 def test_the_numbers_of_on_policy_recipes():
@@ -154,7 +188,7 @@ def test_small_runs_have_a_plan_from_their_folders_alone(name, capsys, tmp_path,
     assert f"{tower.parameter_count()['total']:,} parameters" in shown
     picture = tiny_picture(tmp_path, "a.png", 0, (64, 64))
     encoded = tower.encode(Sample("a", (picture,), (Turn("user", "what?", 1),)), with_answer=False)
-    assert f"{tower.visual_count(encoded)} visual tokens a picture" in shown
+    assert f"visual tokens: {tower.visual_count(encoded)} a picture" in shown
 
 
 def test_more_samples_and_fewer_processes_need_more_memory():

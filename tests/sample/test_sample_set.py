@@ -348,3 +348,31 @@ def test_every_word_and_number_looks_different():
     assert len(scenes.WORDS) == len(set(scenes.WORDS)) >= 12
     assert len({scenes._text_mask(text).tobytes() for text in texts}) == len(texts)
     assert scenes._text_mask("bull").height >= 9
+
+
+def test_writings_tell_what_the_scenes_show(tmp_path, monkeypatch):
+    write_sample_set(tmp_path / "writings", sizes={"train": 30}, of_writings=True)
+    write_sample_set(tmp_path / "sample", sizes={"train": 30})
+    rows = [json.loads(line) for line in (tmp_path / "writings" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 30
+    told = [json.loads(line) for line in (tmp_path / "sample" / "captions" / "train.jsonl").read_text().splitlines()]
+    captions = {(tmp_path / "sample" / row["image"]).read_bytes(): row["answer"] for row in told if "textvqa" in row["id"]}
+    for row in rows:
+        caption = captions[(tmp_path / "writings" / row["image"]).read_bytes()]  # the same scenes, pixel by pixel
+        kind = row["id"].partition("-")[2]
+        if kind == "described":
+            text, _, answer = row["answer"].partition("\nAnswer: ")
+            assert text == caption and row["question"].endswith("\nDescribe, then answer.")
+        elif kind == "listed":
+            text, _, answer = row["answer"].partition("\nAnswer: ")
+            assert len(text.splitlines()) == int(caption[0]) + 1
+            assert set(scenes.things(text)) == set(scenes.things_of_caption(caption))
+        else:
+            written = json.loads(row["answer"])
+            answer = written["answer"]
+            assert written.keys() == {"question", "answer"} and written["question"].endswith("?")
+        assert scenes.things(answer)[0] in scenes.things(caption)
+    likes = [row for row in rows if row["id"].endswith("asked like")]
+    assert all(("sign" in json.loads(row["answer"])["question"]) == ("sign" in row["question"]) for row in likes)
+    with pytest.raises(DataError, match="holds another sample"):
+        write_sample_set(tmp_path / "writings", sizes={"train": 30})

@@ -55,7 +55,7 @@ def test_which_caches_serve_a_term():
     assert {name for name, word in served.items() if word == "no"} == {"adpa", "policy_gradient", "rewarded_reverse_kl", "spans"}
     assert {name for name, word in served.items() if word == "kept reference"} == {"dpo", "kto_pair"}
     without = {name for name, word in served.items() if word == "needs no teacher"}
-    assert without == {"contrastive", "cross_entropy", "group_reward", "load_balance", "pwce", "tags"}
+    assert without == {"aspects", "contrastive", "cross_entropy", "group_reward", "load_balance", "pwce", "tags"}
 
 
 def test_the_table_of_methods_is_current():

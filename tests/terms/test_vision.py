@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from mmkd import losses
+from mmkd.data.samples import Question, Sample, Turn
+from mmkd.errors import SampleError
 from mmkd.terms import vision
+from mmkd.terms.aspects import Aspects
 from mmkd.terms.bridge import Bridge, resample
 from mmkd.terms.vision import Contrastive, FeatureMatch, Relation, Tags, Temperature, alike
 
@@ -118,3 +121,33 @@ def test_resampling_several_pictures_is_resampling_each():
 def test_no_more_than_so_many_pictures_are_taken_at_once():
     own = drawn(3, counts=[4] * 40)
     assert [len(a) for a, _ in alike(own, own)] == [16, 16, 8]
+
+
+def told(question, **facts):
+    return Sample("s", (), (Turn("user", question),), {"question": Question("s", question, told=facts)})
+
+
+def test_aspects_are_soft_targets_of_a_head():
+    torch.manual_seed(0)
+    term = Aspects(aspects=("Is it red?", "Is it round?"))
+    samples = [told("Is it round?", odds="1.5"), told("Is it red?", odds="0"), told("Is it red?"), told("Is it big?", odds="3"),
+               told("Is it red?", odds="-2")]  # fmt: skip
+    facts = [term.sample_fact(sample) for sample in samples]
+    assert facts == [(1, pytest.approx(1 / (1 + 2.718281828459045**-1.5))), (0, 0.5), None, None, (0, pytest.approx(0.11920292))]
+    head, features = nn.Linear(5, 2).double(), drawn(5, counts=PICTURES)
+    given = Given(head, batch(), student__features=features)
+    given.facts = facts  # the second sample has no picture, so it counts nothing
+    wanted = torch.zeros((), dtype=DOUBLE)
+    for picture, (number, yes) in ((0, facts[0]), (4, facts[4])):
+        logit = (head.weight @ features[picture].mean(0) + head.bias)[number]
+        wanted = wanted - yes * logit.sigmoid().log() - (1 - yes) * (1 - logit.sigmoid()).log()
+    equal(term.loss(given), wanted, [features[0], features[4]])
+    with torch.no_grad():  # least where the head says the teacher's odds
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.0, 1.5]))
+    given.facts = [facts[0], None, None, None, None]
+    assert gradients(term.loss(given), [head.bias])[0].abs().max() < 1e-7
+    assert Aspects(aspects=("a",), temperature=2.0).sample_fact(told("a", odds="3"))[1] == pytest.approx(0.81757448)
+    with pytest.raises(SampleError, match="told.odds is 'maybe', no log-odds"):
+        term.sample_fact(told("Is it red?", odds="maybe"))
+    assert "name the questions" in Aspects().errors()[0] and Aspects(aspects=("a", "a")).errors()

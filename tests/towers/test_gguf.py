@@ -7,29 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from served_models import TEXT, TOKENS, VISION, drawn
-from tiny import WORDS, tiny_tower
+from served_models import VISION, assembled
+from tiny import tiny_tower
 
 from mmkd.cli import main
 from mmkd.errors import TowerError
-from mmkd.runs.export import QUESTIONS, compare
-from mmkd.towers.assemble import LanguageSpec, VisionSpec, assemble, train_tokenizer
+from mmkd.runs.engines import llama_cpp
+from mmkd.runs.export import FOR_LLAMA_CPP, QUESTIONS, compare
 from mmkd.towers.gguf import PICTURES, refusals, write_gguf
 from mmkd.towers.gguf import TEXT as TEXT_FILE
 from mmkd.towers.quantise import fake_quantise, settle
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-
-
-def student(kind: str, encoder: str = "siglip_vision_model", **changes):
-    vision = {"model_type": encoder, **VISION, "image_size": 32, "patch_size": 8}
-    vision |= {"vision_use_head": False} if encoder.startswith("siglip") else {}
-    language = {"model_type": kind, **TEXT, "head_dim": 32, "max_position_embeddings": 1024} | changes
-    tower = assemble(
-        VisionSpec(config=vision, image_size=(32, 32)), LanguageSpec(config=language, chat_template="simple"),
-        tokenizer=train_tokenizer(WORDS, TOKENS), seed=0,
-    )  # fmt: skip
-    return drawn(tower, 1)
 
 
 def read(path):
@@ -40,7 +29,7 @@ def read(path):
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_every_tensor_is_written_once_with_its_values(tmp_path, kind):
-    tower = student(kind, tie_word_embeddings=False)
+    tower = assembled(kind, tie_word_embeddings=False)
     assert write_gguf(tower, tmp_path) == []
     text, file = read(tmp_path / TEXT_FILE)
     pictures, _ = read(tmp_path / PICTURES)
@@ -67,7 +56,7 @@ def test_every_tensor_is_written_once_with_its_values(tmp_path, kind):
 
 
 def test_a_student_that_was_trained_so_loses_nothing(tmp_path):
-    tower = student("qwen2")
+    tower = assembled("qwen2")
     fake_quantise(tower, "q4_0", ["language"])
     settle(tower)
     assert write_gguf(tower, tmp_path, "q4_0") == []
@@ -81,9 +70,10 @@ def test_a_student_that_was_trained_so_loses_nothing(tmp_path):
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_llama_cpp_answers_as_transformers(tmp_path, kind):
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    tower = student(kind).freeze()
+    tower = assembled(kind).freeze()
     write_gguf(tower, tmp_path)
-    stretched, padded = compare(tower, tmp_path)
+    with llama_cpp(tmp_path) as engine:
+        stretched, padded = compare(tower, engine, FOR_LLAMA_CPP)
     equal = int(stretched.partition(": ")[2].split()[0])
     assert equal >= QUESTIONS - 5
     within = [float(word.rstrip(";")) for word in stretched.split() if "e-" in word]
@@ -93,7 +83,7 @@ def test_llama_cpp_answers_as_transformers(tmp_path, kind):
 
 def test_what_comes_out_wrong_is_refused(tmp_path, capsys):
     with pytest.raises(TowerError, match="CLIP's class token behind the patches.*take a SigLIP"):
-        write_gguf(student("qwen2", "clip_vision_model"), tmp_path / "a")
+        write_gguf(assembled("qwen2", "clip_vision_model"), tmp_path / "a")
     assert not (tmp_path / "a").exists()
     assert "a vit, of which llama.cpp's LLaVA knows nothing" in refusals(tiny_tower())[0]
     assert "stands linear, not GELU" in refusals(tiny_tower(vision="siglip", projector="linear"))[0]
@@ -109,11 +99,11 @@ def test_what_comes_out_wrong_is_refused(tmp_path, capsys):
 
 
 def test_a_folder_for_vllm_is_the_model_and_says_what_stands_in_the_way(tmp_path, capsys):
-    tower = tiny_tower()
+    tower = assembled("qwen3", head_dim=8)
     tower.save(tmp_path / "student")
     assert main(["export", str(tmp_path / "student"), str(tmp_path / "out"), "--to", "vllm"]) == 0
     said = capsys.readouterr().out
-    assert "its attention heads are 8 wide" in said and "vllm serve" in said
+    assert "its attention heads are 8 wide" in said and "writes them" not in said and "vllm serve" in said
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llava"
     from mmkd.towers.tower import Tower
 
@@ -123,12 +113,13 @@ def test_a_folder_for_vllm_is_the_model_and_says_what_stands_in_the_way(tmp_path
 
 def test_an_answer_that_ends_at_once_is_equal(tmp_path):
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    tower = student("qwen2", tie_word_embeddings=False).freeze()
+    tower = assembled("qwen2", tie_word_embeddings=False).freeze()
     head = tower.head.weight
     sizes = head.norm(dim=1)
     with torch.no_grad():  # whatever is likeliest, the end, in either sign, is nearly always likelier
         head.mul_(0.01)
         head[sorted(tower.stop_ids)[0]] = head[int(sizes.argmax())] * 1e4
     write_gguf(tower, tmp_path)
-    said = next(compare(tower, tmp_path))
+    with llama_cpp(tmp_path) as engine:
+        said = next(compare(tower, engine, FOR_LLAMA_CPP))
     assert said.split(": ")[1].startswith(f"{QUESTIONS} of {QUESTIONS} greedy answers equal")

@@ -144,6 +144,13 @@ def test_ordinary_answers_are_no_instructions():
     assert all(kept(made("instructions"), *map(one, texts)))
 
 
+def test_numbers_of_a_trace():
+    seen = Question("q", "what?", told={"trace": "bar 10\nbar 25"})
+    check = made("grounded", told="trace", numbers=True)
+    texts = ("bars at 10 and 25", "many bars", "bars at 10 and 26", "bar25", "2.5 bars")
+    assert kept(check, *(one(text, about=seen) for text in texts)) == [True, True, False, False, False]
+
+
 def test_grounded():
     seen = Question("q", "total?", ocr_tokens=("TOTAL", "12.50", "Main", "Street"), told={"lines": "Total due 9"})
     check = made("grounded")
@@ -234,6 +241,13 @@ def test_a_judge_keeps_by_its_odds():
     assert check.group(told) == [None, None, "judged wrong", "not judged"]
     with pytest.raises(DataError, match="there is no teacher 'judge'"):
         made("judge", Surroundings(judges=("teacher",)), by="judge")
+
+
+def test_a_judge_keeps_its_odds_in_the_row_where_it_is_told_to():
+    check = made("judge", Surroundings(judges=("teacher",)), at_least=-1000, keep="odds")
+    found = check.told(one("yes"), -3.5)
+    assert found.row["told"] == {"odds": "-3.5"} and check.refuse(found) is None
+    assert "odds" not in check.told(one("yes"), None).row["told"]
 
 
 def test_a_higher_threshold_keeps_no_more():

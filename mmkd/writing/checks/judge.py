@@ -23,6 +23,7 @@ class Judge(Check):
     """Keeps rows that a model of the recipe judges right: log p(yes) - log p(no) of its first word is at least `at_least`.
 
     by: a teacher's name.  prompt: a template of the row's question, answer and choices.  yes, no: the two words.
+    keep: the key of the row's `told` under which the odds are kept (as the term `aspects` reads them); "" keeps none.
     """
 
     asks: ClassVar[bool] = True
@@ -32,6 +33,7 @@ class Judge(Check):
     prompt: str = PROMPT
     yes: str = "yes"
     no: str = "no"
+    keep: str = ""
 
     def __post_init__(self) -> None:
         compiled(self.prompt)
@@ -54,7 +56,9 @@ class Judge(Check):
 
     def told(self, one: Candidate, odds: float | None) -> Candidate:
         """The row with the judge's log-odds; None where it gave none."""
-        return replace(one, notes={**one.notes, "odds": odds})
+        more = {self.keep: repr(odds)} if self.keep and odds is not None else {}
+        row = {**one.row, "told": {**one.row.get("told", {}), **more}}
+        return replace(one, row=row, notes={**one.notes, "odds": odds})
 
     def refuse(self, one: Candidate) -> str | None:
         odds = one.notes.get("odds")

@@ -164,11 +164,12 @@ class Instructions(Check):
 class Grounded(Check):
     """Answers whose words stand in what was read from the picture: `ocr_tokens`, or a key of `told` (TAIL's labels).
 
-    share: of the answer's words, at least.
+    share: of the answer's words, at least.  numbers: only words with a digit count (CodePercept's captions, against a trace).
     """
 
     told: str = ""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    numbers: bool = False
     of: tuple[str, ...] = field(default=("answer",))
 
     def refuse(self, one: Candidate) -> str | None:
@@ -176,6 +177,10 @@ class Grounded(Check):
         read = set(words_of(text))
         for name in self.of:
             words = words_of(one.row.get(name) or "")
+            if self.numbers:
+                words = [word for word in words if any(map(str.isdigit, word))]
+                if not words:
+                    continue
             if not words or sum(word in read for word in words) < self.share * len(words):
                 return f"{name} not in the picture's words"
         return None
