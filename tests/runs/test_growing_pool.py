@@ -1,4 +1,4 @@
-"""CoMD (`comd_assessor.yaml`): the pool grows by what was hard, and a student that does not trail ends the rounds."""
+"""CoMD (`comd.yaml`): the pool grows by what was hard, and a student that does not trail ends the rounds."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from mmkd.recipes.reading import load_recipe
 from mmkd.runs.run import distill
 from mmkd.writing.authors import LiveAuthor
 
-RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "write" / "comd_assessor.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "write" / "comd.yaml"
 COUNT = 6
 
 

@@ -178,7 +178,7 @@ def test_numbers_of_a_caption_stand_in_the_trace():
 @needs_one
 def test_the_recipe_from_pictures_to_captions(tmp_path):
     """Of four pictures one program is right, one draws something else, one fails and one is no program."""
-    recipe = load_recipe(Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "write" / "codepercept_drawn.yaml")
+    recipe = load_recipe(Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "write" / "codepercept.yaml")
     made = [scene_of(seed) for seed in (1, 2, 3, 4)]
     for number, (picture, _) in enumerate(made):
         picture.save(tmp_path / f"{number}.png")

@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from writers import TableAuthor, rows_in, samples_of, stage_of
 
-from mmkd.base.sandbox import sandbox_refusal
 from mmkd.data.formats import read_split
 from mmkd.data.samples import ImageRef, Question, Sample, Turn
 from mmkd.recipes.reading import load_recipe
@@ -35,29 +34,6 @@ def written(folder):
         turns = (Turn("user", question.question, len(question.images)), Turn("assistant", question.answer))
         found.append(Sample(question.id, tuple(question.images), turns, {"question": question}))
     return found
-
-
-def asked_about(request):
-    return request.sample.turns[-1].text
-
-
-def test_comd_writes_more_of_what_the_student_lacks_and_stops_where_it_lacks_nothing(tmp_path):
-    samples = samples_of(6)
-    answers = write(of_recipe("comd", "answers", samples, TableAuthor(lambda r: f"word {r.id[1]}")), tmp_path / "a")
-    knows = {"s0", "s1", "s2", "s3"}
-    weak = TableAuthor(lambda r: f"word {r.id[1]}" if r.id in knows else "no idea", name="student")
-    trails = write(of_recipe("comd", "trails", written(answers), weak), tmp_path / "b")
-    assert [row["id"] for row in rows_in(trails)] == ["s4", "s5"]
-    assert [row["answer"] for row in rows_in(trails)] == ["word 4", "word 5"]  # the teacher's
-
-    def like(request):
-        return json.dumps({"question": f"{request.number} {asked_about(request).splitlines()[0][-18:]}", "answer": "red"})
-
-    similar = TableAuthor(like)
-    more = write(of_recipe("comd", "more", written(trails), similar), tmp_path / "c")
-    assert len(rows_in(more)) == 2 * 2 and "number 4" in rows_in(more)[0]["question"]  # hard ones times the ratio
-    same = TableAuthor(lambda r: f"word {r.id[1]}", name="student")
-    assert rows_in(write(of_recipe("comd", "trails", written(answers), same), tmp_path / "d")) == []
 
 
 @pytest.fixture
@@ -96,29 +72,6 @@ def test_a_picture_that_is_not_there_cannot_be_left_out(tmp_path, pairs):
     one = [Sample("s", pairs[0].images[:1], (Turn("user", "-", 1),), {"question": Question("s", "what?", answer="x")})]
     stage = stage_of([*one, *pairs[:1]], [TableAuthor(lambda r: "x")], prompt={"prompt": "what?", "pictures": {"without": 2}})
     assert [row["id"] for row in rows_in(write(stage, tmp_path))] == ["s0"]
-
-
-@pytest.mark.skipif(bool(sandbox_refusal()), reason="no sandbox can be made here")
-def test_codepercept_keeps_programs_that_run_and_captions_of_their_trace(tmp_path):
-    samples = samples_of(3)
-    runs, does_not = "```python\nfor x in (10, 25): print('bar', x)\n```", "```python\nprint(1 +\n```"
-    programs = {"s0": runs, "s1": does_not, "s2": "while True: pass"}
-    stage = of_recipe("codepercept", "code", samples, TableAuthor(lambda r: programs[r.id]))
-    dict(stage.checks)["program"].seconds = 0.5
-    code = write(stage, tmp_path / "code")
-    assert [row["told"]["trace"] for row in rows_in(code)] == ["bar 10\nbar 25"] * 1
-    assert len({row["answer"] for row in rows_in(code)}) == 1  # four draws of the same program are one row
-
-    def caption(text, folder):
-        def say(request):
-            assert "bar 10\nbar 25" in asked_about(request)
-            return text
-
-        return rows_in(write(of_recipe("codepercept", "caption", written(code), TableAuthor(say)), tmp_path / folder))
-
-    assert caption("There are bars at 10 and at 25 in the figure.", "right")[0]["question"] == "Describe this figure."
-    assert caption("There are bars at 10 and at 26 in the figure.", "wrong") == []
-    assert len(caption("There are some bars in this little figure.", "silent")) == 1
 
 
 def test_each_role_has_its_word_and_the_actor_says_the_label(tmp_path):

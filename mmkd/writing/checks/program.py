@@ -25,14 +25,12 @@ class Program(Check):
     allow: must be true; what a model wrote is executed, without network, files or further processes.  code: the key of what the
     form read that holds the program; "" for the first fenced block of the text, or all of it.  prints: what its last line must
     be, the row's `answer` or one of the data's `reference`s, without case, punctuation and white space; "" for anything.
-    told: the key of the row's `told` under which all that it printed is kept, as a trace of what it does; "" keeps nothing.
     seconds, memory_mb, output_bytes: its limits.
     """
 
     allow: bool = False
     code: str = ""
     prints: Literal["", "answer", "reference"] = "answer"
-    told: str = ""
     seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
     memory_mb: Annotated[int, Field(ge=64, le=2**16)] = 256
     output_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 65536
@@ -51,8 +49,6 @@ class Program(Check):
             return "runs too long" if ended.late else "prints too much"
         if ended.code:
             return "does not run"
-        if self.told:
-            one.row["told"] = {**one.row.get("told", {}), self.told: ended.output.strip()}
         wanted = {"": None, "answer": [one.row["answer"]], "reference": one.question.references}[self.prints]
         said = folded(lines[-1]) if lines else ""
         return None if wanted is None or said in map(folded, wanted) else "prints something else"
