@@ -11,8 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sizes", default=None, metavar="train=N,val=N,test=N", help="scenes of each data set by split")
     texts = parser.add_mutually_exclusive_group()
-    texts.add_argument("--writings", dest="of", action="store_const", const="writings", help="instead, texts that teach a model to write data")
-    texts.add_argument("--statements", dest="of", action="store_const", const="statements", help="instead, statements to make and to judge")
+    for of, what in (("writings", "texts that teach a model to write data"), ("statements", "statements to make and to judge")):
+        texts.add_argument(f"--{of}", dest="of", action="store_const", const=of, help=f"instead, {what}")
 
 
 def run(arguments: argparse.Namespace) -> int:
