@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator
 from mmkd.base.schema import Strict, is_default
 from mmkd.data.mixup import MixupSpec
 from mmkd.data.prompts import PromptStyle
+from mmkd.data.views import ViewsSpec
 from mmkd.errors import did_you_mean
 from mmkd.registry import registry
 
@@ -34,6 +35,10 @@ class DataSpec(Strict):
     text_only: bool = Field(False, exclude_if=is_default(False))  # whether it is right that no sample has a picture
     # some of its pictures mixed with others, for terms that compare vision features alone
     mixup: MixupSpec | None = Field(None, exclude_if=is_default(None))
+    # copies of its samples with other views of their pictures, for the sampler hard_views
+    views: ViewsSpec | None = Field(None, exclude_if=is_default(None))
+    # what a sample is asked in place of its prompt, as `teacher.prompt` says it: trains a teacher that is told more
+    asked: str | None = Field(None, exclude_if=is_default(None))
     tag: str | None = Field(None, exclude_if=is_default(None))  # names its samples for routed_teachers; default: its card
     limit: int | None = Field(None, gt=0)  # at most this many questions, drawn with the recipe's seed
     image_limit: int | None = Field(None, gt=0)  # at most this many distinct images, with all their questions

@@ -16,6 +16,7 @@ class RoundsSpec(Strict):
 
     until: stall: no further round after one whose student is not better on the validation split than the best before; the best
     round's student is taken.  keep: a round also learns from what earlier rounds wrote. `NAME_2` is the stage NAME in round 2.
+    A stage that reads one behind it in the round reads what the round before wrote, with `keep` all rounds before.
     """
 
     stages: list[str] = Field(min_length=1)  # names of the stages of a round
@@ -44,8 +45,8 @@ def written_out(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rounds: round {taken[0].rpartition('_')[2]} needs the name {taken[0]!r}, which another stage has")
     made = {name: stages[name] for name in order[:start]}
     for number in range(1, spec.times + 1):
-        made |= {_name(name, number): _of_round(stages[name], spec, number) for name in spec.stages}
-    made |= {name: _of_round(stages[name], spec, spec.times) for name in order[start + len(spec.stages) :]}
+        made |= {_name(name, number): _of_round(name, stages[name], spec, number) for name in spec.stages}
+    made |= {name: _of_round(name, stages[name], spec, spec.times) for name in order[start + len(spec.stages) :]}
     return {**given, "stages": made, "rounds": {**rounds, "names": names}}
 
 
@@ -53,9 +54,9 @@ def _name(name: str, number: int) -> str:
     return name if number == 1 else f"{name}_{number}"
 
 
-def _of_round(stage: Any, spec: RoundsSpec, number: int) -> Any:
+def _of_round(name: str, stage: Any, spec: RoundsSpec, number: int) -> Any:
     """A stage of a round, which reads what that round wrote; with `keep` what earlier ones wrote, too."""
-    if number == 1 or not isinstance(stage, dict):
+    if not isinstance(stage, dict):
         return stage
     found = copy.deepcopy(stage)
     data: list[Any] = []
@@ -63,9 +64,15 @@ def _of_round(stage: Any, spec: RoundsSpec, number: int) -> Any:
         if not isinstance(entry, dict) or entry.get("from") not in spec.stages:
             data.append(entry)
             continue
-        first = 1 if spec.keep and stage.get("kind") != "write" else number
-        data += [{**entry, "from": _name(entry["from"], n)} for n in range(first, number + 1)]
-    found["data"] = data
-    if isinstance(stage.get("context"), dict):
-        found["context"] = {key: _name(name, number) if name in spec.stages else name for key, name in stage["context"].items()}
+        behind = name in spec.stages and spec.stages.index(entry["from"]) > spec.stages.index(name)
+        last = number - 1 if behind else number
+        first = 1 if spec.keep and (behind or stage.get("kind") != "write") else max(1, last)
+        data += [{**entry, "from": _name(entry["from"], n)} for n in range(first, last + 1)]
+    if stage.get("data"):
+        # Nothing was written before round 1: where that leaves nothing, the entries stay, and the recipe says what is wrong.
+        found["data"] = data or stage["data"]
+    if number > 1 and isinstance(stage.get("context"), dict):
+        found["context"] = {
+            key: _name(other, number) if other in spec.stages else other for key, other in stage["context"].items()
+        }
     return found

@@ -19,8 +19,10 @@ from mmkd.data.preference import rejected_of
 from mmkd.data.samples import Sample, Turn
 from mmkd.data.spec import DataSpec
 from mmkd.data.tally import Tally
-from mmkd.errors import DataError
+from mmkd.data.views import with_views
+from mmkd.errors import DataError, SampleError, one_line
 from mmkd.recipes.recipe import Recipe
+from mmkd.teachers.view import View, ViewSpec
 from mmkd.terms.spec import build_terms
 from mmkd.train.spec import StageSpec
 
@@ -86,9 +88,7 @@ def rows_left_out(recipe: Recipe) -> dict[str, dict[str, int]]:
 
 def samples_by_entry(recipe: Recipe) -> dict[str, list[int | None]]:
     """By stage how many samples each of its data entries has; None where nobody knows: of a stream, of rows not written yet."""
-    return {
-        name: [_count(recipe, spec, bool(stage.one_answer)) for spec in stage.data] for name, stage in recipe.stages.items()
-    }
+    return {name: [_count(recipe, spec, bool(stage.one_answer)) for spec in stage.data] for name, stage in recipe.stages.items()}
 
 
 def _count(recipe: Recipe, spec: DataSpec, one_answer: bool) -> int | None:
@@ -112,7 +112,20 @@ def _read_once(
     samples = read_samples(spec, seed, data_root, allowed, tally)
     if one_answer:
         samples = AnswersApart(samples) if is_lazy(samples) else [one for sample in samples for one in sample.by_answer()]
-    return mixed(samples, spec.mixup, seed), tally
+    return mixed(with_views(_asked(samples, spec), spec.views, seed), spec.mixup, seed), tally
+
+
+def _asked(samples: Sequence[Sample], spec: DataSpec) -> Sequence[Sample]:
+    """The samples behind the prompt of `asked`. Raises DataError for no template, and where fields lack."""
+    if spec.asked is None:
+        return samples
+    try:
+        view = View(ViewSpec(prompt=spec.asked).prompt)
+        if is_lazy(samples):
+            return samples.then(view) if isinstance(samples, Lazy) else Lazy(samples, view)
+        return [view(sample) for sample in samples]
+    except (ValueError, SampleError) as error:
+        raise DataError(f"data.asked: {one_line(str(error).replace('teacher.prompt', 'it'), 300)}") from error
 
 
 class AnswersApart(Lazy[Sample]):

@@ -33,7 +33,7 @@ class TeacherSpec(ReadingSpec, ViewSpec):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of its weights; auto: as they are stored
     quantise: Literal["8bit", "4bit"] | None = None  # loads its language model in fewer bits (bitsandbytes)
     trust_remote_code: bool = False  # whether code in its folder may run
-    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
+    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes, but windows of a Qwen2.5-VL encoder in groups.
     attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
     # For the visual switch: its layers keep their inputs alone and are computed again on the way back.
     gradient_checkpointing: bool = Field(False, exclude_if=is_default(False))

@@ -23,13 +23,14 @@ from mmkd.registry import register
 from mmkd.teachers.live import load_tower
 from mmkd.teachers.opening import Opening
 from mmkd.teachers.spec import TeacherSpec
-from mmkd.teachers.store import About, StoredRows, TeacherCache, content_key
+from mmkd.teachers.store import OPEN_SHARDS, About, StoredRows, TeacherCache, content_key
 from mmkd.teachers.teacher import Gives, Teacher, TeacherSignals
 from mmkd.towers.loading import device_of_process
 from mmkd.towers.reading import Reading
 from mmkd.towers.tower import Encoded, Seen, Tower
 
 HEAD = "head.safetensors"
+_VIEWS = 4096  # bytes of the objects that one sample's views are, about
 
 
 @register("teachers", "stored")
@@ -111,6 +112,15 @@ class StoredTeacher(Teacher):
     def answer_loss(self, inputs: StoredRows) -> float | None:
         rows = int(inputs.where(["response"]).sum())
         return -float(inputs.scores.sum()) / rows if rows else None
+
+    def bytes_to_keep(self, prepared: StoredRows) -> int | None:
+        """Rows are views of the mapped shards, unless only some kinds of them were copied out. Where not all shards stay open,
+        kept views would hold them open."""
+        if len(self.cache.paths) > OPEN_SHARDS:
+            return None
+        if {*self.about.rows} <= self.positions:
+            return _VIEWS
+        return _VIEWS + sum(tensor.numel() * tensor.element_size() for tensor in prepared.signal.values())
 
     def storage(self) -> str:
         return f"teacher cache: {len(self.cache):,} samples, {self.cache.rows:,} rows in {self.cache.folder}"

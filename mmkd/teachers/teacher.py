@@ -184,6 +184,10 @@ class Teacher(ABC):
         """Of a stored teacher: its mean cross-entropy on the answers of a batch; None where it keeps no answer rows."""
         return None
 
+    def bytes_to_keep(self, prepared: Any) -> int | None:
+        """Of a stored teacher: memory of what `prepare` gave, to keep it for the next epoch; None where it is read anew then."""
+        return None
+
     def storage(self) -> str | None:
         """Of a stored teacher: how much is kept and where."""
         return None

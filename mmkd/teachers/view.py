@@ -5,6 +5,7 @@ What is compared stays the answer: teacher and student read the same answer behi
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator
 
 from mmkd.base.schema import Strict, is_default
+from mmkd.data.prompts import letter_of
 from mmkd.data.samples import Question, Sample
 from mmkd.errors import SampleError, did_you_mean
 from mmkd.towers.samples import Picture
@@ -28,6 +30,7 @@ FIELDS = {
     "hint": "the context that the data give",
     "choices": "the choices, one a line",
     "ocr": "the words in the picture, separated by commas",
+    "narrowed": "the right choice and a wrong one with their letters, in an order by the sample's id (LAD)",
 }
 
 
@@ -106,6 +109,7 @@ class View:
             "choices": "\n".join(question.choices), "ocr": ", ".join(question.ocr_tokens),
         }  # fmt: skip
         more = question.categories | question.told
+        known |= {"narrowed": _narrowed(question)} if name == "narrowed" else {}
         value = known[name] if name in known else more.get(name)
         if value is None:
             has = [*FIELDS, *more]
@@ -126,9 +130,7 @@ class View:
         except ValueError:
             box = ()
         if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-            raise SampleError(
-                f"sample {sample.id!r}: {self.images.crop} is {text!r}, not a box; write left, top, right, bottom"
-            )
+            raise SampleError(f"sample {sample.id!r}: {self.images.crop} is {text!r}, not a box; write left, top, right, bottom")
         first, *others = sample.images
         crop = Crop(first, box)
         if not self.images.keep:
@@ -138,6 +140,18 @@ class View:
         own = turns[place]
         turns[place] = replace(own, images=own.images + 1, places=(own.places[0], *own.places) if own.places else ())
         return replace(sample, images=(first, crop, *others), turns=tuple(turns))
+
+
+def _narrowed(question: Question) -> str:
+    """Two of a question's choices, one of them right, such as "A. a cat; C. a dog". Which wrong one, and which stands first,
+    follows from the id alone. Raises SampleError for a question without choices."""
+    choices, right = question.choices, question.answer_index
+    if right is None or len(choices) < 2:
+        raise SampleError(f"sample {question.id!r} has no choices, of which {{narrowed}} is two; leave it out of the prompt")
+    draw = random.Random(f"narrowed {question.id}")
+    pair = [right, draw.choice([n for n in range(len(choices)) if n != right])]
+    draw.shuffle(pair)
+    return "; ".join(f"{letter_of(n)}. {choices[n]}" for n in pair)
 
 
 @dataclass(frozen=True)
@@ -163,4 +177,3 @@ class Crop:
         if box[0] >= box[2] or box[1] >= box[3]:
             raise SampleError(f"the box {self.box} has no pixel of {self.whole.key} ({picture.width} x {picture.height})")
         return picture.crop(box)
-

@@ -33,6 +33,8 @@ class Family:
     # Inputs that point into another: indices of patches, counted over all pictures of one call of the processor.
     indexed: Mapping[str, str] = field(default_factory=dict)
 
+    windows: bool = False  # its encoder's layers attend within windows of a picture
+
     # Positions.
     absolute: bool = False  # attention depends on where a token stands, not only on how far from others: padding must not count
     # The positions (of TowerInputs) that are of type 1 in `token_type_ids`: Gemma 3 lets the tokens of one picture see each
@@ -138,8 +140,8 @@ FAMILIES: dict[str, Family] = {
     "perception_lm": Family("multi_modal_projector", stacked=True),
     "pp_chart2table": Family("multi_modal_projector", stacked=True),
     "qianfan_ocr": Family("multi_modal_projector", stacked=True),
-    "qwen2_5_omni_thinker": Family("visual.merger"),
-    "qwen2_5_vl": Family("visual.merger"),
+    "qwen2_5_omni_thinker": Family("visual.merger", windows=True),
+    "qwen2_5_vl": Family("visual.merger", windows=True),
     "qwen2_vl": Family("visual.merger"),
     "qwen3_5": Family("visual.merger"),
     "qwen3_5_moe": Family("visual.merger"),

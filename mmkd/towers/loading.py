@@ -15,6 +15,7 @@ import mmkd.towers.encoders  # noqa: F401  registers the encoders that transform
 from mmkd.errors import TowerError
 from mmkd.towers.families import LANGUAGE_NAMES
 from mmkd.towers.whole import load_beside, load_whole
+from mmkd.towers.windows import group_windows
 
 
 def load_model_and_processor(
@@ -31,6 +32,8 @@ def load_model_and_processor(
         extra["device_map"] = {"": device}
     what = "image-text model"
     model = load_whole(AutoModelForImageTextToText, folder, what, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
+    if attn_implementation is None:
+        group_windows(model)
     return model, load_beside(AutoProcessor, folder, what, trust_remote_code=trust_remote_code)
 
 

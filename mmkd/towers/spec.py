@@ -110,7 +110,7 @@ class StudentSpec(ReadingSpec):
     assemble: AssembleSpec | None = None  # parts that are put together
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the weights that are trained
     trust_remote_code: bool = False  # whether code in its folder may run
-    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes.
+    # "eager", "sdpa", "flash_attention_2" ...; None for what transformers takes, but windows of a Qwen2.5-VL encoder in groups.
     attn_implementation: Attention | None = Field(None, exclude_if=is_default(None))
     # Of a `model`: parts that begin with random weights all the same, drawn with the recipe's seed.
     fresh: list[Literal["vision"]] = Field(default_factory=list, exclude_if=is_default([]))

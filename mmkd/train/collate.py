@@ -84,9 +84,12 @@ class PairDataset(Dataset):
             pair = self.prepare(self.samples[index], index)
             if isinstance(pair, Pair) and self._free > 0:
                 self._keep(index, pair)
-        if isinstance(pair, Skip) or not any(teacher.stored for teacher in self.teachers.values()):
+        if isinstance(pair, Skip) or not self._lacks_stored(pair):
             return pair
-        return self._with_stored(index, pair)
+        whole = self._with_stored(index, pair)
+        if index in self._kept:
+            self._keep_stored(index, whole)
+        return whole
 
     def next_usable(self, index: int) -> Pair:
         """The first sample behind `index` that can be prepared; after the last comes the first. Raises DataError."""
@@ -96,8 +99,19 @@ class PairDataset(Dataset):
                 return pair
         raise DataError(f"none of {len(self)} training samples can be used; see the log for the reasons")
 
+    def _lacks_stored(self, pair: Pair) -> bool:
+        """Whether what is on disk of a pair must still be read."""
+        return any(teacher.stored and pair.teachers[name].inputs is None for name, teacher in self.teachers.items())
+
+    def _keep_stored(self, index: int, pair: Pair) -> None:
+        """Keeps a pair with what was on disk of it, where that takes little and there is room."""
+        sizes = [t.bytes_to_keep(pair.teachers[name].inputs) for name, t in self.teachers.items() if t.stored]
+        if None not in sizes and sum(sizes) <= self._free:
+            self._free -= sum(sizes)
+            self._kept[index] = pair
+
     def _with_stored(self, index: int, pair: Pair) -> Pair:
-        """The pair with what is on disk of it, which is read anew each time."""
+        """The pair with what is on disk of it."""
         parts = {
             name: replace(part, inputs=self._of_teacher(name, self.samples[index], pair.student))
             if self.teachers[name].stored else part

@@ -50,7 +50,8 @@ def stage_stream(stage: StageSpec, seed: int, data_root: str | None, allowed: fl
     if not streams:
         return None
     wrong = ["further data entries"] * (len(stage.data) > 1) + ["`epochs` (give `steps`)"] * (stage.steps is None)
-    wrong += ["`mixup`"] * any(spec.mixup is not None for spec in stage.data)
+    for key in ("mixup", "views", "asked"):
+        wrong += [f"`{key}`"] * any(getattr(spec, key) is not None for spec in stage.data)
     wrong += ["`group_by_length`"] * stage.group_by_length + ["`sampler`"] * (stage.sampler is not None)
     if wrong:
         raise DataError(f"a stage of streamed data goes together with no {', no '.join(wrong)}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`mmkd estimate` against what it foretells: seconds of a step and most bytes at once, on small recipes.
 
-    python scripts/bench/estimate.py                       # all; --recipes live kept features tokens fixed
+    python scripts/bench/estimate.py                       # all; --recipes quickstart kept llava_kd switch_kd qwen2_5_vl
     python scripts/bench/estimate.py --scenes 100
 
 A recipe's stage is estimated and then trained for three epochs, both in one process and by its CPU time (steady where other
@@ -26,8 +26,9 @@ RECIPES = {
     "live": [f"{TERMS}{{cross_entropy: 1, kl: {{kind: forward_kl, weight: 4}}}}"],
     "features": [f"{TERMS}{{cross_entropy: 1, seen: {{kind: forward_kl, positions: visual}}, eyes: {{kind: feature_match}}}}"],
     "kept": ["teacher.keep=true"],
+    "quickstart": ["teacher.keep=true", f"{TERMS}{{cross_entropy: 1, kl: {{kind: forward_kl, weight: 4}}}}"],
     "pieces": ["stages.answer.optimiser.micro_batch_size=8"],
-    "fixed": [], "tokens": [],
+    "fixed": [], "tokens": [], "llava_kd": [], "switch_kd": [], "qwen2_5_vl": [],
 }  # fmt: skip
 LENGTHS = {"fixed": "4 samples", "tokens": "24,000 tokens"}  # variants of run.py's preset
 
@@ -43,6 +44,7 @@ def main() -> None:
         print(json.dumps(compared(options.child)))
         return
     import run
+    import shapes
 
     every: dict[str, dict[str, list[float]]] = {}
     print("| recipe | ms a step, estimate | measured | ratio | MiB, estimate | measured | ratio |\n|---|---|---|---|---|---|---|")
@@ -53,6 +55,8 @@ def main() -> None:
             if name in LENGTHS:
                 recipe, overrides, variants = run.tokens(given)
                 arguments = [recipe, *overrides, *variants[LENGTHS[name]]]
+            elif name in shapes.TERMS:
+                arguments = [shapes.shaped(given, name)[0]]
             else:
                 options.recipe, options.overrides, options.variants, options.steps = run.RECIPE, RECIPES[name], [], 1
                 arguments = [run.RECIPE, *run.sample(given, options)[1]]

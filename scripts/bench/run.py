@@ -6,11 +6,12 @@
     python scripts/bench/run.py --roots /path/to/an/older/checkout .   # old and new side by side, in turn
     python scripts/bench/run.py --preset tokens                        # fixed micro-batches against `micro_batch_tokens`
 
-Every variant is a process of its own that trains the recipe's stages as `mmkd distill` does, all variants in turn, several
-rounds. Milliseconds are the process's CPU time (steady where other programs run) without data workers; a part's share is what was
-spent in it and in nothing that is a part itself. The first epoch prepares the samples and is told apart; the others are the steps
-of a long run. Medians over steps, then over rounds (least and most). The control's step is the floor. Memory is the greatest of
-the process over what it had before the first step.
+Every variant is a process of its own that trains the recipe's stages as `mmkd distill` does. All take turns step by step, on the
+same samples: only one works while the others wait, so that a slow moment of the machine meets them alike. Milliseconds are the
+process's CPU time without data workers; a part's share is what was spent in it and in nothing that is a part itself. The first
+epoch prepares the samples and is told apart; the others are the steps of a long run. A ratio is the median over pairs of one step
+in two variants. Medians over steps, then over rounds (least and most). The control's step is the floor. Memory is the greatest
+of the process over what it had before the first step.
 """
 
 import argparse
@@ -42,11 +43,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         recipe, overrides, variants = tokens(Path(folder)) if options.preset == "tokens" else sample(Path(folder), options)
-        rounds = [
-            {name: step_of(root, Path(folder) / f"{n}_{i}_{name}", [recipe, *overrides, *given])
-             for i, root in enumerate(options.roots) for name, given in named(variants, options.roots, root)}
-            for n in range(options.rounds)
-        ]  # fmt: skip
+        rounds = []
+        for n in range(options.rounds):
+            racers = {
+                name: Racer(root, Path(folder) / f"{n}_{i}_{name}", [recipe, *overrides, *given])
+                for i, root in enumerate(options.roots) for name, given in named(variants, options.roots, root)
+            }  # fmt: skip
+            rounds.append(raced(racers))
     show(rounds, options)
     if options.json:
         Path(options.json).write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
@@ -134,16 +137,56 @@ def tokens(folder: Path, count: int = 48, least: int = 20, most: int = 3000) -> 
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
-def step_of(root: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Trains one variant in a process of its own with the code of a checkout."""
-    folder.mkdir(parents=True)
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    environment = os.environ | {"PYTHONPATH": str(Path(root).resolve()), "OMP_NUM_THREADS": threads}
-    command = [sys.executable, __file__, "--child", str(folder), *arguments, f"output={folder / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return json.loads((folder / "steps.json").read_text(encoding="utf-8"))
+READY = "@step"  # a racer's line when it has ended a step; it goes on when it is given one
+
+
+class Racer:
+    """One variant in a process of its own, with the code of a checkout."""
+
+    def __init__(self, root: str, folder: Path, arguments: list[str]):
+        folder.mkdir(parents=True)
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        environment = os.environ | {"PYTHONPATH": str(Path(root).resolve()), "OMP_NUM_THREADS": threads}
+        self.folder = folder
+        self.command = [sys.executable, __file__, "--child", str(folder), *arguments, f"output={folder / 'run'}"]
+        self.said: list[str] = []
+        self.errors = (folder / "errors.txt").open("w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            self.command, text=True, env=environment, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors
+        )
+
+    def step(self) -> bool:
+        """Waits for the end of a step; False where the run has ended. Raises SystemExit where it failed."""
+        for line in self.process.stdout:
+            if line.rstrip().endswith(READY):
+                return True
+            self.said.append(line)
+        if self.process.wait():
+            self.errors.seek(0)
+            sys.exit(f"{' '.join(self.command)} failed:\n{''.join(self.said)[-2000:]}{self.errors.read()[-4000:]}")
+        return False
+
+    def go(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.folder / "steps.json").read_text(encoding="utf-8"))
+
+
+def raced(racers: dict[str, Racer]) -> dict[str, Any]:
+    """All variants step by step in turn; none begins before all have come to their first step. What each has measured."""
+    try:
+        running = [racer for racer in racers.values() if racer.step()]
+        while running:
+            for racer in list(running):
+                racer.go()
+                if not racer.step():
+                    running.remove(racer)
+    finally:
+        for racer in racers.values():
+            racer.process.kill()  # one that has ended takes no harm
+    return {name: racer.result() for name, racer in racers.items()}
 
 
 class Clock:
@@ -152,6 +195,7 @@ class Clock:
     def __init__(self) -> None:
         self.taken, self.stack, self.last = dict.fromkeys(PARTS, 0.0), ["loop"], time.process_time()
         self.rows: list[dict[str, float]] = []
+        self.samples: list[str] = []
         self.idle = 0.0
 
     def switch(self) -> None:
@@ -171,6 +215,15 @@ class Clock:
             finally:
                 self.switch()
                 self.stack.pop()
+
+        return inner
+
+    def noting_samples(self, forward: Callable) -> Callable:
+        """The distiller's pass, noting which samples it is over."""
+
+        def inner(distiller: Any, batch: Any, *given: Any, **named: Any) -> Any:
+            self.samples += batch.student.ids
+            return forward(distiller, batch, *given, **named)
 
         return inner
 
@@ -205,6 +258,7 @@ def mark(clock: Clock) -> None:
         for name in names:
             if hasattr(kind, name):
                 setattr(kind, name, clock.around(getattr(kind, name), part))
+    distiller.Distiller.forward = clock.noting_samples(distiller.Distiller.forward)
 
 
 def train(folder: str, arguments: list[str]) -> None:
@@ -237,11 +291,13 @@ def train(folder: str, arguments: list[str]) -> None:
     class Steps(TrainerCallback):
         def on_train_begin(self, *given: Any, **named: Any) -> None:
             clock.idle = greatest_memory()
+            wait_for_turn()
             clock.step()
             clock.rows.clear()
 
         def on_step_end(self, *given: Any, **named: Any) -> None:
             clock.step()
+            wait_for_turn()
 
     def watched(self: Any, *given: Any, **named: Any) -> Any:
         self.add_callback(Steps())
@@ -254,11 +310,16 @@ def train(folder: str, arguments: list[str]) -> None:
     stages.train(recipe, "student", student, teachers, Path(recipe.output))
 
 
+def wait_for_turn() -> None:
+    print(READY, flush=True)
+    sys.stdin.readline()
+
+
 def write(trainer: Any, clock: Clock, kept: float, folder: Path) -> None:
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     found = {
         "batch": trainer.stage.optimiser.batch_size, "epoch_steps": trainer.epoch_steps, "steps": clock.rows,
-        "kept_seconds": kept, "memory": greatest_memory() - clock.idle, "losses": losses,
+        "kept_seconds": kept, "memory": greatest_memory() - clock.idle, "losses": losses, "samples": clock.samples,
     }  # fmt: skip
     (folder / "steps.json").write_text(json.dumps(found), encoding="utf-8")
 
@@ -281,6 +342,16 @@ def middle(found: dict[str, Any], first: bool) -> dict[str, float]:
     return found | {"all": 1000 * pick(sum(row.values()) for row in rows)}
 
 
+def ratio(mine: dict[str, Any], other: dict[str, Any], whole: bool) -> float:
+    """Of the times of two variants: of their means, or the median over pairs of the same step, which needs the same samples."""
+    if whole:
+        return middle(mine, True)["all"] / middle(other, True)["all"]
+    if mine["samples"] != other["samples"]:
+        sys.exit("two variants did not take the same samples in the same steps, so that their steps are no pairs")
+    pairs = list(zip(mine["steps"], other["steps"], strict=True))
+    return statistics.median(sum(a.values()) / sum(b.values()) for a, b in pairs[mine["epoch_steps"] :] or pairs)
+
+
 def show(rounds: list[dict[str, Any]], options: argparse.Namespace) -> None:
     names = list(rounds[0])
     whole = options.preset == "tokens"  # its steps differ, so the mean over an epoch is what counts
@@ -289,7 +360,7 @@ def show(rounds: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for name in names:
         steps = [middle(found[name], whole) for found in rounds]
         first = [middle(found[name], True)["all"] for found in rounds]
-        ratios = [mine["all"] / middle(found[names[0]], whole)["all"] for mine, found in zip(steps, rounds, strict=True)]
+        ratios = [ratio(found[name], found[names[0]], whole) for found in rounds]
         times = [step["all"] for step in steps]
         time_ = statistics.median(times)
         shares = " | ".join(f"{100 * statistics.median(step[part] / step['all'] for step in steps):.0f} %" for part in PARTS)

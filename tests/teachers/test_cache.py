@@ -546,3 +546,40 @@ def test_tokens_are_compared_once_a_sample_and_again_where_they_are_others(folde
         teacher.prepare(sample, other, student=student, alike=True)
     batch = teacher.collate(rows)  # its own memory, whatever becomes of the shard
     assert batch.signal["hidden"].untyped_storage().nbytes() < 10 * batch.signal["hidden"].numel() * 4
+
+
+@pytest.mark.parametrize("room, times", [(2**30, 1), (0, 3)])
+def test_rows_are_looked_up_once_where_samples_are_kept(folder, cache, monkeypatch, room, times):
+    content = recipe(folder, teacher__cache=str(cache))
+    teacher = the_teacher(content)
+    samples = stage_samples(content, content.stages["only"])[:4]
+    dataset = PairDataset(samples, build_student(content, teacher, []), teacher, build_terms(content.stages["only"].terms),
+                          memory=room)  # fmt: skip
+    asked, entry = [], teacher.cache.entry
+    monkeypatch.setattr(teacher.cache, "entry", lambda *given: asked.append(1) or entry(*given))
+    epochs = [[dataset[place].teachers["teacher"].inputs for place in range(4)] for _ in range(3)]
+    assert len(asked) == 4 * times
+    for first, last in zip(epochs[0], epochs[2], strict=True):
+        assert torch.equal(first.signal["hidden"], last.signal["hidden"]) and torch.equal(first.kinds, last.kinds)
+
+
+def test_kept_rows_are_charged_for_and_not_kept_from_more_shards_than_stay_open(folder, cache, monkeypatch):
+    teacher = the_teacher(recipe(folder, teacher__cache=str(cache)))
+    sample = stage_samples(recipe(folder), recipe(folder).stages["only"])[0]
+    stored = teacher.cache.entry(content_key(sample), teacher.positions)
+    views = teacher.bytes_to_keep(stored)
+    teacher.positions = frozenset(["response"])  # copies, since only some kinds of rows are taken
+    copied = teacher.cache.entry(content_key(sample), teacher.positions)
+    assert teacher.bytes_to_keep(copied) == views + copied.signal["hidden"].numel() * 4
+    monkeypatch.setattr("mmkd.teachers.stored.OPEN_SHARDS", 0)
+    assert teacher.bytes_to_keep(stored) is None
+
+
+def test_keeping_rows_changes_no_bit_of_a_run(folder, cache, tmp_path, monkeypatch):
+    spec = recipe(folder, teacher__cache=str(cache))
+    spec.stages["only"].steps = 12  # more than an epoch
+    kept, kept_rows = trained(spec, tmp_path / "kept")
+    monkeypatch.setattr("mmkd.teachers.stored.StoredTeacher.bytes_to_keep", lambda *given: None)
+    read, read_rows = trained(spec, tmp_path / "read")
+    assert [row["loss"] for row in kept_rows] == [row["loss"] for row in read_rows]
+    assert all(torch.equal(a, b) for a, b in zip(kept.model.parameters(), read.model.parameters(), strict=True))

@@ -232,6 +232,39 @@ def test_scored_by_an_official_scorer():
     assert check.group([one("red")]) == ["no reference"]
 
 
+def scores(written, **options):
+    candidate = one("a red circle")
+    candidate.written = written
+    return made("gap", **options).refuse(candidate)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ({"teacher": 8, "student": 7}, None), ({"teacher": 8.5, "student": 3}, None),
+        ({"teacher": 8, "student": 8}, "gap too small"),
+        ({"teacher": 3, "student": 9}, "gap too small"), ({"teacher": 80, "student": 7}, "a number outside 1 to 10"),
+        ({"teacher": 8, "student": 0}, "a number outside 1 to 10"), ({"teacher": 8}, "lacks a number"),
+        ("8 to 7", "lacks a number"),
+        ({"teacher": True, "student": 0}, "lacks a number"), ({"teacher": "8", "student": "7"}, "lacks a number"),
+        ({"teacher": float("nan"), "student": 7}, "a number outside 1 to 10"),
+    ],
+)  # fmt: skip
+def test_the_gap_of_two_scores(written, reason):
+    assert scores(written) == reason
+
+
+def test_a_wider_gap_keeps_no_more_and_roles_exchanged_keep_what_was_dropped():
+    pairs = [{"teacher": t, "student": s} for t in range(1, 11) for s in range(1, 11)]
+    kept_at = [sum(scores(pair, at_least=gap) is None for pair in pairs) for gap in range(10)]
+    assert kept_at == sorted(kept_at, reverse=True) and kept_at[1] == 45 and kept_at[9] == 1
+    easy = [scores(pair, at_least=-9, at_most=0) is None for pair in pairs]
+    assert easy == [scores(pair, at_least=1) is not None for pair in pairs]
+    assert scores({"teacher": 3, "student": 9}, more="student", less="teacher") is None
+    with pytest.raises(ValueError, match="above at_most"):
+        made("gap", at_least=2, at_most=1)
+
+
 def test_a_judge_keeps_by_its_odds():
     check = made("judge", Surroundings(judges=("teacher",)), at_least=1.0)
     candidate = one("red", choices=["red", "blue"])

@@ -179,6 +179,18 @@ def test_a_thousand_odd_answers_are_counted_and_none_is_taught(tmp_path, monkeyp
         # A server that sends no JSON is asked again, and taken for one that stays away: what it sends is not an answer.
         return {"choices": None} if isinstance(found, bytes) else found
 
+    def started(*arguments, **keys):
+        raise AssertionError("an answer was executed")
+
+    for name in ("os.system", "os.posix_spawn", "os.fork", "subprocess.Popen", "mmkd.base.sandbox._run"):
+        monkeypatch.setattr(name, started)
+    opened, watched = [], open
+
+    def watch(file, *arguments, **keys):
+        opened.append(str(file))
+        return watched(file, *arguments, **keys)
+
+    monkeypatch.setattr("builtins.open", watch)
     form = {"json": {"fields": {"answer": "text"}}}
     card = {"prompt": "Q: {{ question }}", "form": form, "row": {"answer": "{{ written.answer }}"}}
     with ChatServer(say) as server:
@@ -193,3 +205,4 @@ def test_a_thousand_odd_answers_are_counted_and_none_is_taught(tmp_path, monkeyp
     assert facts["dropped"]["instructions"]["speaks to a model"] > 20
     assert max(len(line) for path in tmp_path.rglob("answers/*/*.jsonl") for line in path.open()) < 2 * KEPT
     assert "root:" not in (folder / "train.jsonl").read_text()
+    assert not [path for path in opened if path.startswith("/etc")]

@@ -45,7 +45,8 @@ def saved(picture, folder, name, kind="PNG", **options):
 AGAIN = [
     *[("JPEG", {"quality": quality}, 1.0) for quality in (95, 75, 50, 30, 20)],
     ("JPEG", {"quality": 75, "progressive": True}, 1.0), ("PNG", {"compress_level": 9}, 1.0), ("WEBP", {"quality": 60}, 1.0),
-    ("BMP", {}, 1.0), *[(kind, {}, by) for kind in ("PNG", "JPEG") for by in (0.9, 0.95, 1.1, 1.5)],
+    ("BMP", {}, 1.0), *[("WEBP", {"quality": quality}, 1.0) for quality in (95, 80, 40)],
+    ("WEBP", {"lossless": True}, 1.0), *[(kind, {}, by) for kind in ("PNG", "JPEG") for by in (0.9, 0.95, 1.1, 1.5)],
 ]  # fmt: skip
 
 
@@ -173,6 +174,23 @@ def test_rows_of_a_benchmark_are_dropped_by_default(tmp_path):
     assert check_of(asked, text="never").refuse(row("who won, in 1912")) is None
     assert check_of(asked, text="never").refuse(row("x", again)) == "a benchmark's picture"
     assert check_of(asked, off=True).refuse(row("who won, in 1912", again)) is None
+
+
+def test_every_planted_row_is_dropped_and_no_other(tmp_path):
+    """200 rows: every second one a benchmark's picture, encoded again, or its question, in other words."""
+    rng = random.Random(4)
+    pictures = [scene(n) if n % 2 else photograph(n) for n in range(50)]
+    refs = [saved(picture, tmp_path, f"{n}.png") for n, picture in enumerate(pictures)]
+    asked = [Question(str(n), f"What colour has {rng.choice(SHAPES)} number {n}?", images=(ref,)) for n, ref in enumerate(refs)]
+    check, others, found = check_of(asked), [scene(n) for n in range(2000, 2050)], []
+    for n, picture in enumerate(pictures):
+        kind, options, _ = AGAIN[n % 9]
+        again = saved(picture, tmp_path, f"again-{n}.{kind.lower()}", kind, **options)
+        fresh = saved(others[n], tmp_path, f"other-{n}.{kind.lower()}", kind, **options)
+        rows = [row(f"Which is it, {n}?", again), row(f"Which is it, {n}?", fresh)]
+        rows += [row(reworded(asked[n].question, rng)), row(reworded(asked[n].question, rng).replace(str(n), str(n + 1000)))]
+        found += [check.refuse(one) for one in rows]
+    assert found == ["a benchmark's picture", None, "a benchmark's question", None] * 50
 
 
 def test_other_benchmarks_can_be_named():

@@ -38,13 +38,10 @@ class Program(Check):
     output_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 65536
 
     def prepare(self, around: Surroundings) -> None:
-        if not self.allow:
-            raise DataError("checks: program executes what a model wrote, in a sandbox; `program: {allow: true}` allows it")
-        if why := sandbox_refusal():
-            raise DataError(f"checks: program: {why}")
+        may_run("program", self.allow)
 
     def refuse(self, one: Candidate) -> str | None:
-        source = self._source(one)
+        source = program_in(one, self.code)
         if source is None:
             return "no program"
         ended = run_program(source, Limits(self.seconds, self.memory_mb * 2**20, self.output_bytes))
@@ -60,10 +57,20 @@ class Program(Check):
         said = folded(lines[-1]) if lines else ""
         return None if wanted is None or said in map(folded, wanted) else "prints something else"
 
-    def _source(self, one: Candidate) -> str | None:
-        if self.code:
-            found = one.written.get(self.code) if isinstance(one.written, dict) else None
-            return found if isinstance(found, str) and found.strip() else None
-        block = _FENCED.search(one.text)
-        found = block[1] if block else one.text
-        return found if found.strip() else None
+
+def may_run(check: str, allow: bool) -> None:
+    """Raises DataError where a check that executes programs is not allowed to, or has no sandbox."""
+    if not allow:
+        raise DataError(f"checks: {check} executes what a model wrote, in a sandbox; `{check}: {{allow: true}}` allows it")
+    if why := sandbox_refusal():
+        raise DataError(f"checks: {check}: {why}")
+
+
+def program_in(one: Candidate, code: str) -> str | None:
+    """The program of an answer: what the form read under the key `code`; for "" its first fenced block, or all of it."""
+    if code:
+        found = one.written.get(code) if isinstance(one.written, dict) else None
+        return found if isinstance(found, str) and found.strip() else None
+    block = _FENCED.search(one.text)
+    found = block[1] if block else one.text
+    return found if found.strip() else None

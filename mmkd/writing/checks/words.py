@@ -12,7 +12,7 @@ from pydantic import Field
 from mmkd.errors import did_you_mean
 from mmkd.registry import register
 from mmkd.writing.checks import Candidate, Check
-from mmkd.writing.words import spaced, texts_in, words_of
+from mmkd.writing.words import numbers_in, spaced, texts_in, words_of
 
 
 @register("checks", "length")
@@ -164,7 +164,8 @@ class Instructions(Check):
 class Grounded(Check):
     """Answers whose words stand in what was read from the picture: `ocr_tokens`, or a key of `told` (TAIL's labels).
 
-    share: of the answer's words, at least.  numbers: only words with a digit count (CodePercept's captions, against a trace).
+    share: of the answer's words, at least.  numbers: only numbers count, in digits by their value and in English words up to
+    twenty (CodePercept's captions, against a trace).
     """
 
     told: str = ""
@@ -174,13 +175,12 @@ class Grounded(Check):
 
     def refuse(self, one: Candidate) -> str | None:
         text = one.question.told.get(self.told, "") if self.told else " ".join(one.question.ocr_tokens)
-        read = set(words_of(text))
+        found = numbers_in if self.numbers else words_of
+        read = set(found(text))
         for name in self.of:
-            words = words_of(one.row.get(name) or "")
-            if self.numbers:
-                words = [word for word in words if any(map(str.isdigit, word))]
-                if not words:
-                    continue
-            if not words or sum(word in read for word in words) < self.share * len(words):
+            said = found(one.row.get(name) or "")
+            if not said and self.numbers:
+                continue
+            if not said or sum(part in read for part in said) < self.share * len(said):
                 return f"{name} not in the picture's words"
         return None
