@@ -257,6 +257,9 @@ def _stage(name: str, stage: Mapping, summary: Mapping) -> dict[str, Any]:
     length = f"{stage['steps']} steps" if stage.get("steps") else f"{plain(stage.get('epochs') or 1)} epochs"
     if ended:
         length = f"{ended['steps']} steps until the plateau, step {ended['best']} kept"
+    watched = summary.get("monitor", {}).get(name)
+    if watched and watched.get("kept") is not None:
+        length = f"{watched['steps']} steps, step {watched['kept']} kept, the best on held-out prompts"
     optimiser = stage.get("optimiser", {})
     lines = [f"Precision: {stage.get('precision', 'not recorded')}"]
     if optimiser:

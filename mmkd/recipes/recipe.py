@@ -17,7 +17,7 @@ from mmkd.recipes.controls import DEFAULT, ControlSpec, changed, named
 from mmkd.recipes.rounds import RoundsSpec, written_out
 from mmkd.recipes.writes import split_stages, write_errors
 from mmkd.teachers.spec import TeacherSpec
-from mmkd.terms.term import Term
+from mmkd.terms.term import Term, terms_of_teacher
 from mmkd.towers.spec import StudentSpec
 from mmkd.train.spec import ReportSpec, Seed, StageSpec, TrainSpec
 from mmkd.writing.spec import WriteSpec
@@ -124,7 +124,12 @@ class Recipe(RunSpec, TrainSpec):
             for stage, keys in control.stages.items():
                 if stage not in self.stages:
                     raise ValueError(f"controls.{name}.stages: there is no stage {stage!r}; {did_you_mean(stage, self.stages)}")
-                changed(self.stages[stage], keys)
+                found = changed(self.stages[stage], keys)
+                if "monitor" in keys or ("until" in keys and found.until is not None and found.until.kind == "golden"):
+                    raise ValueError(
+                        f"controls.{name}.stages.{stage}: `monitor` and `until: golden` compare with a teacher, and a control "
+                        "has none; `until: plateau` ends it at its best point"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -136,8 +141,8 @@ class Recipe(RunSpec, TrainSpec):
                 f"controls.{name}.stages.{stage}.until": changed(self.stages[stage], keys).until
                 for stage, keys in control.stages.items() if "until" in keys
             }  # fmt: skip
-        needy = [key for key, until in stages.items() if until is not None]
-        often = [key for key, until in stages.items() if until is not None and until.every is None]
+        stages = {key: until for key, until in stages.items() if until is not None and until.kind == "plateau"}
+        needy, often = [*stages], [key for key, until in stages.items() if until.every is None]
         needy += [f"controls.{name} (tuned)" for name, control in self.controls.items() if control.kind == "tuned"]
         spec = self.evaluation
         if needy and (spec.validation is None or not spec.benchmarks):
@@ -245,6 +250,22 @@ class Recipe(RunSpec, TrainSpec):
             )
         if ahead and len(ahead) < len(self.teacher_specs):
             raise ValueError("ahead: with several teachers, all of them or none; set it for each")
+        return self
+
+    @model_validator(mode="after")
+    def monitors_are_possible(self) -> Recipe:
+        known = self.teacher_specs
+        for name, stage in self.stages.items():
+            if stage.monitor is None:
+                continue
+            key, oracle, terms = f"stages.{name}.monitor", stage.monitor.oracle, stage.build_terms()
+            kept = [n for n, spec in known.items() if (spec.cache is not None or spec.keep) and terms_of_teacher(terms, n, known)]
+            if kept:
+                raise ValueError(f"{key}: {kept[0]} is a cache, which has not seen what is held out; take `cache` and `keep` out")
+            if oracle is not None and oracle not in known:
+                raise ValueError(f"{key}.oracle is {oracle!r}; {did_you_mean(oracle, known)}")
+            if oracle is not None and (known[oracle].self or known[oracle].cache or terms_of_teacher(terms, oracle, known)):
+                raise ValueError(f"{key}.oracle: {oracle} must be a model, and none that a term of the stage reads")
         return self
 
     @model_validator(mode="after")

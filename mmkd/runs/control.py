@@ -57,7 +57,9 @@ def control_recipe(recipe: Recipe, control: ControlSpec | None = None, longer: M
     stages, free = {}, control is None or control.kind != HARD_ANSWERS
     for name, stage in recipe.stages.items():
         terms = {n: _on_responses(spec) for n, spec in (stage.control_terms or _without_teacher(stage)).items()}
-        own = stage.model_copy(update={"terms": terms, "control_terms": None, "answers": {"data": 1.0}})
+        own = stage.model_copy(update={"terms": terms, "control_terms": None, "answers": {"data": 1.0}, "monitor": None})
+        if own.until is not None and own.until.kind == "golden":  # there is no teacher that it could come closer to
+            own = own.model_copy(update={"until": None})
         if own.sampler is not None and getattr(own.sampler.order(), "of_teacher", False):
             own = own.model_copy(update={"sampler": None})
         keys = control.stages.get(name, {}) if control is not None else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
     sizes = (hidden, vision_inner, depth if isinstance(depth, int) else sum(depth))
     sides, patch = _sides(getattr(vision, "image_size", None)), _sides(vision.patch_size)
     merge = getattr(vision, "spatial_merge_size", None) or round(1 / getattr(model.config, "downsample_ratio", 1))
+    merge *= 1 if isinstance(depth, int) else 2 ** (len(depth) - 1)  # encoders that halve their grid from stage to stage
     inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
     patches = sides and math.prod(side // one for side, one in zip(sides, patch, strict=True))
     return Shape(parts, text.hidden_size, inner, text.num_hidden_layers, text.vocab_size, patches, merge * merge, sizes)
@@ -222,9 +224,18 @@ def need_of(recipe: Recipe, spec: StageSpec, student: Shape, teacher: Shape | No
 
 
 def _teacher_bytes(recipe: Recipe, teacher: Shape) -> float:
-    spec = next(iter(recipe.teacher_specs.values()))
-    size = {"8bit": 1.0, "4bit": 0.55}.get(spec.quantise or "", _SIZES[spec.dtype])
-    return teacher.total * size
+    """Weights of all teachers, which stay in memory whether or not a stage reads them. teacher: the first one."""
+    total, first = 0.0, next(iter(recipe.teacher_specs))
+    for name, spec in recipe.teacher_specs.items():
+        shape = teacher if name == first or spec.self else _known_shape(spec.model)
+        size = {"8bit": 1.0, "4bit": 0.55}.get(spec.quantise or "", _SIZES[spec.dtype])
+        total += 0.0 if name != first and (spec.served or spec.self == "current") else shape.total * size
+    return total
+
+
+@lru_cache
+def _known_shape(model: str) -> Shape:
+    return shape_of(model_of(model))
 
 
 def _activations(shape: Shape, spec: StageSpec, tokens: int, weight: int, samples: int) -> float:

@@ -27,12 +27,37 @@ BEST = "best.safetensors"
 FACTS = "plateau.json"  # {"steps", "best", "score", "reached"}
 
 
-class Plateau(TrainerCallback):
+class Measuring(TrainerCallback):
+    """Measures a student every `every` steps and after the last, and says whether its stage ends. One process measures, the
+    others wait for it."""
+
+    every: int
+
+    def measured(self, step: int) -> bool:
+        """Measures the student as it is after a step. Whether the stage is over."""
+        raise NotImplementedError
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return None
+        over = [False]
+        if state.is_world_process_zero:
+            with unchanged_randomness():
+                over = [self.measured(state.global_step)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(over, src=0)
+        control.should_training_stop = control.should_training_stop or over[0]
+        return control
+
+
+class Plateau(Measuring):
     """Every so many steps the mean score on the validation split; ends training after `patience` scores in a row that are not
     above the best before. The weights of the best, of equal ones the first, are kept, and loaded by `best_weights`.
 
     What was scored up to the checkpoint from which a run goes on is read from the stage's folder, so a stopped run ends as an
-    undisturbed one. One process asks, the others wait for it.
+    undisturbed one.
     """
 
     def __init__(
@@ -48,21 +73,7 @@ class Plateau(TrainerCallback):
         rows = JsonLines(folder / SCORES).rows() if (folder / SCORES).exists() else []
         self.scores = {row["step"]: row["score"] for row in rows if row["step"] <= done}
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl | None:
-        if state.global_step % self.every and state.global_step < state.max_steps:
-            return None
-        over = [False]
-        if state.is_world_process_zero:
-            with unchanged_randomness():
-                over = [self._score(state.global_step)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(over, src=0)
-        control.should_training_stop = control.should_training_stop or over[0]
-        return control
-
-    def _score(self, step: int) -> bool:
+    def measured(self, step: int) -> bool:
         """Whether the plateau is reached with the score of this step."""
         found = validation_scores(self.recipe, self.student, self.answers / f"{step:06d}", f"step {step}")
         score = sum(found.values()) / len(found)

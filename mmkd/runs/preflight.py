@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from mmkd.base.distributed import world_size
+from mmkd.data.lazy import joined
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError, MmkdError, TowerError, one_line
 from mmkd.recipes.recipe import Recipe
 from mmkd.runs.control import control_errors
-from mmkd.runs.data import is_unwritten, stage_parts
+from mmkd.runs.data import entry_samples, is_unwritten, stage_parts
 from mmkd.runs.room import room_errors
 from mmkd.runs.survey import LOOKED_AT, Survey, look, unseen
 from mmkd.runs.writes import write_findings
@@ -22,6 +23,7 @@ from mmkd.towers.tower import Tower
 from mmkd.towers.upcycle import sparse_config
 from mmkd.train.distiller import term_errors
 from mmkd.train.guards import blind_error
+from mmkd.train.monitor import distances, never_trained_on
 from mmkd.train.rollouts import stored_error
 from mmkd.train.skips import allowance
 from mmkd.train.spec import StageSpec
@@ -82,8 +84,19 @@ def fit_errors(recipe: Recipe, student: Tower, teachers: Mapping[str, Teacher], 
         wrong += [f"terms.{error}" for error in term_errors(student, needed, terms, sparse=sparse)]
         wrong += [f"answers: {e}" for t in needed.values() if stage.generates and (e := stored_error(t))]
         wrong += [f"optimiser: {error}" for error in split_evenly(stage.optimiser, processes)]
+        wrong += _monitor_errors(stage, student, teachers, needed)
         found += [f"stages.{name}.{error}" for error in wrong]
     return found
+
+
+def _monitor_errors(
+    stage: StageSpec, student: Tower, teachers: Mapping[str, Teacher], needed: Mapping[str, Teacher]
+) -> list[str]:
+    """What makes the distances impossible that the stage measures on held-out prompts."""
+    if stage.monitor is None:
+        return []
+    found = {**needed} | {name: teacher for name, teacher in teachers.items() if name == stage.monitor.oracle}
+    return [f"monitor.proxy: {error}" for error in term_errors(student, found, distances(stage.monitor, needed))]
 
 
 def terms_of(stage: StageSpec, teachers: Mapping[str, Teacher]) -> tuple[list[Term], dict[str, Teacher]]:
@@ -128,6 +141,12 @@ def _data_errors(
         parts = stage_parts(recipe, stage)
     except MmkdError as error:
         return [f"stages.{name}.data: {error}"]
+    try:
+        held_out = [sample for entry in (stage.monitor.data if stage.monitor else ()) for sample in entry_samples(recipe, entry)]
+        if held_out:
+            never_trained_on(held_out, joined(parts))
+    except MmkdError as error:
+        return [f"stages.{name}.monitor: {error}"]
     entries = surveys[name] = []
     for entry, samples in zip(stage.data, parts, strict=True):
         key = entry.model_dump_json()

@@ -29,6 +29,7 @@ from mmkd.runs.control import FACTS, train_controls
 from mmkd.runs.data import all_samples, files_of, rows_left_out, texts_of
 from mmkd.runs.dates import with_day
 from mmkd.runs.evaluate import add_importance
+from mmkd.runs.hacking import monitor_facts, monitor_lines
 from mmkd.runs.kept import keeps, with_kept_teacher
 from mmkd.runs.plateau import plateau_facts
 from mmkd.runs.preflight import preflight
@@ -164,6 +165,8 @@ def summarise(recipe: Recipe, run: Path, results: dict[str, dict[str, Any]], sec
     summary |= records(recipe, benchmarks, before)
     if ended := plateau_facts(run, "student"):
         summary["plateau"] = ended
+    if watched := monitor_facts(run, "student"):
+        summary["monitor"] = watched
     if by_stage := brought(recipe, run):
         summary["brought"] = by_stage
     if experts := _read(run / "experts.json"):
@@ -268,6 +271,7 @@ def table(summary: dict[str, Any]) -> str:
         if "over_hard_answers" in entry:
             lines.append(f"  {entry['over_hard_answers']}")
     lines += brought_lines(summary.get("brought", {}))
+    lines += monitor_lines(summary.get("monitor", {}))
     if "experts" in summary:
         lines.append(experts_table(summary["experts"]))
     for stage, reasons in summary.get("rows_left_out", {}).items():

@@ -20,7 +20,8 @@ from mmkd.base.jsonl import JsonLines
 from mmkd.base.run_folder import EVENTS
 from mmkd.errors import DataError
 from mmkd.recipes.recipe import Recipe
-from mmkd.runs.data import stage_parts, stage_samples
+from mmkd.runs.data import entry_samples, stage_parts, stage_samples
+from mmkd.runs.hacking import Hacking
 from mmkd.runs.plateau import BEST, Plateau, best_weights
 from mmkd.runs.rounds import Rounds
 from mmkd.runs.scores import with_scores
@@ -38,6 +39,7 @@ from mmkd.train.experts import summarise_experts, write_receipt
 from mmkd.train.finite import Where
 from mmkd.train.guards import freeze_unreached, run_guards
 from mmkd.train.lines import TrainingLines
+from mmkd.train.monitor import Monitor
 from mmkd.train.reference import fill_reference
 from mmkd.train.reporting import refusals, report
 from mmkd.train.sharded import make_whole, spreads_weights
@@ -168,7 +170,7 @@ def prepare_stage(
     if errors := _engine_errors(stage, trainer, streamed=stream is not None):
         raise DataError(f"stage {name}: " + "; and ".join(errors))
     report(trainer, recipe.report_to, f"{Path(recipe.output).name}, {name_of or role}, {name}", run / EVENTS / role / name)
-    _watch(recipe, role, stage, trainer, run, folder, resume)
+    _watch(recipe, role, stage, trainer, run, folder, resume, teachers)
     return stage, trainer, resume
 
 
@@ -197,19 +199,28 @@ def _pairs_at_once(recipe: Recipe, spec: StageSpec, arguments: TrainingArguments
 
 
 def _watch(
-    recipe: Recipe, role: str, stage: Stage, trainer: DistillTrainer, run: Path, folder: Path, resume: str | None
-) -> None:
+    recipe: Recipe, role: str, stage: Stage, trainer: DistillTrainer, run: Path, folder: Path, resume: str | None,
+    teachers: Mapping[str, Teacher],
+) -> None:  # fmt: skip
     """Scores the student while it trains, where the recipe asks for it. Raises DataError."""
-    until = stage.spec.until is not None
-    scored = recipe.evaluation.every is not None and not until
-    if (until or scored) and spreads_weights(trainer):
-        key = "until" if until else "evaluation.every"
+    until, monitor = stage.spec.until, stage.spec.monitor
+    plateau = until is not None and until.kind == "plateau"
+    scored = recipe.evaluation.every is not None and not plateau
+    asked = {"monitor": monitor is not None, "until": plateau, "evaluation.every": scored}
+    if any(asked.values()) and spreads_weights(trainer):
+        key = next(key for key, is_asked in asked.items() if is_asked)
         raise DataError(f"{key}: no process has the whole student of FSDP or ZeRO-3 while it trains; leave it out")
+    done = 0 if resume is None else step_of(resume)
     if scored:
         trainer.add_callback(Watch(recipe, role, stage.name, stage.student, run, trainer.tell))
-    if until:
-        done = 0 if resume is None else step_of(resume)
+    if plateau:
         trainer.add_callback(Plateau(recipe, role, stage.name, stage.spec, stage.student, run, folder, done, trainer.tell))
+    if monitor is not None:
+        held_out = [sample for entry in monitor.data for sample in entry_samples(recipe, entry, bool(stage.spec.one_answer))]
+        oracle = None if monitor.oracle is None else teachers[monitor.oracle]
+        watched = Monitor(stage, held_out, oracle, recipe.seed, recipe.chunk_bytes)
+        patience = until.patience if until is not None and not plateau else None
+        trainer.add_callback(Hacking(watched, role, stage.name, run, folder, done, patience, trainer.tell))
 
 
 def _arguments(recipe: Recipe, stage: Stage, folder: Path, *, streamed: bool) -> TrainingArguments:

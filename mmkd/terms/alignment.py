@@ -55,6 +55,11 @@ def token_bytes(tower: Tower) -> list[bytes]:
     return table
 
 
+def silent_tokens(tokenizer: Any) -> set[int]:
+    """The special tokens of a tokenizer, which decoding leaves out of what was said."""
+    return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+
+
 def _decoder_kind(tokenizer: Any) -> str:
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     kinds = {part["type"] for part in (decoder, *decoder.get("decoders", ()))}
@@ -78,7 +83,8 @@ def _pieces_bytes(token: str) -> bytes:
 def common_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
     """Smallest pieces at whose ends both have a border; leading white space does not count where only one has it.
 
-    Where the texts differ (one is cut off), only their common beginning is aligned. Answers of several turns are aligned turn by
+    Where the texts differ (one is cut off), only their common beginning is aligned. A token without bytes belongs to the piece
+    behind it, at the end of an answer to its end. Answers of several turns are aligned turn by
     turn, each end with the other's end.
     """
     found: list[Span] = []
@@ -99,7 +105,8 @@ def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
     texts = [b"".join(tokens) for tokens in (own_text, other_text)]
     ends = [list(accumulate(map(len, tokens))) for tokens in (own_text, other_text)]
     if texts[0] != texts[1]:
-        both = [_normalised(tokens, text) for tokens, text in zip((own_text, other_text), texts, strict=True)]
+        broken = [_errors(text) for text in reversed(texts)]  # how each side's bytes that are no text are read
+        both = [_normalised(*given) for given in zip((own_text, other_text), texts, broken, strict=True)]
         texts, ends = [text for text, _ in both], [found for _, found in both]
     blanks = [len(text) - len(text.lstrip()) for text in texts]
     if texts[0][: blanks[0]] == texts[1][: blanks[1]]:
@@ -111,30 +118,42 @@ def _turn_spans(own: Sequence[bytes], other: Sequence[bytes]) -> list[Span]:
         if end in borders and 0 < end:
             found.append((last[0], index + 1, last[1], borders[end]))
             last = (index + 1, borders.pop(end))
-    if all(ended) and last == (len(own_text), len(other_text)):
-        found.append((len(own_text), len(own), len(other_text), len(other)))
+    if all(ended) and not any(own_text[last[0] :]) and not any(other_text[last[1] :]):
+        found.append((last[0], len(own), last[1], len(other)))
     return found
 
 
-def _normalised(tokens: Sequence[bytes], raw: bytes) -> tuple[bytes, list[int]]:
+def _errors(beside: bytes) -> str:
+    """How bytes that are no text are read beside another text: as the sign for them (U+FFFD), where the other one is a text.
+
+    A model may say half a character. Who is told its words reads that sign, as decoding has it; two broken texts stay so.
+    """
+    try:
+        beside.decode("utf-8")
+    except UnicodeDecodeError:
+        return "surrogateescape"
+    return "replace"
+
+
+def _normalised(tokens: Sequence[bytes], raw: bytes, errors: str) -> tuple[bytes, list[int]]:
     """A text in Unicode's NFKC, and the bytes of it up to and with each token; -1 for a border within what becomes one character.
 
     Tokenizers normalise differently: Qwen's compose accents (NFC), SentencePiece's also unfold ligatures and full-width letters
-    (NFKC), Llama 3's leave a text as it is. `raw`: the tokens' bytes.
+    (NFKC), Llama 3's leave a text as it is. `raw`: the tokens' bytes.  errors: as in `bytes.decode`.
     """
-    whole = _nfkc(raw)
+    whole = _nfkc(raw, errors)
     if whole == raw:
         return raw, list(accumulate(map(len, tokens)))
     ends, at = [], 0
     for token in tokens:
         at += len(token)
-        before = _nfkc(raw[:at])
-        ends.append(len(before) if before + _nfkc(raw[at:]) == whole else -1)
+        before = _nfkc(raw[:at], errors)
+        ends.append(len(before) if before + _nfkc(raw[at:], errors) == whole else -1)
     return whole, ends
 
 
-def _nfkc(text: bytes) -> bytes:
-    return unicodedata.normalize("NFKC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+def _nfkc(text: bytes, errors: str) -> bytes:
+    return unicodedata.normalize("NFKC", text.decode("utf-8", errors)).encode("utf-8", "surrogateescape")
 
 
 def _common_length(a: bytes, b: bytes) -> int:
@@ -188,13 +207,22 @@ class Alignment:
         found, rows = [], [0, 0]
         for mine, theirs in zip(own, other, strict=True):
             ids = [row[row >= 0].tolist() for row in (mine, theirs)]
-            spans_here = common_spans(*([table[i] for i in row] for table, row in zip(self._tables, ids, strict=True)))
+            spans_here = common_spans(*map(self._words, (0, 1), ids))
             found += [(rows[0] + a, rows[0] + b, rows[1] + c, rows[1] + d) for a, b, c, d in spans_here]
             rows = [rows[0] + len(ids[0]), rows[1] + len(ids[1])]
         borders = torch.tensor(found, dtype=torch.long).reshape(-1, 4)
         aligned = Aligned(borders[:, :2], borders[:, 2:])
         self._tell(int(aligned.tokens.sum()), rows[0], len(found))
         return aligned
+
+    def _words(self, side: int, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of an answer's tokens; none of a special token within it, which the other tower was not told."""
+        return [b"" if token in self._silent[side] else self._tables[side][token] for token in ids]
+
+    @cached_property
+    def _silent(self) -> tuple[set[int], set[int]]:
+        own, other = (silent_tokens(tower.tokenizer) - tower.stop_ids for tower in (self.student, self.teacher))
+        return own, other
 
     def _tell(self, covered: int, tokens: int, groups: int) -> None:
         if not self._told and tokens:

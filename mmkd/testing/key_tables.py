@@ -27,7 +27,7 @@ TARGET = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
 NAMES = {"stages": "STAGE", "teachers": "NAME", "controls": "NAME", "terms": "TERM", "control_terms": "TERM"}
 PLACES = {"writes": "stages.WRITE"}  # what a recipe writes at another place than the schema has it
 SAME = {"teachers.NAME": "teacher", "stages.STAGE.control_terms.TERM": "stages.STAGE.terms.TERM",
-        "stages.WRITE.data.0": "stages.STAGE.data.0"}  # described once
+        "stages.WRITE.data.0": "stages.STAGE.data.0", "stages.STAGE.monitor.data.0": "stages.STAGE.data.0"}  # described once
 WHOLE = tuple(f"stages.WRITE.{key}" for key in ("prompt", "form", "checks.0", "row"))  # keys of cards: docs/write.md
 BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_length": "at least {} entries", "pattern": "`{}`"}
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false", NoneType: "null", Any: "anything"}

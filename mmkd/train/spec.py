@@ -13,8 +13,9 @@ from mmkd.base.schema import Strict, is_default, is_number, one_of
 from mmkd.data.samplers.spec import SamplerSpec
 from mmkd.data.spec import DataSpec
 from mmkd.errors import did_you_mean
+from mmkd.registry import registry
 from mmkd.terms.spec import TermSpec, build_terms
-from mmkd.terms.term import Term
+from mmkd.terms.term import Place, RowTerm, Term
 from mmkd.towers.quantise import FORMATS
 from mmkd.towers.spec import PARTS
 from mmkd.train.optimisers import OPTIMISERS
@@ -23,6 +24,8 @@ from mmkd.train.optimisers import OPTIMISERS
 OF_PICTURES = frozenset({
     f"{who}.{what}" for who in ("student", "teacher") for what in ("features", "tokens", "visual_rows", "gram")
 })  # fmt: skip
+# What a term may read to be a distance on answers.
+OF_ANSWERS = frozenset(f"{who}.{what}" for who in ("student", "teacher") for what in ("rows", "hidden"))
 TRAINABLE = (*PARTS, "mlp")  # "mlp": of the language model its feed-forward layers, with experts and routers, alone
 
 
@@ -118,12 +121,58 @@ class UntilSpec(Strict):
     """Ends a stage before its length is over.
 
     plateau: after `patience` scores in a row on the validation split that are not above the best before; its student is that of
-    the best score. every: steps between two scores; default: `evaluation.every`.
+    the best score. golden: after `patience` golden losses of `monitor` in a row that are not below the lowest before; its student
+    is that of the lowest. every: of `plateau`, steps between two scores; default: `evaluation.every`.
     """
 
-    kind: Literal["plateau"]  # plateau: the score no longer rises
-    patience: int = Field(3, gt=0, le=10**6)  # scores in a row that are not above the best before
+    kind: Literal["plateau", "golden"]  # plateau: the score no longer rises; golden: the golden loss of `monitor` no longer falls
+    patience: int = Field(3, gt=0, le=10**6)  # scores in a row that are not better than the best before
     every: int | None = Field(None, gt=0, le=10**9)
+
+    @model_validator(mode="after")
+    def one_rhythm(self) -> UntilSpec:
+        if self.kind == "golden" and self.every is not None:
+            raise ValueError("`golden` looks at what `monitor` measures; give `every` there")
+        return self
+
+
+class MonitorSpec(Strict):
+    """Asks on prompts that the stage never trains on whether a student that comes closer to its teacher gets better, too."""
+
+    data: list[DataSpec] = Field(min_length=1)  # the prompts with their labels, such as the split `val` of the stage's own data
+    every: int = Field(100, gt=0, le=10**9)  # steps between two measurements; the stage's start and end are measured, too
+    # The proxy: the distance to the stage's teachers, as the kind of a term that compares with one; other tokenizers: `spans`.
+    proxy: str = "forward_kl"
+    # The golden loss: the same distance to this one of `teachers`, which no term reads; without it the labels' cross-entropy.
+    oracle: str | None = None
+
+    @model_validator(mode="after")
+    def can_be_measured(self) -> MonitorSpec:
+        wrong = [
+            "data: held-out prompts have labels of their own; take `from`, `answers`, `mixup` and `target: teacher` out"
+            for entry in self.data
+            if entry.from_ is not None or entry.answers is not None or entry.mixup is not None or entry.target == "teacher"
+        ][:1]
+        if error := proxy_error(self.proxy):
+            wrong.append(error)
+        if wrong:
+            raise ValueError("; and ".join(wrong))
+        return self
+
+
+def proxy_error(kind: str) -> str:
+    """Why terms of a kind are no distance to a teacher that can be measured by itself; "" if they are."""
+    known = registry("terms")
+    if kind not in known:
+        return f"proxy {kind!r} is no term; {did_you_mean(kind, known)}"
+    found = known.get(kind)
+    own = (RowTerm.extra, RowTerm.extras, RowTerm.row_weights) if issubclass(found, RowTerm) else (Term.extra,)
+    own += (Term.step_sums, Term.update)
+    simple = not found.example and all(getattr(found, method.__name__) is method for method in own)
+    term = found(place=Place(kind, kind)) if simple else None
+    if term is not None and term.reads_teacher and set(term.needs) <= OF_ANSWERS and term.count == "response":
+        return ""
+    return f"proxy {kind}: it must compare with one teacher's logits at each row of an answer, such as forward_kl, jsd or spans"
 
 
 class StageSpec(LoopSpec):
@@ -144,6 +193,8 @@ class StageSpec(LoopSpec):
     # Each answer of a talk as a sample of its own, behind what was said before. None: where a tower needs it.
     one_answer: bool | None = Field(None, exclude_if=is_default(None))
     until: UntilSpec | None = Field(None, exclude_if=is_default(None))  # ends the stage early, on the validation split
+    # Whether the student comes closer to its teacher and gets no better (teacher hacking), on prompts that are held out.
+    monitor: MonitorSpec | None = Field(None, exclude_if=is_default(None))
     # Where a step's answers come from: a share, or {share, and what options the source has}; "data": the answers of the data.
     answers: dict[str, Any] = Field({"data": 1.0}, exclude_if=is_default({"data": 1.0}))
 
@@ -162,7 +213,7 @@ class StageSpec(LoopSpec):
     @field_validator("sampler", "until", mode="before")
     @classmethod
     def by_name(cls, given: Any) -> Any:
-        """`sampler: length` means {kind: length}, `until: plateau` {kind: plateau}."""
+        """`sampler: length` means {kind: length}, `until: plateau` {kind: plateau}, and so on."""
         return {"kind": given} if isinstance(given, str) else given
 
     @field_validator("quantise", mode="before")
@@ -210,6 +261,15 @@ class StageSpec(LoopSpec):
                 f"data.mixup: an answer to one picture is none to a mixture of two, and the terms {', '.join(wrong)} read "
                 "answers; give mixed pictures a stage of terms on vision features (feature_match)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def monitor_has_a_teacher(self) -> StageSpec:
+        if self.until is not None and self.until.kind == "golden" and self.monitor is None:
+            raise ValueError("until: golden needs `monitor`, which measures on held-out prompts: `monitor: {data: [...]}`")
+        terms = self.build_terms() if self.monitor is not None else []
+        if self.monitor is not None and (any(t.needs_pairs for t in terms) or not any(t.reads_teacher for t in terms)):
+            raise ValueError("monitor: it compares with the stage's teacher, and no term reads one in each step; take it out")
         return self
 
     @property

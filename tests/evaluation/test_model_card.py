@@ -92,6 +92,14 @@ def test_the_numbers_are_those_of_the_summary(run):
     assert "Intervals are over pictures" in text and "one training seed here (7)" in text
 
 
+def test_a_stage_that_kept_an_earlier_student_says_which(tmp_path):
+    watched = {"sft": {"steps": 900, "kept": 600}}
+    kept = card(run_of(tmp_path / "a", SUMMARY | {"monitor": watched}, RECIPE))
+    assert "900 steps, step 600 kept, the best on held-out prompts" in kept
+    watched["sft"]["kept"] = None  # it was watched alone
+    assert "Length: 1200 steps" in card(run_of(tmp_path / "b", SUMMARY | {"monitor": watched}, RECIPE))
+
+
 def test_the_front_matter_is_what_the_hub_reads(run, tmp_path):
     found = front_matter(card(run))
     assert found["pipeline_tag"] == "image-text-to-text" and found["library_name"] == "transformers"

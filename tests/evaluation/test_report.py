@@ -122,6 +122,16 @@ def test_what_each_teacher_brought_is_a_table(run: Path) -> None:
     assert "70.0 %" in words and "60.1 %" in words and "+1.25" in words
 
 
+def test_proxy_and_golden_on_held_out_prompts_are_a_table(run: Path) -> None:
+    assert "On held-out prompts" not in build_report(run).read_text(encoding="utf-8")
+    at = {name: {"step": 10 * n, "proxy": 3.0 - n, "golden": 1.5} for n, name in enumerate(("first", "lowest", "last"))}
+    facts = {"a <b>": {**at, "hacked": 20, "kept": 10}, "other": {**at, "hacked": None, "kept": None}, "broken": 3, "empty": {}}
+    (run / "summary.json").write_text(json.dumps({"monitor": facts}), encoding="utf-8")
+    words = Page(build_report(run).read_text(encoding="utf-8")).words()
+    assert "On held-out prompts" in words and "a <b>: teacher hacking, seen at step 20; step 10 kept" in words
+    assert "other: no teacher hacking seen" in words and "broken" not in words and "at the golden minimum" in words
+
+
 def test_predictions_are_escaped_and_nothing_is_fetched(run: Path) -> None:
     text = build_report(run).read_text(encoding="utf-8")
     page = Page(text)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import tiny_picture
 
 from mmkd.base.cards import list_cards, load_card
 from mmkd.cli import main
+from mmkd.data.samples import Sample, Turn
 from mmkd.errors import DataError
 from mmkd.recipes.reading import load_recipe
 from mmkd.registry import registry
@@ -17,6 +19,7 @@ from mmkd.retrieval.recipe import load_ranking_recipe
 from mmkd.runs.offline import FOLDER, Configuration, configuration, model_of, need_of, shape_of, student_of, upcycled_shape
 from mmkd.terms.spec import TermSpec
 from mmkd.testing.model_cards import ModelCard
+from mmkd.towers.tower import Tower
 
 WRITE = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "write"
 METHODS = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "methods"
@@ -101,8 +104,8 @@ def test_sizes_are_the_models_own(name):
 def test_all_pass_the_offline_dry_run(capsys):
     paths = sorted(METHODS.glob("*.yaml"))
     assert [path.stem for path in paths] == [
-        "cprd", "dckd", "distillm", "distillm2", "gkd", "kepo", "llava_kd", "llava_mod", "mend", "mgsr", "minillm", "opsd",
-        "ovsgtr", "switch_kd",
+        "adpa", "cprd", "dckd", "distillm", "distillm2", "gkd", "kepo", "llava_kd", "llava_mod", "mend", "mgsr", "minillm",
+        "monotakd", "mst_distill", "opsd", "ovsgtr", "switch_kd", "tgeo_kd",
     ]  # fmt: skip
     for path in paths:
         command = "rank" if path.stem == "cprd" else "distill"
@@ -152,6 +155,40 @@ def test_the_numbers_of_on_policy_recipes():
     assert found["mgsr"].answers["mended"]["corrections"] == 1
     assert (found["mend"].steps, found["mend"].optimiser.learning_rate) == (30000, 1e-5)
     assert found["ovsgtr"].terms["retention"].positions == "prompt"
+
+
+def test_the_numbers_of_recipes_with_several_teachers():
+    found = {name: load_recipe(METHODS / f"{name}.yaml") for name in ("adpa", "monotakd", "mst_distill", "tgeo_kd")}
+    adpa, mono = found["adpa"].stages["adpa"], found["monotakd"].stages["distil"]
+    assert adpa.terms["advantage"].teacher == "aligned" and adpa.terms["advantage"].model_extra == {"reference": "before"}
+    assert adpa.answers["student"]["beside"] and adpa.build_terms()[0].positions == "given"  # likelihood of the chosen answers
+    assert mono.terms["branches"].model_extra == {"assistant": "small", "residual": 0.2, "threshold": 0.6}
+    gate = found["mst_distill"].stages["distil"]
+    assert gate.optimiser.learning_rate == 1e-4 and {spec.weight for spec in gate.terms.values()} == {1}
+    assert [spec.kind for spec in found["tgeo_kd"].stages["distil"].terms.values()] == ["tgeo_kd"]
+
+
+def test_the_weights_of_all_teachers_are_reckoned():
+    both = load_recipe(METHODS / "mst_distill.yaml")
+    alone = both.model_copy(update={"teachers": {"large": both.teachers["large"]}})
+    shape, other = (shape_of(model_of(both.teachers[name].model)) for name in ("large", "other"))
+    given = (both.stages["distil"], shape_of(student_of(both.student)), shape, 4)
+    assert need_of(both, *given).teacher - need_of(alone, *given).teacher == 2 * other.total
+
+
+@pytest.mark.parametrize("name", ["adpa", "mst_distill", "tgeo_kd", "monotakd", "monotakd_assistant"])
+def test_small_runs_have_a_plan_from_their_folders_alone(name, capsys, tmp_path, monkeypatch):
+    """The sample's models have an encoder that halves its grid: 16 x 16 patches become 4 x 4 tokens, as the model makes them."""
+    path = METHODS.parent / f"{name}.yaml"
+    monkeypatch.setenv("ASSISTANT", str(METHODS.parents[2] / "models" / "sample-teacher"))  # where its own run has not been
+    assert main(["distill", str(path), "--dry-run", "--offline"]) == 0
+    spec = next(iter(load_recipe(path).teacher_specs.values()))
+    tower = Tower.load(spec.model, max_length=64)
+    shown = capsys.readouterr().out
+    assert f"{tower.parameter_count()['total']:,} parameters" in shown
+    picture = tiny_picture(tmp_path, "a.png", 0, (64, 64))
+    encoded = tower.encode(Sample("a", (picture,), (Turn("user", "what?", 1),)), with_answer=False)
+    assert f"visual tokens: {tower.visual_count(encoded)} a picture" in shown
 
 
 def test_more_samples_and_fewer_processes_need_more_memory():

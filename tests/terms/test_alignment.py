@@ -43,6 +43,9 @@ def unequal_towers():
     return tiny_tower(1, tokenizer=tiny_tokenizer()), tiny_tower(2, 32, tokenizer=other_tokenizer())
 
 
+BROKEN = "\ufffd".encode()
+
+
 @pytest.mark.parametrize(
     ("own", "other", "expected"),
     [
@@ -60,6 +63,17 @@ def unequal_towers():
         (["\ud55c".encode(), END], ["\u1112".encode(), "\u1161\u11ab".encode(), END], [(0, 1, 0, 2), (1, 2, 2, 3)]),
         ([b"fi", b"n", END], ["\ufb01".encode(), b"n", END], [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3)]),  # a ligature
         (["x\u0308".encode(), b"y"], [b"x", "\u0308".encode(), b"y"], [(0, 1, 0, 2), (1, 2, 2, 3)]),  # composes to nothing
+        # A model said bytes that are no text, and the other one was told the sign for them.
+        ([b"a", b"\x93", b"b"], [b"a", BROKEN, b"b"], [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3)]),
+        ([b"\xe1", b"\xa8", b"3", END], [BROKEN, b"3", END], [(0, 2, 0, 1), (2, 3, 1, 2), (3, 4, 2, 3)]),  # one sign for both
+        ([b"\xe7", b"\xd5", b"x"], [BROKEN[:1], BROKEN[1:], BROKEN + b"x"], [(0, 1, 0, 2), (1, 3, 2, 3)]),
+        ([b"a", b"\xc3"], [b"a", b"\xc3", b"\xa9"], [(0, 1, 0, 1)]),  # cut within a character: that is no sign
+        ([b"a", b"\xc3", b"\xa9"], [b"a", b"\xe2"], [(0, 1, 0, 1)]),
+        # Special tokens within an answer have no bytes.
+        ([b"", b"a", b"", b"b", END], [b"ab", END], [(0, 4, 0, 1), (4, 5, 1, 2)]),
+        ([b"a", b"", b"b"], [b"a", b"b"], [(0, 1, 0, 1), (1, 3, 1, 2)]),
+        ([b"a", b"", END], [b"a", END], [(0, 1, 0, 1), (1, 3, 1, 2)]),
+        ([b"", END], [END], [(0, 2, 0, 1)]),
     ],
 )
 def test_spans_are_the_smallest_common_pieces(own, other, expected):
@@ -175,3 +189,17 @@ def test_a_recipe_must_ask_for_it():
     asked["stages"]["one"]["terms"] = {"ce": {"kind": "cross_entropy"}}
     with pytest.raises(RecipeError, match="no term is of kind"):
         validate(asked, "r.yaml", Recipe)
+
+
+def test_an_answer_that_is_no_text_or_has_special_tokens_is_aligned_with_what_the_teacher_was_told(tmp_path):
+    """Half a character and a token of the template within what the student says: all of it stands beside the teacher's words."""
+    student, teacher = unequal_towers()
+    alignment, table = Alignment(student, teacher), token_bytes(student)
+    special = next(i for i in student.tokenizer.all_special_ids if i not in student.stop_ids)
+    ids = [table.index(b"r"), special, table.index(b"\x93"), table.index(b"e"), min(student.stop_ids)]
+    dataset = PairDataset(tiny_samples(tmp_path, 1), student, teacher, [make_term("s", "spans", Schedule(1, 1))], generates=True)
+    pair = dataset.answered(dataset[0], ids)
+    inputs = dataset.collator([pair])["batch"]
+    (name,) = inputs.teachers
+    aligned = alignment.of(inputs.student.targets, inputs.teachers[name].inputs.targets)
+    assert int(aligned.tokens.sum()) == len(ids)

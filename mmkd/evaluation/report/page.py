@@ -11,7 +11,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.report.curves import SMOOTHING, charts
 from mmkd.evaluation.report.files import ModelFiles, read_evaluations, read_facts, roles_of
 from mmkd.evaluation.report.gallery import GALLERY_SEED, gallery_of, marks, outcomes
-from mmkd.evaluation.report.scores import benchmark_entry, brought_entries, facts_of, headline, model_entries
+from mmkd.evaluation.report.scores import benchmark_entry, brought_entries, facts_of, headline, model_entries, monitor_entries
 from mmkd.evaluation.report.text import byte_count, count, percent, points, seconds
 from mmkd.evaluation.roles import in_words
 
@@ -42,8 +42,9 @@ def build_report(run: Path | str) -> Path:
     title = str(facts.get("title") or run.resolve().name)
     summary = read_facts(run / "summary.json")
     brought = brought_entries(summary.pop("brought", {}))
+    monitored = monitor_entries(summary.pop("monitor", {}))
     facts = [("Run", facts_of(facts)), ("Summary", facts_of(summary))]
-    return _write_page(run / "report.html", title, evaluations, models, facts, brought)[0]
+    return _write_page(run / "report.html", title, evaluations, models, facts, brought, monitored)[0]
 
 
 def build_comparison(models: Mapping[str, ModelFiles], target: Path, title: str) -> dict[str, dict[str, Any]]:
@@ -71,6 +72,7 @@ def _write_page(
     models: Mapping[str, ModelFiles],
     facts: Sequence[tuple[str, list[tuple[str, str]]]],
     brought: Sequence[tuple[str, list[tuple[str, dict[str, float | None]]]]] = (),
+    monitored: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -107,6 +109,7 @@ def _write_page(
         marks=marks(gallery, names),
         gallery_seed=GALLERY_SEED,
         brought=brought,
+        monitored=monitored,
         facts=[(heading, pairs) for heading, pairs in facts if pairs],
     )
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -182,6 +182,24 @@ def brought_entries(content: Any) -> list[tuple[str, list[tuple[str, dict[str, f
     return [(heading, rows) for heading, rows in found if rows]
 
 
+def monitor_entries(content: Any) -> list[dict[str, Any]]:
+    """What held-out prompts said of each stage, as `summary.json` has it: {"stage", "rows", "hacked", "kept"}.
+
+    rows: (when, step, proxy, golden); hacked, kept: steps or None. What is none of that is left out.
+    """
+    words, found = {"first": "at the start", "lowest": "at the golden minimum", "last": "at the end"}, []
+    for stage, facts in content.items() if isinstance(content, Mapping) else ():
+        facts = facts if isinstance(facts, Mapping) else {}
+        given = [(said, facts.get(key)) for key, said in words.items()]
+        rows = [(said, *(number_or_none(own.get(key)) for key in ("step", "proxy", "golden"))) for said, own in given
+                if isinstance(own, Mapping)]  # fmt: skip
+        rows = [row for row in rows if None not in row]
+        if rows:
+            kept = {key: number_or_none(facts.get(key)) for key in ("hacked", "kept")}
+            found.append({"stage": stage, "rows": rows} | kept)
+    return found
+
+
 def number_or_none(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
