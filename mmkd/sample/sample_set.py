@@ -39,6 +39,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from mmkd.errors import DataError
 from mmkd.sample.choice_questions import TEXT_SHARE, picture_items, problem, text_item_of
 from mmkd.sample.open_questions import entry, open_items
 from mmkd.sample.splits import SPLIT_SHARES, scene_of
+from mmkd.sample.statements import statements
 from mmkd.sample.writings import writings
 
 GENERATOR_VERSION = 4
@@ -164,8 +166,11 @@ def _write_all(plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]) -> 
     _write_json(plan.folder / "scienceqa" / "pid_splits.json", pids)
 
 
-def _write_writings(plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]) -> None:
-    """Rows of `writings`, a file a split, with the pictures of the TextVQA set's scenes."""
+_TEXTS = {"writings": writings, "statements": statements}
+
+
+def _write_texts(of: str, plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]) -> None:
+    """Rows of `writings` or `statements`, a file a split, with the pictures of the TextVQA set's scenes."""
     for split, size in sizes.items():
         rows: list[dict[str, str]] = []
         (plan.folder / "images" / split).mkdir(parents=True)
@@ -173,7 +178,7 @@ def _write_writings(plan: _Plan, sizes: dict[str, int], tick: Callable[[], None]
             scene = scene_of(plan.rng("textvqa", split, index), "textvqa", split)
             name = f"images/{split}/{index}.png"
             (plan.folder / name).write_bytes(picture_bytes(scene))
-            for kind, question, answer in writings(plan.rng("writings", split, index), scene):
+            for kind, question, answer in _TEXTS[of](plan.rng(of, split, index), scene):
                 rows.append({"id": f"{index}-{kind}", "image": name, "question": question, "answer": answer})
             tick()
         _write_rows(plan.folder / f"{split}.jsonl", rows)
@@ -228,7 +233,7 @@ def _check_parameters(seed: int, sizes: dict[str, int], accuracy: float) -> None
 
 
 def write_sample_set(
-    root: Path, *, seed: int = 0, sizes: dict[str, int] | None = None, annotator_accuracy: float = 0.75, of_writings: bool = False
+    root: Path, *, seed: int = 0, sizes: dict[str, int] | None = None, annotator_accuracy: float = 0.75, of: str | None = None
 ) -> None:
     """Writes the sample into the new folder `root`, or keeps it if this very sample is there already.
 
@@ -241,7 +246,8 @@ def write_sample_set(
         captions/<split>_parts.jsonl  the same of the objects, the sign and its letters, each by itself
         sample.json                 seed, sizes, annotator_accuracy, generator_version
 
-    `of_writings`: instead of these, rows that teach a model to write (`mmkd.sample.writings`) on the TextVQA set's scenes:
+    `of`: instead of these, rows that teach a model to write ("writings", `mmkd.sample.writings`) or to state and to judge
+    ("statements", `mmkd.sample.statements`), on the TextVQA set's scenes:
 
         <split>.jsonl               {id, image, question, answer}
         images/<split>/<n>.png
@@ -252,13 +258,15 @@ def write_sample_set(
     root = Path(root)
     sizes = dict(DEFAULT_SIZES if sizes is None else sizes)
     _check_parameters(seed, sizes, annotator_accuracy)
+    if of is not None and of not in _TEXTS:
+        raise DataError(f"of is {of!r}; a sample set is of questions (None) or of {list(_TEXTS)}")
     sizes = {split: sizes[split] for split in SPLIT_SHARES if split in sizes}
     record = {
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "sizes": sizes,
         "annotator_accuracy": annotator_accuracy,
-        **({"of_writings": True} if of_writings else {}),
+        **({f"of_{of}": True} if of else {}),
     }
     if _is_written(root, record):
         return
@@ -266,8 +274,8 @@ def write_sample_set(
     folder = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:
         folder.chmod(0o755)  # mkdtemp's 0700 would keep other users of the machine out
-        write = _write_writings if of_writings else _write_all
-        with _progress((1 if of_writings else 2) * sum(sizes.values())) as tick:
+        write = partial(_write_texts, of) if of else _write_all
+        with _progress((1 if of else 2) * sum(sizes.values())) as tick:
             write(_Plan(folder, seed, annotator_accuracy), sizes, tick)
         _write_json(folder / "sample.json", record)
         _move_into_place(folder, root, record)

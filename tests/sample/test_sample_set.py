@@ -351,7 +351,7 @@ def test_every_word_and_number_looks_different():
 
 
 def test_writings_tell_what_the_scenes_show(tmp_path, monkeypatch):
-    write_sample_set(tmp_path / "writings", sizes={"train": 30}, of_writings=True)
+    write_sample_set(tmp_path / "writings", sizes={"train": 30}, of="writings")
     write_sample_set(tmp_path / "sample", sizes={"train": 30})
     rows = [json.loads(line) for line in (tmp_path / "writings" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 30
@@ -376,3 +376,44 @@ def test_writings_tell_what_the_scenes_show(tmp_path, monkeypatch):
     assert all(("sign" in json.loads(row["answer"])["question"]) == ("sign" in row["question"]) for row in likes)
     with pytest.raises(DataError, match="holds another sample"):
         write_sample_set(tmp_path / "writings", sizes={"train": 30})
+
+
+def test_statements_are_true_where_they_say_so(tmp_path):
+    write_sample_set(tmp_path / "statements", sizes={"train": 40}, of="statements")
+    write_sample_set(tmp_path / "sample", sizes={"train": 40})
+    rows = [json.loads(line) for line in (tmp_path / "statements" / "train.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (tmp_path / "sample" / "captions" / "train.jsonl").read_text().splitlines()]
+    captions = {(tmp_path / "sample" / row["image"]).read_bytes(): row["answer"] for row in told if "textvqa" in row["id"]}
+    wrong = []
+    for row in rows:
+        caption = captions[(tmp_path / "statements" / row["image"]).read_bytes()]
+        kind, text = row["id"].partition("-")[2], row["question"].partition("\n")[0]
+        holds = _holds(row["answer"] if kind == "said" else text, caption)
+        assert holds == (kind != "false"), (row, caption)
+        assert row["answer"] == {"true": "yes", "false": "no"}.get(kind, row["answer"])
+        wrong += [text] if kind == "false" else []
+    assert len(rows) == 3 * 40 and len(set(wrong)) > 20
+    write_sample_set(tmp_path / "again", sizes={"train": 10}, of="statements")
+    assert (tmp_path / "again" / "train.jsonl").read_text().splitlines() == [json.dumps(row) for row in rows[:30]]
+    write_sample_set(tmp_path / "other", seed=1, sizes={"train": 40}, of="statements")
+    assert (tmp_path / "other" / "train.jsonl").read_text() != (tmp_path / "statements" / "train.jsonl").read_text()
+    with pytest.raises(DataError, match="holds another sample"):
+        write_sample_set(tmp_path / "statements", sizes={"train": 40}, of="writings")
+    with pytest.raises(DataError, match="of is 'pictures'"):
+        write_sample_set(tmp_path / "new", of="pictures")
+
+
+def _holds(statement, caption):
+    """Whether a caption of a whole picture bears a statement out, read word by word."""
+    head, _, sign = caption.partition(". ")
+    objects = head.partition(":")[0]
+    if statement.startswith("The color of the sign"):
+        return sign.split()[0] == statement[:-1].split()[-1]
+    if statement.startswith("The color of the letters"):
+        return sign.partition(", ")[2].split()[0] == statement[:-1].split()[-1]
+    if statement.startswith("The text"):
+        return sign[:-1].split()[-1] == statement[:-1].split()[-1]
+    if statement.startswith("There"):
+        return statement[:-1].partition(" are " if " are " in statement else " is ")[2] == objects
+    _, name, _, color = statement[:-1].split()
+    return objects.split()[1:] == [color, name]
