@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import re
 import shutil
@@ -22,7 +20,7 @@ from PIL import Image
 
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError, TowerError
-from mmkd.teachers.wires import Client, messages_of
+from mmkd.teachers.wires import Client, base64_png, messages_of
 from mmkd.towers.gguf import PICTURES, TEXT
 
 TOKENS, LIKELIEST = 12, 20
@@ -66,10 +64,7 @@ class _LlamaCpp:
 
     def ask(self, sample: Sample, prompt: str, picture: Image.Image) -> tuple[list[int], dict[int, float]]:
         """No log-probability is told where the first token is no whole character."""
-        content = io.BytesIO()
-        picture.save(content, "png")
-        media = [base64.b64encode(content.getvalue()).decode()]
-        asked = {"prompt_string": prompt.replace("<image>", self.marker), "multimodal_data": media}
+        asked = {"prompt_string": prompt.replace("<image>", self.marker), "multimodal_data": [base64_png(picture)]}
         options = {"n_predict": TOKENS, "temperature": 0, "n_probs": LIKELIEST, "return_tokens": True, "cache_prompt": False}
         found = self.client.ask("/completion", {"prompt": asked, **options})
         steps = found.get("completion_probabilities") or []

@@ -169,8 +169,12 @@ def messages_of(sample: Sample, pictures: Sequence[Any] | None = None) -> list[d
     return messages
 
 
-def _picture(picture: Any) -> dict[str, Any]:
+def base64_png(picture: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
-    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}}
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _picture(picture: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64_png(picture)}}
 

@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 from PIL import Image
 from pydantic import Field
 
-from mmkd.base.sandbox import Limits, run_program
 from mmkd.errors import ImageError, SampleError
 from mmkd.registry import register
 from mmkd.writing.checks import Candidate, Check, Surroundings
-from mmkd.writing.checks.program import may_run, program_in
+from mmkd.writing.checks.program import may_run, program_in, run_within
 from mmkd.writing.drawing import PRELUDE, DrawingError, drawing_of, likeness
 
 
@@ -47,11 +46,9 @@ class Drawn(Check):
         source = program_in(one, self.code)
         if source is None:
             return "no program"
-        ended = run_program(f"{PRELUDE}{source}", Limits(self.seconds, self.memory_mb * 2**20, self.output_bytes))
-        if ended.late or ended.cut:
-            return "runs too long" if ended.late else "prints too much"
-        if ended.code:
-            return "does not run"
+        ended, why = run_within(self, f"{PRELUDE}{source}")
+        if why:
+            return why
         try:
             drawn = drawing_of(ended.output)
         except DrawingError as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
-from mmkd.base.sandbox import Limits, run_program, sandbox_refusal
+from mmkd.base.sandbox import Ended, Limits, run_program, sandbox_refusal
 from mmkd.errors import DataError
 from mmkd.registry import register
 from mmkd.writing.checks import Candidate, Check, Surroundings
@@ -42,13 +42,11 @@ class Program(Check):
         source = program_in(one, self.code)
         if source is None:
             return "no program"
-        ended = run_program(source, Limits(self.seconds, self.memory_mb * 2**20, self.output_bytes))
+        ended, why = run_within(self, source)
         lines = ended.output.strip().splitlines()
         one.notes["program"] = {"code": ended.code, "printed": lines[-1][:200] if lines else ""}
-        if ended.late or ended.cut:
-            return "runs too long" if ended.late else "prints too much"
-        if ended.code:
-            return "does not run"
+        if why:
+            return why
         wanted = {"": None, "answer": [one.row["answer"]], "reference": one.question.references}[self.prints]
         said = folded(lines[-1]) if lines else ""
         return None if wanted is None or said in map(folded, wanted) else "prints something else"
@@ -60,6 +58,22 @@ def may_run(check: str, allow: bool) -> None:
         raise DataError(f"checks: {check} executes what a model wrote, in a sandbox; `{check}: {{allow: true}}` allows it")
     if why := sandbox_refusal():
         raise DataError(f"checks: {check}: {why}")
+
+
+class Limited(Protocol):
+    """A check with the limits of a program."""
+
+    seconds: float
+    memory_mb: int
+    output_bytes: int
+
+
+def run_within(check: Limited, source: str) -> tuple[Ended, str | None]:
+    """How a program ended within the limits of a check, and why that is no answer; None where it ran to its end."""
+    ended = run_program(source, Limits(check.seconds, check.memory_mb * 2**20, check.output_bytes))
+    if ended.late or ended.cut:
+        return ended, "runs too long" if ended.late else "prints too much"
+    return ended, "does not run" if ended.code else None
 
 
 def program_in(one: Candidate, code: str) -> str | None:
