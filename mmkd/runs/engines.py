@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from PIL import Image
 
@@ -78,25 +78,39 @@ def vllm(folder: Path, options: list[str]) -> Iterator[Engine]:
 
     Raises DataError where there is no such command, TowerError with its last words where it does not start.
     """
-    command = vllm_command()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    command, port = vllm_command(), free_port()
     environment = {**ENVIRONMENT, **os.environ}
     openmp = Path(command).resolve().parents[1] / "lib" / "libiomp5.so"
     if openmp.exists():
         environment.setdefault("LD_PRELOAD", str(openmp))
-    asked = [command, "serve", str(folder), "--served-model-name", "student", "--host", "127.0.0.1", "--port", port]
+    asked = [command, "serve", str(folder), "--served-model-name", "student", "--host", "127.0.0.1", "--port", str(port)]
     asked += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-logprobs", str(LIKELIEST), *options]
     with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(asked, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
-            _wait(server, f"http://127.0.0.1:{port}/health")
-            yield _Vllm(Client(f"http://127.0.0.1:{port}", PATIENCE))
+            with running(asked, port, log, environment) as url:
+                yield _Vllm(Client(url, PATIENCE))
         except TowerError as error:  # its own words tell more than that it is not there
             raise TowerError(f"vLLM does not serve this student: {_first_error(log) or error}") from error
-        finally:
-            _end(server)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command: list[str], port: int, log: IO[str], environment: dict[str, str] | None = None) -> Iterator[str]:
+    """The address of a server that a command starts on loopback, once its /health answers; it is ended behind the block.
+
+    Raises TowerError for one that ends by itself or is not there after `START` seconds; its words are in `log`.
+    """
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        _wait(server, f"http://127.0.0.1:{port}/health")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _end(server)
 
 
 def vllm_command() -> str:
@@ -128,7 +142,7 @@ def _wait(server: subprocess.Popen[Any], url: str) -> None:
         time.sleep(0.5)
 
 
-def _first_error(log: Any) -> str:
+def _first_error(log: IO[str]) -> str:
     log.seek(0)
     lines = [line.strip() for line in log if re.search(r"\w+Error: ", line) and "WARNING" not in line]
     return lines[0][-400:] if lines else ""  # the later ones say that something was wrong before
